@@ -1,0 +1,24 @@
+"""Gemma 4's mixture of experts as a torch module, on CUDA sources compiled at run time through CuPy."""
+
+from cupymoe.activation import MoEActivation
+from cupymoe.config import Gemma4MoEConfig
+from cupymoe.functional import apply_moe_activation, fused_experts, gelu_tanh_and_mul, moe_activation, route
+from cupymoe.kernels.bridge import as_cupy, as_torch
+from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gemma4Experts",
+    "Gemma4MoE",
+    "Gemma4MoEConfig",
+    "Gemma4Router",
+    "MoEActivation",
+    "apply_moe_activation",
+    "as_cupy",
+    "as_torch",
+    "fused_experts",
+    "gelu_tanh_and_mul",
+    "moe_activation",
+    "route",
+]

@@ -1,0 +1,84 @@
+"""The activation contract: one enum that every backend, kernel and check obeys.
+
+Names and string values follow vLLM's ``MoEActivation``, which are the field's.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+# Spellings in model configs that mean one of the members, and nothing else.
+_ALIASES = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+}
+
+_NO_MUL = "_no_mul"
+
+
+class MoEActivation(Enum):
+    """What an expert does between its two projections.
+
+    Gated members read ``[gate | up]`` and give ``act(gate) * up``; ``*_NO_MUL`` members give ``act(x)``.
+    ``GELU`` is always the exact (erf) form and ``GELU_TANH`` always the tanh approximation.
+    ``SWIGLUOAI`` reads gate and up interleaved (gate, up, gate, up, ...).
+    """
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU2 = "relu2"
+    SWIGLUOAI = "swigluoai"
+    SWIGLUSTEP = "swiglustep"
+    SILU_NO_MUL = "silu_no_mul"
+    GELU_NO_MUL = "gelu_no_mul"
+    GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
+    RELU2_NO_MUL = "relu2_no_mul"
+
+    @classmethod
+    def from_str(cls, name: str) -> MoEActivation:
+        """The member that a config's spelling means.
+
+        ``"gelu"`` is erf; ``"gelu_tanh"``, ``"gelu_pytorch_tanh"``, ``"gelu_new"``, ``"gelu_fast"`` and
+        ``"gelu_accurate"`` are the tanh form; ``"swish"`` is SILU.
+
+        Raises:
+            ValueError: the name is not known; the message lists those that are.
+        """
+        try:
+            return cls(_ALIASES.get(name, name))
+        except ValueError:
+            valid = sorted([member.value for member in cls] + list(_ALIASES))
+            raise ValueError(f"Unknown MoE activation: {name!r}. Valid activations: {valid}") from None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the input holds gate and up, and so is twice as wide as the output."""
+        return not self.value.endswith(_NO_MUL)
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether gate and up alternate, instead of gate being the first half."""
+        return self is MoEActivation.SWIGLUOAI
+
+    def without_mul(self) -> MoEActivation:
+        """The ungated member with the same function; members that have none return themselves."""
+        return MoEActivation.__members__.get(f"{self.function}_NO_MUL", self)
+
+    @property
+    def function(self) -> str:
+        """Name of the elementwise function, the same for a member and its ungated form: ``"GELU_TANH"``."""
+        return self.name.removesuffix(_NO_MUL.upper())
+
+    @property
+    def custom_op_name(self) -> str:
+        """Name of the registered op that computes this member: ``torch.ops.cupymoe.<name>(input)``."""
+        return f"{self.value}_and_mul" if self.is_gated else self.function.lower()
+
+    def input_size(self, output_size: int) -> int:
+        """Width of the input for an output of the given width."""
+        return output_size * (2 if self.is_gated else 1)

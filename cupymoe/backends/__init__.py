@@ -1,0 +1,82 @@
+"""The registry of backends: who can compute the experts, and who takes a call.
+
+A backend says of every call whether it serves it. ``"auto"`` takes the first that does; a named one that can't raises
+with its reason. Nothing falls back to another formula.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Protocol
+
+import torch
+
+from cupymoe.activation import MoEActivation
+
+
+class ExpertsCall(NamedTuple):
+    """What a backend may know of a call before it runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    activation: MoEActivation
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    aligned_weights: bool
+    """Whether both weights start on 16 bytes."""
+
+
+class Backend(Protocol):
+    """One way to compute the experts."""
+
+    name: str
+
+    def unsupported_reason(self, call: ExpertsCall) -> str | None:
+        """Why this backend can't serve the call; None if it can."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        activation: MoEActivation,
+    ) -> torch.Tensor:
+        """``[T, H]`` in the dtype of ``hidden_states``; arguments are checked, contiguous, with at least one pair."""
+
+
+@functools.cache
+def registry() -> dict[str, Backend]:
+    """Every backend by name, in the order in which ``"auto"`` asks them."""
+    from cupymoe.backends.grouped import GroupedBackend
+    from cupymoe.backends.reference import ReferenceBackend
+
+    return {backend.name: backend for backend in (GroupedBackend(), ReferenceBackend())}
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: ``name`` is neither ``"auto"`` nor a backend's.
+    """
+    if name != "auto" and name not in registry():
+        raise ValueError(f"backend must be one of {['auto', *registry()]}, got {name!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def select(name: str, call: ExpertsCall) -> Backend:
+    """The backend that serves a call.
+
+    Raises:
+        ValueError: the named backend is unknown or does not serve the call; the message says why.
+    """
+    check_name(name)
+    for backend in registry().values() if name == "auto" else (registry()[name],):
+        reason = backend.unsupported_reason(call)
+        if reason is None:
+            return backend
+    raise ValueError(f"backend {name!r} does not serve this call: {reason}")

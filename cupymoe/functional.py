@@ -1,0 +1,229 @@
+"""The public functions. Each checks its arguments before anything is launched, then calls its torch op."""
+
+from __future__ import annotations
+
+import torch
+
+from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import check_name
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_ROUTED_EXPERTS = 1024
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    """Rank and the sizes that are given."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(
+        size is not None and size != given for size, given in zip(shape, tensor.shape, strict=True)
+    ):
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+
+
+def _check_floating(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+
+
+def _check_served_by_kernel(name: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type == "cuda" and tensor.dtype not in _KERNEL_DTYPES:
+        raise TypeError(
+            f"{name} must be bfloat16, float16 or float32 on CUDA, got {tensor.dtype} "
+            "(cupymoe.reference computes any floating dtype)"
+        )
+
+
+def _check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
+    if dtype and tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
+
+
+def _member(activation: MoEActivation | str) -> MoEActivation:
+    return activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
+
+
+def _check_activation_input(name: str, input: torch.Tensor, activation: MoEActivation) -> None:
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
+    _check_floating(name, input)
+    _check_served_by_kernel(name, input)
+    if input.dim() == 0 or (activation.is_gated and input.shape[-1] % 2):
+        raise ValueError(
+            f"{name} must have shape {'[..., 2N]' if activation.is_gated else '[..., N]'} for {activation.name}, "
+            f"got {list(input.shape)}"
+        )
+
+
+def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torch.Tensor:
+    """``act(gate) * up`` in fp32, rounded once to the dtype of ``input``.
+
+    Args:
+        activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
+        input: ``[..., 2N]`` holding ``[gate | up]`` (interleaved for SWIGLUOAI), or ``[..., N]`` for an ungated member;
+            bfloat16, float16 or float32 (float64 too on the CPU). Copied once if it is not contiguous.
+
+    Returns:
+        ``[..., N]``, same dtype and device. Differentiable with respect to ``input``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+    member = _member(activation)
+    _check_activation_input("input", input, member)
+    output: torch.Tensor = getattr(torch.ops.cupymoe, member.custom_op_name)(input)
+    return output
+
+
+def gelu_tanh_and_mul(input: torch.Tensor) -> torch.Tensor:
+    """``gelu_tanh(gate) * up`` of ``[..., 2N]``: Gemma 4's expert activation.
+
+    ``gelu_tanh(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``, Hendrycks and Gimpel, arXiv:1606.08415.
+    Arguments, result and errors as :func:`moe_activation`.
+    """
+    return moe_activation(MoEActivation.GELU_TANH, input)
+
+
+def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    """Write ``act(gate) * up`` of ``input`` into ``output`` and return it: vLLM's calling convention.
+
+    Args:
+        activation: as for :func:`moe_activation`.
+        output: ``[..., N]``, dtype and device of ``input``; written through a copy if it is not contiguous.
+            It may be ``input`` itself for an ungated member, and may not overlap it otherwise.
+        input: as for :func:`moe_activation`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        RuntimeError: a gradient was asked for; :func:`moe_activation` is the differentiable form.
+    """
+    member = _member(activation)
+    _check_activation_input("input", input, member)
+    columns = input.shape[-1] // 2 if member.is_gated else input.shape[-1]
+    _check_tensor("output", output, (*input.shape[:-1], columns))
+    _check_same("output", output, "input", input, dtype=True)
+    if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
+        raise RuntimeError("apply_moe_activation writes in place and has no gradient: use moe_activation")
+    in_place = not member.is_gated and output.is_set_to(input)
+    if not torch.compiler.is_compiling() and _overlap(output, input) and not in_place:
+        raise ValueError("output must not overlap input (an ungated activation may write onto input itself)")
+    torch.ops.cupymoe.apply_moe_activation(member.value, output, input)
+    return output
+
+
+def _memory_span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first element and past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (last + 1)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.device.type == "meta" or not a.numel() or not b.numel():
+        return False
+    (a_first, a_end), (b_first, b_end) = _memory_span(a), _memory_span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    *,
+    per_expert_scale: torch.Tensor | None = None,
+    renormalize: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top k experts of each token and their weights, as transformers' ``Gemma4TextRouter``.
+
+    ``p = softmax(router_logits)`` over all experts in fp32; the k largest, by falling logit, equal logits to the lower
+    index; ``w = p / sum of the chosen p`` (``renormalize``); ``w *= per_expert_scale[expert]``.
+
+    Args:
+        router_logits: ``[T, E]``, bfloat16, float16 or float32 (float64 too on the CPU), E at most 1024 on CUDA.
+            Copied once if it is not contiguous. A row with a NaN or +inf has NaN weights, and still k valid indices.
+        top_k: 1 to E.
+        per_expert_scale: ``[E]`` floating, same device, or None.
+
+    Returns:
+        ``(top_k_weights, top_k_index)``: float32 and int64, ``[T, top_k]``. The weights are differentiable with respect
+        to ``router_logits`` and ``per_expert_scale``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+    _check_tensor("router_logits", router_logits, (None, None))
+    _check_floating("router_logits", router_logits)
+    _check_served_by_kernel("router_logits", router_logits)
+    num_experts = router_logits.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
+    if router_logits.device.type == "cuda" and num_experts > _MAX_ROUTED_EXPERTS:
+        raise ValueError(f"router_logits must have at most {_MAX_ROUTED_EXPERTS} experts on CUDA, got {num_experts}")
+    if per_expert_scale is not None:
+        _check_tensor("per_expert_scale", per_expert_scale, (num_experts,))
+        _check_floating("per_expert_scale", per_expert_scale)
+        _check_served_by_kernel("per_expert_scale", per_expert_scale)
+        _check_same("per_expert_scale", per_expert_scale, "router_logits", router_logits, dtype=False)
+    weights, index = torch.ops.cupymoe.route(router_logits, top_k, per_expert_scale, renormalize)
+    return weights, index
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    activation: MoEActivation | str,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``output[t] = sum over k of w[t, k] * down[e] @ act(gate_up[e] @ x[t])`` with ``e = top_k_index[t, k]``.
+
+    Args:
+        hidden_states: ``[T, H]`` floating; copied once if it is not contiguous.
+        gate_up_proj: ``[E, 2I, H]``, the first I rows the gate (``[E, I, H]`` if ungated), contiguous.
+        down_proj: ``[E, H, I]``, contiguous.
+        top_k_index: ``[T, K]`` int32 or int64. An index outside ``[0, E)`` masks its pair: it contributes nothing and
+            no weight is read for it (expert parallelism).
+        top_k_weights: ``[T, K]`` floating, used in float32 (float64 stays).
+        activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
+        backend: ``"auto"`` (the first that serves the call), ``"grouped"`` or ``"reference"``.
+
+    Returns:
+        ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
+        ``hidden_states``, both weights and ``top_k_weights``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
+            not serve the call.
+    """
+    member = _member(activation)
+    _check_tensor("hidden_states", hidden_states, (None, None))
+    _check_floating("hidden_states", hidden_states)
+    num_tokens, hidden_size = hidden_states.shape
+    _check_tensor("down_proj", down_proj, (None, hidden_size, None))
+    num_experts, _, intermediate_size = down_proj.shape
+    _check_tensor("gate_up_proj", gate_up_proj, (num_experts, member.input_size(intermediate_size), hidden_size))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        _check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+        if not weight.is_contiguous():
+            raise ValueError(f"{name} must be contiguous (weights are never copied), got strides {weight.stride()}")
+    _check_tensor("top_k_index", top_k_index, (num_tokens, None))
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
+    _check_same("top_k_index", top_k_index, "hidden_states", hidden_states, dtype=False)
+    _check_tensor("top_k_weights", top_k_weights, tuple(top_k_index.shape))
+    _check_floating("top_k_weights", top_k_weights)
+    _check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
+    check_name(backend)
+    if top_k_weights.dtype not in (torch.float32, torch.float64):
+        top_k_weights = top_k_weights.float()
+    output: torch.Tensor = torch.ops.cupymoe.fused_experts(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
+    )
+    return output

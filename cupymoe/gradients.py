@@ -1,0 +1,136 @@
+"""Gradients of the public functions in plain torch: right first, fast later. They run wherever the forward ran.
+
+Each takes what its function saved and returns unrounded gradients cast to the dtype of what they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cupymoe.activation import MoEActivation
+from cupymoe.reference import (
+    GELU_TANH_CUBIC,
+    GELU_TANH_LINEAR,
+    SWIGLU_LIMIT,
+    SWIGLUOAI_ALPHA,
+    activate,
+    split_gate_up,
+    work_dtype,
+)
+
+
+def _sigmoid_product(
+    x: torch.Tensor, z: torch.Tensor, z_slope: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x * sigmoid(z)`` and its derivative in x."""
+    s = torch.sigmoid(z)
+    return x * s, s + x * s * (1 - s) * z_slope
+
+
+def _gate_and_slope(gate: torch.Tensor, activation: MoEActivation) -> tuple[torch.Tensor, torch.Tensor]:
+    """``act(gate)`` and its derivative."""
+    match activation.function:
+        case "SILU":
+            return _sigmoid_product(gate, gate, 1.0)
+        case "GELU":
+            probability = 0.5 * torch.erfc(gate * -math.sqrt(0.5))
+            density = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
+            return gate * probability, probability + gate * density
+        case "GELU_TANH":
+            z = GELU_TANH_LINEAR * gate + GELU_TANH_CUBIC * gate**3
+            return _sigmoid_product(gate, z, GELU_TANH_LINEAR + 3 * GELU_TANH_CUBIC * gate.square())
+        case "RELU2":
+            positive = torch.relu(gate)
+            return positive.square(), 2 * positive
+        case "SWIGLUOAI":
+            clamped = gate.clamp(max=SWIGLU_LIMIT)
+            value, slope = _sigmoid_product(clamped, SWIGLUOAI_ALPHA * clamped, SWIGLUOAI_ALPHA)
+            return value, slope * (gate <= SWIGLU_LIMIT)
+        case "SWIGLUSTEP":
+            value, slope = _sigmoid_product(gate, gate, 1.0)
+            return value.clamp(max=SWIGLU_LIMIT), slope * (value <= SWIGLU_LIMIT)
+        case _:
+            raise AssertionError(activation)
+
+
+def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+    """Gradient of :func:`reference.activate` with respect to ``input``, in the dtype of ``input``."""
+    work = work_dtype(input.dtype)
+    grad = grad.to(work)
+    gate, up = split_gate_up(input.to(work), activation)
+    value, slope = _gate_and_slope(gate, activation)
+    if not activation.is_gated:
+        return (grad * slope).to(input.dtype)
+    up_factor, up_slope = up, torch.ones_like(up)
+    if activation.function.startswith("SWIGLU"):
+        up_factor, up_slope = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT), (up.abs() <= SWIGLU_LIMIT).to(work)
+    if activation is MoEActivation.SWIGLUOAI:
+        up_factor = up_factor + 1
+    halves = (grad * up_factor * slope, grad * value * up_slope)
+    joined = torch.stack(halves, -1).flatten(-2) if activation.is_interleaved else torch.cat(halves, -1)
+    return joined.to(input.dtype)
+
+
+def route_backward(
+    grad_weights: torch.Tensor,
+    router_logits: torch.Tensor,
+    top_k_index: torch.Tensor,
+    per_expert_scale: torch.Tensor | None,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the weights of :func:`reference.route`: of the logits, and of the scale (zeros without one)."""
+    work = work_dtype(router_logits.dtype)
+    logits, grad = router_logits.to(work), grad_weights.to(work)
+    if renormalize:
+        # The denominator of the softmax cancels: the weights are a softmax over the chosen logits alone.
+        unscaled = torch.softmax(logits.gather(-1, top_k_index), dim=-1)
+    else:
+        unscaled = torch.softmax(logits, dim=-1).gather(-1, top_k_index)
+    grad_scale = torch.zeros(logits.shape[-1], dtype=work, device=logits.device)
+    if per_expert_scale is not None:
+        grad_scale.index_add_(0, top_k_index.flatten(), (grad * unscaled).flatten())
+        grad = grad * per_expert_scale.to(work)[top_k_index]
+    weighted = grad * unscaled
+    total = weighted.sum(-1, keepdim=True)
+    if renormalize:
+        grad_logits = torch.zeros_like(logits).scatter(-1, top_k_index, weighted - unscaled * total)
+    else:
+        grad_logits = (torch.softmax(logits, dim=-1) * -total).scatter_add(-1, top_k_index, weighted)
+    scale_dtype = per_expert_scale.dtype if per_expert_scale is not None else work
+    return grad_logits.to(router_logits.dtype), grad_scale.to(scale_dtype)
+
+
+def experts_backward(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: MoEActivation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`reference.experts`: hidden_states, gate_up_proj, down_proj, top_k_weights.
+
+    An expert without tokens has a gradient of zeros, and so has a masked pair's weight.
+    """
+    work = work_dtype(hidden_states.dtype)
+    grad_hidden = torch.zeros(hidden_states.shape, dtype=work, device=hidden_states.device)
+    grad_gate_up, grad_down = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
+    grad_weights = torch.zeros(top_k_weights.shape, dtype=work, device=hidden_states.device)
+    for expert in range(gate_up_proj.shape[0]):
+        token, k = torch.where(top_k_index == expert)
+        if not len(token):
+            continue
+        states, grad_output = hidden_states[token].to(work), grad[token].to(work)
+        w_gate_up, w_down = gate_up_proj[expert].to(work), down_proj[expert].to(work)
+        gate_up = states @ w_gate_up.T
+        intermediate = activate(gate_up, activation)
+        grad_weights[token, k] = (grad_output * (intermediate @ w_down.T)).sum(-1)
+        grad_expert_output = grad_output * top_k_weights[token, k, None].to(work)
+        grad_down[expert] = grad_expert_output.T @ intermediate
+        grad_of_gate_up = activation_backward(grad_expert_output @ w_down, gate_up, activation)
+        grad_gate_up[expert] = grad_of_gate_up.T @ states
+        grad_hidden.index_add_(0, token, grad_of_gate_up @ w_gate_up)
+    return grad_hidden.to(hidden_states.dtype), grad_gate_up, grad_down, grad_weights.to(top_k_weights.dtype)

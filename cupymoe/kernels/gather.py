@@ -1,0 +1,44 @@
+"""Launcher of ``cuda_src/gather.cu``. Oracle: ``hidden_states[token_of_slot]``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from cupymoe.kernels.bridge import current_stream, row_defines, row_geometry, vector_width
+from cupymoe.kernels.jit import Kernel, Variant, kernel
+
+
+def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
+    """The compilation for one dtype, row width and number of choices."""
+    return Variant("gather", row_defines(dtype, columns, width, top_k))
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, columns: int, width: int, top_k: int, device: int) -> Kernel:
+    return kernel(variant(dtype, columns, width, top_k), "gather", device)
+
+
+def gather(hidden_states: torch.Tensor, slot_of_pair: torch.Tensor) -> torch.Tensor:
+    """Rows of the tokens in expert order, ``[T * K, H]``; rows without a pair (masked ones' share) are undefined.
+
+    Args:
+        hidden_states: ``[T, H]``, contiguous, at least one token.
+        slot_of_pair: ``[T, K]`` int32 of :class:`SortedPairs`.
+    """
+    num_tokens, columns = hidden_states.shape
+    top_k = slot_of_pair.shape[1]
+    expert_hidden_states = hidden_states.new_empty((num_tokens * top_k, columns))
+    device = hidden_states.device.index
+    width = vector_width(columns, hidden_states)
+    blocks, threads = row_geometry(columns, width)
+    _kernel(hidden_states.dtype, columns, width, top_k, device)(
+        (num_tokens, blocks),
+        threads,
+        current_stream(device),
+        hidden_states.data_ptr(),
+        slot_of_pair.data_ptr(),
+        expert_hidden_states.data_ptr(),
+    )
+    return expert_hidden_states

@@ -1,0 +1,233 @@
+"""Compiles a CUDA source on its first use, and launches it: raw pointers, torch's current stream.
+
+One compile per (source, defines, device), under a lock; CuPy keeps the cubin on disk for the next process.
+This is the only module that knows NVRTC's options and CuPy's habits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import re
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from cupymoe.kernels import cuda_sources
+
+SUPPORTED_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+# Distributions that install the module `cupy`; two of them overwrite each other's files.
+_CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+
+_lock = threading.RLock()
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a source; the message shows the source, the options and the log with file and line."""
+
+
+class Variant(NamedTuple):
+    """One compilation of a source: ``<source>.cu`` under ``-D`` defines."""
+
+    source: str
+    defines: tuple[str, ...]
+
+
+class CompileReport(NamedTuple):
+    """What NVRTC said of a compilation without a GPU."""
+
+    registers: int
+    spill_bytes: int
+    seconds: float
+    log: str
+
+
+class Kernel:
+    """A compiled entry point on one device. Every parameter is 8 bytes wide: a pointer or a u64."""
+
+    def __init__(self, module: Any, entry: str, launch: Any) -> None:
+        self._raw_kernel = module.get_function(entry)  # keeps the module loaded
+        self._function = self._raw_kernel.kernel.ptr
+        self._launch = launch
+
+    def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
+        """Launch; the tensors behind the pointers must live until the stream has passed the kernel."""
+        count = len(arguments)
+        buffer = (ctypes.c_uint64 * count)(*arguments)
+        size = ctypes.c_size_t(8 * count)
+        # cuLaunchKernel's `extra`: 1 is CU_LAUNCH_PARAM_BUFFER_POINTER, 2 is ..._BUFFER_SIZE, 0 ends the list.
+        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+        self._launch(self._function, grid[0], grid[1], 1, block, 1, 1, 0, stream, 0, ctypes.addressof(extra))
+
+
+def installed_cupys() -> dict[str, str]:
+    """Versions of the installed distributions that provide the module ``cupy``."""
+    found = {}
+    for name in _CUPY_DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def import_cupy() -> ModuleType:
+    """The module ``cupy``, imported when a kernel is first needed.
+
+    Raises:
+        ImportError: CuPy is missing, or two distributions of it are installed over each other.
+    """
+    found = installed_cupys()
+    if len(found) > 1:
+        raise ImportError(
+            f"{' and '.join(found)} are installed over each other, both as the module cupy. Keep the one of your CUDA "
+            f"major: pip uninstall -y {' '.join(found)} && pip install cupy-cuda12x  (or cupy-cuda13x)"
+        )
+    _ensure_cache_folder()
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise ImportError(f"cupymoe's CUDA kernels need CuPy: pip install cupy-cuda12x ({error})") from error
+    return cupy
+
+
+def cache_folder() -> str:
+    """The folder in which CuPy keeps compiled kernels."""
+    return os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+
+
+def _ensure_cache_folder() -> None:
+    # CuPy creates its cache folder at import and fails where it can't (nixpkgs#551032).
+    try:
+        os.makedirs(cache_folder(), exist_ok=True)
+    except OSError as error:
+        _warn_about_cache(error)
+        os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="cupymoe-")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _warn_about_cache(error: OSError) -> None:
+    _warn_once(
+        f"CuPy's kernel cache {cache_folder()} can't be written ({error.strerror}): kernels are compiled anew in every "
+        "process. Set CUPY_CACHE_DIR to a writable folder."
+    )
+
+
+@contextmanager
+def _in_memory_cache() -> Iterator[None]:
+    before = os.environ.get("CUPY_CACHE_IN_MEMORY")
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUPY_CACHE_IN_MEMORY"]
+        else:
+            os.environ["CUPY_CACHE_IN_MEMORY"] = before
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """NVRTC's name of a compute capability; Hopper's is the one with wgmma and TMA."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    return "sm_90a" if name == "sm_90" else name
+
+
+def _options(variant: Variant, arch: str) -> tuple[str, ...]:
+    return (f"-arch={arch}", "-std=c++17", "-lineinfo", *(f"-D{define}" for define in variant.defines))
+
+
+def _compile_error(variant: Variant, arch: str, log: str) -> CompileError:
+    return CompileError(f"{variant.source}.cu does not compile with {' '.join(_options(variant, arch))}:\n{log}")
+
+
+@functools.cache
+def _load(variant: Variant, device: int) -> Any:
+    """The loaded module; callers hold the lock, so that each is compiled once."""
+    cupy = import_cupy()
+    arch = architecture(torch.cuda.get_device_capability(device))
+    code = cuda_sources.expanded(variant.source)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=code, options=_options(variant, arch))
+        try:
+            try:
+                module.compile()
+            except OSError as error:
+                _warn_about_cache(error)
+                with _in_memory_cache():
+                    module = cupy.RawModule(code=code, options=_options(variant, arch))
+                    module.compile()
+        except cupy.cuda.compiler.CompileException as error:
+            raise _compile_error(variant, arch, error.get_message()) from error
+    return module
+
+
+@functools.cache
+def _kernel(variant: Variant, entry: str, device: int) -> Kernel:
+    from cupy_backends.cuda.api import driver
+
+    module = _load(variant, device)
+    cupy = import_cupy()
+    with cupy.cuda.Device(device):
+        return Kernel(module, entry, driver.launchKernel)
+
+
+def kernel(variant: Variant, entry: str, device: int) -> Kernel:
+    """The compiled entry point of a variant on a device, compiled and loaded when first asked for.
+
+    Raises:
+        CompileError: NVRTC refused the source.
+        ImportError: see :func:`import_cupy`.
+    """
+    with _lock:
+        return _kernel(variant, entry, device)
+
+
+def compiled_variants() -> int:
+    """How many variants this process has compiled or loaded."""
+    return _load.cache_info().currsize
+
+
+def compile_offline(variant: Variant, arch: str) -> CompileReport:
+    """Compile for an architecture with NVRTC alone; needs no GPU and caches nothing.
+
+    Raises:
+        CompileError: NVRTC refused the source.
+    """
+    import_cupy()
+    from cupy.cuda import nvrtc
+
+    # What CuPy adds on its own, so that this compiles what a device would run.
+    options = (*_options(variant, arch), "-ftz=true", "--ptxas-options=-v")
+    program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
+    start = time.perf_counter()
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise _compile_error(variant, arch, nvrtc.getProgramLog(program)) from error
+    else:
+        seconds = time.perf_counter() - start
+        log = nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    return CompileReport(
+        registers=max(map(int, re.findall(r"Used (\d+) registers", log)), default=0),
+        spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        seconds=seconds,
+        log=log,
+    )

@@ -1,0 +1,86 @@
+"""Launcher of ``cuda_src/sort_by_expert.cu``. Oracle: ``torch.sort(stable=True)`` over the experts of the pairs."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.jit import Kernel, Variant, kernel
+
+PAIRS_PER_BLOCK = 4096
+MAX_EXPERTS = 1024
+MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
+
+_INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
+
+
+class SortedPairs(NamedTuple):
+    """The (token, k) pairs in expert order; a slot is a place in that order, masked pairs have none."""
+
+    expert_offsets: torch.Tensor
+    """``[E + 1]`` int32: first slot of each expert; the last is the number of pairs kept."""
+    token_of_slot: torch.Tensor
+    """``[T * K]`` int32; undefined from ``expert_offsets[E]`` on."""
+    slot_of_pair: torch.Tensor
+    """``[T, K]`` int32; -1 for a masked pair."""
+
+
+def warps(num_experts: int) -> int:
+    """Warps of a block: each has a counter per expert, in at most 48 KB."""
+    return 32 if num_experts <= 256 else 8
+
+
+def variant(index_dtype: torch.dtype, num_experts: int, top_k: int) -> Variant:
+    """The compilation for one number of experts and of choices."""
+    return Variant(
+        "sort_by_expert",
+        (
+            f"INDEX={_INDEX_TYPES[index_dtype]}",
+            f"NUM_EXPERTS={num_experts}",
+            f"TOP_K={top_k}",
+            f"WARPS={warps(num_experts)}",
+            f"PAIRS_PER_BLOCK={PAIRS_PER_BLOCK}",
+        ),
+    )
+
+
+@functools.cache
+def _kernel(entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, device: int) -> Kernel:
+    return kernel(variant(index_dtype, num_experts, top_k), entry, device)
+
+
+def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
+    """Stable order of the pairs by expert. One launch up to 4096 pairs, two beyond.
+
+    Args:
+        top_k_index: ``[T, K]`` int32 or int64, contiguous, at least one pair; an index outside ``[0, num_experts)``
+            is masked.
+    """
+    num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
+    device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
+    expert_offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
+    token_of_slot = top_k_index.new_empty(num_pairs, dtype=torch.int32)
+    slot_of_pair = top_k_index.new_empty(top_k_index.shape, dtype=torch.int32)
+    blocks, threads = -(-num_pairs // PAIRS_PER_BLOCK), warps(num_experts) * 32
+    block_counts = 0
+    if blocks > 1:
+        counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
+        block_counts = counts.data_ptr()
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device)(
+            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
+        )
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, device)(
+        (blocks, 1),
+        threads,
+        stream,
+        top_k_index.data_ptr(),
+        block_counts,
+        expert_offsets.data_ptr(),
+        token_of_slot.data_ptr(),
+        slot_of_pair.data_ptr(),
+        num_pairs,
+    )
+    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair)

@@ -1,0 +1,283 @@
+"""The torch ops behind the public functions: ``torch.ops.cupymoe.*``, with fake implementations and gradients.
+
+They trust their arguments; :mod:`cupymoe.functional` checks them. Registered through ``torch.library.Library`` because
+its dispatch costs 2 us a call, ``custom_op``'s 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from cupymoe import gradients, reference
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import ExpertsCall, select
+
+_library = torch.library.Library("cupymoe", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"cupymoe::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"cupymoe::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes a CUDA tensor's device the current one, where it isn't."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+    if input.device.type != "cuda":
+        return output.copy_(reference.activate(input, activation))
+    from cupymoe.kernels.gated_activation import gated_activation
+
+    with on_device_of(input):
+        if output.is_contiguous():
+            return gated_activation(input.contiguous(), output, activation)
+        contiguous = torch.empty_like(output, memory_format=torch.contiguous_format)
+        return output.copy_(gated_activation(input.contiguous(), contiguous, activation))
+
+
+def _new_output(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+    columns = input.shape[-1] // 2 if activation.is_gated else input.shape[-1]
+    return input.new_empty((*input.shape[:-1], columns))
+
+
+def _register_activation(activation: MoEActivation) -> None:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return _activate_into(input, _new_output(input, activation), activation)
+
+    def fake(input: torch.Tensor) -> torch.Tensor:
+        return _new_output(input, activation)
+
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        gradient: torch.Tensor = torch.ops.cupymoe.activation_backward(grad, ctx.saved_tensors[0], activation.value)
+        return gradient
+
+    _register(f"{activation.custom_op_name}(Tensor input) -> Tensor", forward, fake, backward, setup_context)
+
+
+for _activation in MoEActivation:
+    _register_activation(_activation)
+
+
+def _activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
+    return gradients.activation_backward(grad, input, MoEActivation(activation))
+
+
+def _activation_backward_fake(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
+    return input.new_empty(input.shape)
+
+
+_register(
+    "activation_backward(Tensor grad, Tensor input, str activation) -> Tensor",
+    _activation_backward,
+    _activation_backward_fake,
+)
+
+
+def _apply_moe_activation(activation: str, output: torch.Tensor, input: torch.Tensor) -> None:
+    _activate_into(input, output, MoEActivation(activation))
+
+
+_register(
+    "apply_moe_activation(str activation, Tensor(a!) output, Tensor input) -> ()",
+    _apply_moe_activation,
+    lambda activation, output, input: None,
+)
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def _route(
+    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if router_logits.device.type != "cuda":
+        weights, index = reference.route(router_logits, top_k, per_expert_scale, renormalize)
+        return weights.float(), index
+    from cupymoe.kernels.route import route
+
+    scale = per_expert_scale.contiguous() if per_expert_scale is not None else None
+    with on_device_of(router_logits):
+        return route(router_logits.contiguous(), top_k, scale, renormalize)
+
+
+def _route_fake(
+    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (router_logits.shape[0], top_k)
+    return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int64)
+
+
+def _route_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    router_logits, _, per_expert_scale, ctx.renormalize = inputs
+    ctx.save_for_backward(router_logits, output[1], per_expert_scale)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_grad(ctx: Any, grad_weights: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    router_logits, index, per_expert_scale = ctx.saved_tensors
+    grad_logits, grad_scale = torch.ops.cupymoe.route_backward(
+        grad_weights, router_logits, index, per_expert_scale, ctx.renormalize
+    )
+    return grad_logits, None, None if per_expert_scale is None else grad_scale, None
+
+
+def _route_backward_fake(
+    grad_weights: torch.Tensor,
+    router_logits: torch.Tensor,
+    top_k_index: torch.Tensor,
+    per_expert_scale: torch.Tensor | None,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_dtype = reference.work_dtype(router_logits.dtype) if per_expert_scale is None else per_expert_scale.dtype
+    return (
+        router_logits.new_empty(router_logits.shape),
+        router_logits.new_empty(router_logits.shape[1], dtype=scale_dtype),
+    )
+
+
+_register(
+    "route(Tensor router_logits, int top_k, Tensor? per_expert_scale, bool renormalize) -> (Tensor, Tensor)",
+    _route,
+    _route_fake,
+    _route_grad,
+    _route_setup,
+)
+_register(
+    "route_backward(Tensor grad_weights, Tensor router_logits, Tensor top_k_index, Tensor? per_expert_scale, "
+    "bool renormalize) -> (Tensor, Tensor)",
+    gradients.route_backward,
+    _route_backward_fake,
+)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def experts_call(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    activation: MoEActivation,
+) -> ExpertsCall:
+    """What the backends are asked about."""
+    num_tokens, top_k = top_k_index.shape
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    return ExpertsCall(
+        device=hidden_states.device,
+        dtype=hidden_states.dtype,
+        activation=activation,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        aligned_weights=gate_up_proj.data_ptr() % 16 == 0 and down_proj.data_ptr() % 16 == 0,
+    )
+
+
+def _fused_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: str,
+    backend: str,
+) -> torch.Tensor:
+    member = MoEActivation(activation)
+    chosen = select(backend, experts_call(hidden_states, gate_up_proj, down_proj, top_k_index, member))
+    if top_k_index.numel() == 0:
+        return hidden_states.new_zeros(hidden_states.shape)
+    with on_device_of(hidden_states):
+        return chosen(
+            hidden_states.contiguous(),
+            gate_up_proj,
+            down_proj,
+            top_k_index.contiguous(),
+            top_k_weights.contiguous(),
+            member,
+        )
+
+
+def _fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def _fused_experts_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _fused_experts_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, ctx.activation)
+    grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_top_k_weights = grads
+    return grad_hidden_states, grad_gate_up_proj, grad_down_proj, None, grad_top_k_weights, None, None
+
+
+def _fused_experts_backward(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    with on_device_of(grad):
+        return gradients.experts_backward(
+            grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, MoEActivation(activation)
+        )
+
+
+def _fused_experts_backward_fake(
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, ...]:
+    differentiable = (hidden_states, gate_up_proj, down_proj, top_k_weights)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in differentiable)
+
+
+_register(
+    "fused_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor top_k_index, "
+    "Tensor top_k_weights, str activation, str backend) -> Tensor",
+    _fused_experts,
+    _fused_experts_fake,
+    _fused_experts_grad,
+    _fused_experts_setup,
+)
+_register(
+    "fused_experts_backward(Tensor grad, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
+    "Tensor top_k_index, Tensor top_k_weights, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fused_experts_backward,
+    _fused_experts_backward_fake,
+)

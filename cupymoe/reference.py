@@ -1,0 +1,92 @@
+"""The truth, in plain torch: any device, any floating dtype, no kernels. In float64 it is the oracle of every test.
+
+16-bit inputs are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cupymoe.activation import MoEActivation
+
+SWIGLUOAI_ALPHA = 1.702
+SWIGLU_LIMIT = 7.0
+GELU_TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_TANH_CUBIC = 0.044715 * GELU_TANH_LINEAR
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a computation on ``dtype`` runs in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def split_gate_up(input: torch.Tensor, activation: MoEActivation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up of ``[..., 2N]``; an ungated input is its own gate, with an up of one."""
+    if not activation.is_gated:
+        return input, torch.ones((), dtype=input.dtype, device=input.device)
+    if activation.is_interleaved:
+        return input[..., 0::2], input[..., 1::2]
+    gate, up = input.chunk(2, dim=-1)
+    return gate, up
+
+
+def activate(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+    """``act(gate) * up`` of ``[..., 2N]`` (or ``act(x)`` of ``[..., N]``), unrounded in the work dtype.
+
+    Sigmoid and erfc forms, because ``1 + tanh`` and ``1 + erf`` cancel for negative gates, in float64 too.
+    """
+    gate, up = split_gate_up(input.to(work_dtype(input.dtype)), activation)
+    if activation.function.startswith("SWIGLU"):
+        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    match activation.function:
+        case "SILU":
+            return gate * torch.sigmoid(gate) * up
+        case "GELU":
+            return gate * 0.5 * torch.erfc(gate * -math.sqrt(0.5)) * up
+        case "GELU_TANH":
+            return gate * torch.sigmoid(GELU_TANH_LINEAR * gate + GELU_TANH_CUBIC * gate**3) * up
+        case "RELU2":
+            return torch.relu(gate).square() * up
+        case "SWIGLUOAI":
+            gate = gate.clamp(max=SWIGLU_LIMIT)
+            return gate * torch.sigmoid(SWIGLUOAI_ALPHA * gate) * (up + 1)
+        case "SWIGLUSTEP":
+            return (gate * torch.sigmoid(gate)).clamp(max=SWIGLU_LIMIT) * up
+        case _:
+            raise AssertionError(activation)
+
+
+def route(
+    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None = None, renormalize: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and experts of each token: softmax over all experts, top k of the logits, ties to the lower index."""
+    logits = router_logits.to(work_dtype(router_logits.dtype))
+    index = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    weights = torch.softmax(logits, dim=-1).gather(-1, index)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    if per_expert_scale is not None:
+        weights = weights * per_expert_scale.to(weights.dtype)[index]
+    return weights, index
+
+
+def experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: MoEActivation,
+) -> torch.Tensor:
+    """Each token's weighted sum over its experts, ``[T, H]`` in the work dtype; masked pairs contribute nothing."""
+    work = work_dtype(hidden_states.dtype)
+    output = torch.zeros(hidden_states.shape, dtype=work, device=hidden_states.device)
+    for expert in range(gate_up_proj.shape[0]):
+        token, k = torch.where(top_k_index == expert)
+        if len(token):
+            gate_up = hidden_states[token].to(work) @ gate_up_proj[expert].to(work).T
+            expert_output = activate(gate_up, activation) @ down_proj[expert].to(work).T
+            output.index_add_(0, token, expert_output * top_k_weights[token, k, None].to(work))
+    return output
