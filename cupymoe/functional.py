@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
@@ -12,53 +15,64 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROUTED_EXPERTS = 1024
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    """Rank and the sizes that are given."""
+class _Description(NamedTuple):
+    """What the checks look at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    is_contiguous: bool
+
+
+def _describe(name: str, tensor: torch.Tensor) -> _Description:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dim() != len(shape) or any(
-        size is not None and size != given for size, given in zip(shape, tensor.shape, strict=True)
+    return _Description(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+
+
+def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
+    """Rank and the sizes that are not None."""
+    if len(given.shape) != len(shape) or any(
+        size is not None and size != actual for size, actual in zip(shape, given.shape, strict=True)
     ):
         expected = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape [{expected}], got {list(given.shape)}")
 
 
-def _check_floating(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    if tensor.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+def _check_floating(name: str, given: _Description) -> None:
+    if not given.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {given.dtype}")
+    if given.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {given.device}")
 
 
-def _check_served_by_kernel(name: str, tensor: torch.Tensor) -> None:
-    if tensor.device.type == "cuda" and tensor.dtype not in _KERNEL_DTYPES:
+def _check_served_by_kernel(name: str, given: _Description) -> None:
+    _check_floating(name, given)
+    if given.device.type == "cuda" and given.dtype not in _KERNEL_DTYPES:
         raise TypeError(
-            f"{name} must be bfloat16, float16 or float32 on CUDA, got {tensor.dtype} "
+            f"{name} must be bfloat16, float16 or float32 on CUDA, got {given.dtype} "
             "(cupymoe.reference computes any floating dtype)"
         )
 
 
-def _check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}")
-    if dtype and tensor.dtype != other.dtype:
-        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {tensor.dtype}")
+def _check_same(name: str, given: _Description, other_name: str, other: _Description, *, dtype: bool) -> None:
+    if given.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {given.device}")
+    if dtype and given.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {given.dtype}")
 
 
 def _member(activation: MoEActivation | str) -> MoEActivation:
     return activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
 
 
-def _check_activation_input(name: str, input: torch.Tensor, activation: MoEActivation) -> None:
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(input).__name__}")
-    _check_floating(name, input)
-    _check_served_by_kernel(name, input)
-    if input.dim() == 0 or (activation.is_gated and input.shape[-1] % 2):
-        raise ValueError(
-            f"{name} must have shape {'[..., 2N]' if activation.is_gated else '[..., N]'} for {activation.name}, "
-            f"got {list(input.shape)}"
-        )
+def _check_activation_input(input: torch.Tensor, activation: MoEActivation) -> _Description:
+    given = _describe("input", input)
+    _check_served_by_kernel("input", given)
+    if not given.shape or (activation.is_gated and given.shape[-1] % 2):
+        expected = "[..., 2N]" if activation.is_gated else "[..., N]"
+        raise ValueError(f"input must have shape {expected} for {activation.name}, got {list(given.shape)}")
+    return given
 
 
 def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torch.Tensor:
@@ -76,7 +90,7 @@ def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torc
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
     member = _member(activation)
-    _check_activation_input("input", input, member)
+    _check_activation_input(input, member)
     output: torch.Tensor = getattr(torch.ops.cupymoe, member.custom_op_name)(input)
     return output
 
@@ -104,10 +118,10 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
         RuntimeError: a gradient was asked for; :func:`moe_activation` is the differentiable form.
     """
     member = _member(activation)
-    _check_activation_input("input", input, member)
+    given_input, given_output = _check_activation_input(input, member), _describe("output", output)
     columns = input.shape[-1] // 2 if member.is_gated else input.shape[-1]
-    _check_tensor("output", output, (*input.shape[:-1], columns))
-    _check_same("output", output, "input", input, dtype=True)
+    _check_shape("output", given_output, (*input.shape[:-1], columns))
+    _check_same("output", given_output, "input", given_input, dtype=True)
     if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
         raise RuntimeError("apply_moe_activation writes in place and has no gradient: use moe_activation")
     in_place = not member.is_gated and output.is_set_to(input)
@@ -155,19 +169,19 @@ def route(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    _check_tensor("router_logits", router_logits, (None, None))
-    _check_floating("router_logits", router_logits)
-    _check_served_by_kernel("router_logits", router_logits)
+    logits = _describe("router_logits", router_logits)
+    _check_shape("router_logits", logits, (None, None))
+    _check_served_by_kernel("router_logits", logits)
     num_experts = router_logits.shape[1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
-    if router_logits.device.type == "cuda" and num_experts > _MAX_ROUTED_EXPERTS:
+    if logits.device.type == "cuda" and num_experts > _MAX_ROUTED_EXPERTS:
         raise ValueError(f"router_logits must have at most {_MAX_ROUTED_EXPERTS} experts on CUDA, got {num_experts}")
     if per_expert_scale is not None:
-        _check_tensor("per_expert_scale", per_expert_scale, (num_experts,))
-        _check_floating("per_expert_scale", per_expert_scale)
-        _check_served_by_kernel("per_expert_scale", per_expert_scale)
-        _check_same("per_expert_scale", per_expert_scale, "router_logits", router_logits, dtype=False)
+        scale = _describe("per_expert_scale", per_expert_scale)
+        _check_shape("per_expert_scale", scale, (num_experts,))
+        _check_served_by_kernel("per_expert_scale", scale)
+        _check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
     weights, index = torch.ops.cupymoe.route(router_logits, top_k, per_expert_scale, renormalize)
     return weights, index
 
@@ -203,27 +217,52 @@ def fused_experts(
             not serve the call.
     """
     member = _member(activation)
-    _check_tensor("hidden_states", hidden_states, (None, None))
-    _check_floating("hidden_states", hidden_states)
-    num_tokens, hidden_size = hidden_states.shape
-    _check_tensor("down_proj", down_proj, (None, hidden_size, None))
-    num_experts, _, intermediate_size = down_proj.shape
-    _check_tensor("gate_up_proj", gate_up_proj, (num_experts, member.input_size(intermediate_size), hidden_size))
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        _check_same(name, weight, "hidden_states", hidden_states, dtype=True)
-        if not weight.is_contiguous():
-            raise ValueError(f"{name} must be contiguous (weights are never copied), got strides {weight.stride()}")
-    _check_tensor("top_k_index", top_k_index, (num_tokens, None))
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
-    _check_same("top_k_index", top_k_index, "hidden_states", hidden_states, dtype=False)
-    _check_tensor("top_k_weights", top_k_weights, tuple(top_k_index.shape))
-    _check_floating("top_k_weights", top_k_weights)
-    _check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
-    check_name(backend)
+    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 3.
+    check = _check_experts if torch.compiler.is_compiling() else _check_experts_cached
+    check(
+        _describe("hidden_states", hidden_states),
+        _describe("gate_up_proj", gate_up_proj),
+        _describe("down_proj", down_proj),
+        _describe("top_k_index", top_k_index),
+        _describe("top_k_weights", top_k_weights),
+        member,
+        backend,
+    )
     if top_k_weights.dtype not in (torch.float32, torch.float64):
         top_k_weights = top_k_weights.float()
-    output: torch.Tensor = torch.ops.cupymoe.fused_experts(
+    output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
     )
     return output
+
+
+def _check_experts(
+    hidden_states: _Description,
+    gate_up_proj: _Description,
+    down_proj: _Description,
+    top_k_index: _Description,
+    top_k_weights: _Description,
+    activation: MoEActivation,
+    backend: str,
+) -> None:
+    _check_shape("hidden_states", hidden_states, (None, None))
+    _check_floating("hidden_states", hidden_states)
+    num_tokens, hidden_size = hidden_states.shape
+    _check_shape("down_proj", down_proj, (None, hidden_size, None))
+    num_experts, _, intermediate_size = down_proj.shape
+    _check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        _check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+        if not weight.is_contiguous:
+            raise ValueError(f"{name} must be contiguous: weights are never copied")
+    _check_shape("top_k_index", top_k_index, (num_tokens, None))
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
+    _check_same("top_k_index", top_k_index, "hidden_states", hidden_states, dtype=False)
+    _check_shape("top_k_weights", top_k_weights, tuple(top_k_index.shape))
+    _check_floating("top_k_weights", top_k_weights)
+    _check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
+    check_name(backend)
+
+
+_check_experts_cached = functools.lru_cache(maxsize=4096)(_check_experts)

@@ -49,14 +49,13 @@ __device__ __forceinline__ Scaled exp_of_minus(TwoFloats z) {
     p = fma_rn(p, r, 1.0f / 24);
     p = fma_rn(p, r, 1.0f / 6);
     p = fma_rn(p, r, 0.5f);
-    p = fma_rn(p, r, 1.0f);
-    return {fma_rn(p, r, 1.0f), (int)n};
+    return {1.0f + fma_rn(p, r * r, r), (int)n};
 }
 
-// factor * scaled, rounded once also where the result is subnormal: 2^exponent goes in two steps, the first exact.
-__device__ __forceinline__ float times(float factor, Scaled scaled) {
-    int half = scaled.exponent / 2;
-    return mul_rn(mul_rn(mul_rn(factor, scaled.mantissa), power_of_two(half)), power_of_two(scaled.exponent - half));
+// value * 2^exponent, rounded once also where the result is subnormal: the first of the two steps is exact.
+__device__ __forceinline__ float scale(float value, int exponent) {
+    int half = exponent / 2;
+    return mul_rn(mul_rn(value, power_of_two(half)), power_of_two(exponent - half));
 }
 
 __device__ __forceinline__ float value_of(Scaled scaled) {
@@ -68,8 +67,12 @@ __device__ __forceinline__ float value_of(Scaled scaled) {
 __device__ __forceinline__ float times_logistic(float x, TwoFloats z, float cutoff) {
     if (x < -cutoff) return mul_rn(x, 0.0f);
     Scaled e = exp_of_minus(z);
-    float factor = 1.0f / (1.0f + value_of(e));
-    return x < 0.0f ? times(x, {e.mantissa * factor, e.exponent}) : mul_rn(x, factor);
+    float value = value_of(e), denominator = 1.0f + value;
+    if (!(x < 0.0f)) return mul_rn(x, 1.0f / denominator);
+    // The quotient's residual also carries the rounding of the denominator.
+    float quotient = e.mantissa / denominator;
+    float residual = fma_rn(-quotient, denominator, e.mantissa) - quotient * (value - (denominator - 1.0f));
+    return scale(fma_rn(x, quotient, x * (residual * reciprocal_approx(denominator))), e.exponent);
 }
 
 __device__ __forceinline__ float times_logistic_approx(float x, float z_log2e) {
@@ -81,11 +84,12 @@ __device__ __forceinline__ float times_logistic_approx(float x, float z_log2e) {
 __device__ __forceinline__ TwoFloats gelu_tanh_argument(float a) {
     const float c1 = 1.5957692f, c1_low = -4.534068e-8f;
     const float c3 = 0.071354814f, c3_low = 2.3988325e-9f;
-    float square = a * a, square_low = fma_rn(a, a, -square);
-    float cubic = c3 * square, cubic_low = fma_rn(c3, square, -cubic) + fma_rn(c3, square_low, c3_low * square);
+    // mul_rn, because the compiler would contract a product and the sum it goes into, and the errors would not be these.
+    float square = mul_rn(a, a), square_low = fma_rn(a, a, -square);
+    float cubic = mul_rn(c3, square), cubic_low = fma_rn(c3, square, -cubic) + fma_rn(c3, square_low, c3_low * square);
     float sum = c1 + cubic, of_cubic = sum - c1;
     float sum_low = (c1 - (sum - of_cubic)) + (cubic - of_cubic) + (c1_low + cubic_low);
-    float z = a * sum;
+    float z = mul_rn(a, sum);
     return {z, fma_rn(a, sum, -z) + a * sum_low};
 }
 
@@ -113,7 +117,7 @@ __device__ __forceinline__ float scaled_normal_tail(float a) {
 template <bool kPrecise> __device__ __forceinline__ float silu(float x, float alpha, float alpha_low) {
     if (!kPrecise) return times_logistic_approx(x, fabsf(x) * (alpha * 1.44269504f));
     const float cutoff = 110.0f / alpha;
-    float a = fminf(fabsf(x), cutoff), z = a * alpha;
+    float a = fminf(fabsf(x), cutoff), z = mul_rn(a, alpha);
     return times_logistic(x, {z, fma_rn(a, alpha, -z) + a * alpha_low}, cutoff);
 }
 
@@ -130,14 +134,16 @@ template <bool kPrecise> __device__ __forceinline__ float gelu_tanh(float x) {
 template <bool kPrecise> __device__ __forceinline__ float gelu(float x) {
     const float cutoff = 15.0f;
     if (x < -cutoff) return mul_rn(x, 0.0f);
-    float a = fminf(fabsf(x), cutoff), square = a * a;
+    float a = fminf(fabsf(x), cutoff), square = mul_rn(a, a);
     float tail = scaled_normal_tail(a);
     if (!kPrecise) {
         float e = exp2_approx(square * -0.72134752f);
         return mul_rn(x, x < 0.0f ? mul_rn(tail, e) : fma_rn(-tail, e, 1.0f));
     }
     Scaled e = exp_of_minus({0.5f * square, 0.5f * fma_rn(a, a, -square)});
-    return x < 0.0f ? times(x, {tail * e.mantissa, e.exponent}) : mul_rn(x, fma_rn(-tail, value_of(e), 1.0f));
+    if (x >= 0.0f) return mul_rn(x, fma_rn(-tail, value_of(e), 1.0f));
+    float product = mul_rn(x, tail), product_low = fma_rn(x, tail, -product);
+    return scale(fma_rn(product, e.mantissa, product_low * e.mantissa), e.exponent);
 }
 
 template <int kActivation, bool kPrecise> __device__ __forceinline__ float activate(float gate, float up) {
@@ -149,7 +155,8 @@ template <int kActivation, bool kPrecise> __device__ __forceinline__ float activ
     up = up > SWIGLU_LIMIT ? SWIGLU_LIMIT : up < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : up;
     if (kActivation == SWIGLUOAI) {
         gate = gate > SWIGLU_LIMIT ? SWIGLU_LIMIT : gate;
-        return mul_rn(silu<kPrecise>(gate, SWIGLUOAI_ALPHA, -2.193451e-8f), up + 1.0f);
+        float gated = silu<kPrecise>(gate, SWIGLUOAI_ALPHA, -2.193451e-8f);
+        return fma_rn(gated, up, gated);
     }
     float gated = silu<kPrecise>(gate, 1.0f, 0.0f);
     return mul_rn(gated > SWIGLU_LIMIT ? SWIGLU_LIMIT : gated, up);

@@ -30,9 +30,9 @@ def vector_width(columns: int, *tensors: torch.Tensor) -> int:
 
 
 def row_geometry(columns: int, width: int) -> tuple[int, int]:
-    """(blocks, threads) that cover one row with ``width`` columns a thread, the threads a multiple of a warp."""
+    """(blocks, threads) that cover one row with ``width`` columns a thread: at most 256 threads, in whole warps."""
     threads = -(-columns // width)
-    blocks = -(-threads // 512)
+    blocks = -(-threads // 256)
     return blocks, -(-threads // (blocks * 32)) * 32
 
 

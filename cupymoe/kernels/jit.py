@@ -53,6 +53,20 @@ class CompileReport(NamedTuple):
     log: str
 
 
+class _ParameterBuffer(threading.local):
+    """A thread's own place for a kernel's parameters; the driver copies them before the launch returns."""
+
+    def __init__(self) -> None:
+        self.values = (ctypes.c_uint64 * 16)()
+        self.size = ctypes.c_size_t()
+        # cuLaunchKernel's `extra`: 1 is CU_LAUNCH_PARAM_BUFFER_POINTER, 2 is ..._BUFFER_SIZE, 0 ends the list.
+        self._extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(self.values), 2, ctypes.addressof(self.size), 0)
+        self.extra = ctypes.addressof(self._extra)
+
+
+_parameters = _ParameterBuffer()
+
+
 class Kernel:
     """A compiled entry point on one device. Every parameter is 8 bytes wide: a pointer or a u64."""
 
@@ -63,12 +77,10 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
         """Launch; the tensors behind the pointers must live until the stream has passed the kernel."""
-        count = len(arguments)
-        buffer = (ctypes.c_uint64 * count)(*arguments)
-        size = ctypes.c_size_t(8 * count)
-        # cuLaunchKernel's `extra`: 1 is CU_LAUNCH_PARAM_BUFFER_POINTER, 2 is ..._BUFFER_SIZE, 0 ends the list.
-        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
-        self._launch(self._function, grid[0], grid[1], 1, block, 1, 1, 0, stream, 0, ctypes.addressof(extra))
+        parameters = _parameters
+        parameters.values[: len(arguments)] = list(arguments)
+        parameters.size.value = 8 * len(arguments)
+        self._launch(self._function, grid[0], grid[1], 1, block, 1, 1, 0, stream, 0, parameters.extra)
 
 
 def installed_cupys() -> dict[str, str]:

@@ -1,0 +1,263 @@
+#!/usr/bin/env python
+"""cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
+
+Three regimes. ``experts``: the whole experts call for each number of tokens, against transformers and the floor.
+``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import re
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench_peers import (
+    Case,
+    Contender,
+    Oracle,
+    cupymoe_contenders,
+    floor_bytes,
+    floor_flops,
+    make_cases,
+    make_layers,
+    mean_hit_experts,
+    transformers_contenders,
+)
+from bench_stages import STAGES_TOKENS, measure_stages
+from bench_timing import (
+    Captured,
+    Ceilings,
+    capture,
+    capture_read,
+    free_memory,
+    issue_us,
+    measure_ceilings,
+    percentiles,
+    time_in_turn,
+    wall_us,
+)
+from readme_table import Report, experts_table, heading, host_table, percentiles_table, stages_table
+
+import cupymoe
+from cupymoe import Gemma4MoEConfig
+from cupymoe.kernels import cuda_sources, jit
+
+ERROR_LIMIT = 0.0042
+"""transformers' own relative error at this shape, which ours may not exceed."""
+PEER_ERROR_LIMIT = 0.01
+"""Above it a peer did not compute what we do, and its time says nothing."""
+HOST_LOOPS, HOST_REPEATS, HOST_ISSUES = 300, 5, 200
+
+
+class Bench:
+    """The weights, the contenders and the failures of one run."""
+
+    def __init__(self, config: Gemma4MoEConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.buffer, self.layers = make_layers(config, device)
+        self.peers, notes = transformers_contenders(config, self.layers)
+        self.failures: list[str] = []
+        for note in notes:
+            click.echo(note)
+
+    def contenders(self, cases: list[Case]) -> dict[str, Contender]:
+        """Who computes these cases, cupymoe first."""
+        tokens = cases[0].inputs.hidden_states.shape[0]
+        ours, notes = cupymoe_contenders(self.config, cases[0])
+        for note in notes:
+            click.echo(note)
+        peers = {name: peer for name, peer in self.peers.items() if tokens <= (peer.max_tokens or tokens)}
+        return {**ours, **peers}
+
+    def error(self, name: str, tokens: int, captured: Captured, oracles: list[Oracle]) -> float:
+        """Largest relative error of a fresh replay's outputs; what is wrong with them goes to the failures."""
+        for output in captured.outputs:
+            output.fill_(float("nan"))
+        captured.graph.replay()
+        if not all(output.isfinite().all() for output in captured.outputs):
+            self.failures.append(f"{name} gave values that are not finite, or left some unwritten, at T={tokens}")
+        error = max(oracle.error(output) for oracle, output in zip(oracles, captured.outputs, strict=False))
+        limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
+        if not error <= limit:
+            self.failures.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
+        return float(f"{error:.4g}")
+
+    def experts_row(self, tokens: int, ceilings: Ceilings) -> dict[str, Any]:
+        """One of the ``"rows"`` of ``experts.json``."""
+        cases = make_cases(self.config, self.layers, tokens)
+        hit_experts = mean_hit_experts(cases)
+        oracles = [Oracle.of(self.config, case) for case in cases[: len(self.layers)]]
+        contenders = self.contenders(cases)
+        captured = {name: capture([each.bind(case) for case in cases]) for name, each in contenders.items()}
+        error = {name: self.error(name, tokens, each, oracles) for name, each in captured.items()}
+        read = capture_read(self.buffer, floor_bytes(self.config, tokens, hit_experts), len(cases))
+        ms = time_in_turn({"read": read, **captured})
+        compute_ms = floor_flops(self.config, tokens) / ceilings.bf16_tflops / 1e9
+        return {
+            "tokens": tokens,
+            "hit_experts": round(hit_experts, 2),
+            "floor_ms": float(f"{max(ms.pop('read')['p50'], compute_ms):.5g}"),
+            "error": error,
+            "ms": ms,
+        }
+
+    def experts(self, tokens: tuple[int, ...]) -> dict[str, Any]:
+        """What ``experts.json`` holds beside the heading."""
+        ceilings = measure_ceilings(self.buffer, len(self.layers))
+        click.echo(f"ceilings: raw read {ceilings.read_tbs} TB/s, bf16 product {ceilings.bf16_tflops} TFLOP/s")
+        rows = []
+        for count in tokens:
+            rows.append(self.experts_row(count, ceilings))
+            free_memory()
+            medians = ", ".join(f"{name} {ms['p50']:.4f}" for name, ms in rows[-1]["ms"].items())
+            click.echo(f"T={count}: floor {rows[-1]['floor_ms']:.4f}, {medians} ms")
+        return {"ceilings": ceilings._asdict(), "rows": rows}
+
+    def host(self) -> dict[str, Any]:
+        """What ``host.json`` holds beside the heading: eager calls at one token."""
+        cases = make_cases(self.config, self.layers, 1)
+        oracles = [Oracle.of(self.config, case) for case in cases[: len(self.layers)]]
+        calls = {name: [each.bind(case) for case in cases] for name, each in self.contenders(cases).items()}
+        captured = {name: capture(each) for name, each in calls.items()}
+        for name, each in captured.items():
+            self.error(name, 1, each, oracles)
+        gpu_ms = time_in_turn(captured)
+        wall: dict[str, list[float]] = {name: [] for name in calls}
+        for each in calls.values():
+            wall_us(each, HOST_LOOPS // 3)
+        for _ in range(HOST_REPEATS):
+            for name, each in calls.items():
+                wall[name].append(wall_us(each, HOST_LOOPS))
+        return {
+            "tokens": 1,
+            "calls": [
+                {
+                    "name": name,
+                    "wall_us": percentiles(wall[name]),
+                    "host_us": percentiles([issue_us(each[i % len(each)]) for i in range(HOST_ISSUES)]),
+                    "gpu_us": {q: float(f"{1e3 * ms:.5g}") for q, ms in gpu_ms[name].items()},
+                }
+                for name, each in calls.items()
+            ],
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that bears on the times."""
+    found = {
+        "cupymoe": cupymoe.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        **jit.installed_cupys(),
+    }
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["transformers"] = metadata.version("transformers")
+    return found
+
+
+def report_heading(device: str) -> Report:
+    """What every report starts with."""
+    return {
+        "device": device,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions(),
+        "cuda_src_sha256": cuda_sources.sha256(),
+    }
+
+
+def report_folder(output: Path, device: str) -> Path:
+    """``benchmarks/nvidia-h100-80gb-hbm3``, say."""
+    return output / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_report(path: Path, report: Report) -> None:
+    """As indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"wrote {path}")
+
+
+def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Positive numbers between commas."""
+    try:
+        tokens = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"must be numbers between commas, got {value!r}") from None
+    if min(tokens) < 1:
+        raise click.BadParameter(f"must be positive, got {value!r}")
+    return tokens
+
+
+@click.command()
+@click.option(
+    "--tokens",
+    callback=parse_tokens,
+    default="1,4,16,64,256,1024,4096,16384",
+    show_default=True,
+    help="Numbers of tokens of the experts regime. The report holds these rows and no others.",
+)
+@click.option("--regime", type=click.Choice(["experts", "stages", "host", "all"]), default="experts", show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="benchmarks",
+    show_default=True,
+    help="Reports go to <output>/<device>/<regime>.json.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of weights, inputs and routing.")
+@torch.inference_mode()
+def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
+    """Measure cupymoe and its peers on this machine's GPU.
+
+    Exits with 1, and writes no report, if an output is not finite or an error is above its limit.
+    """
+    if not torch.cuda.is_available():
+        raise click.ClickException("bench.py measures a CUDA GPU, and torch sees none on this machine")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(seed)
+    start = report_heading(torch.cuda.get_device_name(device))
+    folder = report_folder(output, start["device"])
+    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    tables, failures = [], []
+
+    def keep(name: str, found: Report, failed: list[str]) -> Report:
+        report = {**start, **found}
+        failures.extend(failed)
+        if not failed:
+            write_report(folder / f"{name}.json", report)
+        return report
+
+    if regime in ("stages", "all"):
+        stages, failed = measure_stages(config, device)
+        tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
+    if regime in ("host", "all"):
+        bench = Bench(config, device)
+        tables.append(host_table(keep("host", bench.host(), bench.failures)))
+        del bench
+        free_memory()
+    if regime in ("experts", "all"):
+        bench = Bench(config, device)
+        report = keep("experts", bench.experts(tokens), bench.failures)
+        tables += [percentiles_table(report), experts_table(report)]
+    for table in tables:
+        click.echo(f"\n{table}")
+    if failures:
+        raise click.ClickException("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What ``bench.py`` measures: one mixture's weights and inputs, and who computes it, cupymoe's backends and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+import cupymoe
+from cupymoe import Gemma4MoEConfig, reference
+from cupymoe.backends import registry
+from cupymoe.ops import experts_call
+
+LAYERS = 3
+WEIGHT_STD = 0.02
+ORACLE_TOKENS = 256
+BATCHED_MM_MAX_TOKENS = 16
+"""``batched_mm`` copies the weights of every pair: 12 MB each, 1.5 GB at 16 tokens."""
+
+
+class Layer(NamedTuple):
+    """Weights of one layer's experts."""
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+
+
+class Inputs(NamedTuple):
+    """What the experts of a layer are given."""
+
+    hidden_states: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+
+
+class Case(NamedTuple):
+    """One call: the layer's number, its weights, its input."""
+
+    layer: int
+    weights: Layer
+    inputs: Inputs
+
+
+class Contender(NamedTuple):
+    """One way to compute a case."""
+
+    bind: Callable[[Case], Callable[[], torch.Tensor]]
+    """A call without arguments, so that it can be captured and timed."""
+    max_tokens: int | None = None
+
+
+def make_layers(config: Gemma4MoEConfig, device: torch.device | str) -> tuple[torch.Tensor, list[Layer]]:
+    """Random bf16 weights of ``LAYERS`` layers, as views into one buffer, which comes first."""
+    experts, hidden, intermediate = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    gate_up_shape = (experts, config.activation.input_size(intermediate), hidden)
+    down_shape = (experts, hidden, intermediate)
+    sizes = [torch.Size(shape).numel() for shape in (gate_up_shape, down_shape)]
+    buffer = torch.empty(LAYERS, sum(sizes), dtype=torch.bfloat16, device=device)
+    layers = []
+    for row in buffer:
+        gate_up, down = row.normal_(std=WEIGHT_STD).split(sizes)
+        layers.append(Layer(gate_up.view(gate_up_shape), down.view(down_shape)))
+    return buffer.flatten(), layers
+
+
+def make_inputs(config: Gemma4MoEConfig, tokens: int, device: torch.device | str) -> Inputs:
+    """Normal hidden states; each token's experts distinct and uniform; float32 weights, as Gemma 4's router gives."""
+    shape = (tokens, config.top_k_experts)
+    return Inputs(
+        torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device),
+        torch.rand(tokens, config.num_experts, device=device).topk(config.top_k_experts).indices,
+        torch.randn(shape, device=device).softmax(dim=-1),
+    )
+
+
+def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int) -> list[Case]:
+    """Enough calls that no weights stay cached and a graph's start does not count; the layers take turns."""
+    count = 24 if tokens <= 4 else 12 if tokens <= 64 else 2 * LAYERS if tokens <= 256 else LAYERS
+    if tokens > 1024:
+        count = 2
+    device = layers[0].down_proj.device
+    return [Case(i % len(layers), layers[i % len(layers)], make_inputs(config, tokens, device)) for i in range(count)]
+
+
+def mean_hit_experts(cases: list[Case]) -> float:
+    """Experts with at least one token, on average over the cases."""
+    return sum(case.inputs.top_k_index.unique().numel() for case in cases) / len(cases)
+
+
+def floor_bytes(config: Gemma4MoEConfig, tokens: int, hit_experts: float, element_size: int = 2) -> int:
+    """Fewest bytes a call moves: the hit experts' weights once, the hidden states in and out."""
+    input_size = config.activation.input_size(config.moe_intermediate_size)
+    expert = (input_size + config.moe_intermediate_size) * config.hidden_size
+    return int((hit_experts * expert + 2 * tokens * config.hidden_size) * element_size)
+
+
+def floor_flops(config: Gemma4MoEConfig, tokens: int) -> int:
+    """Operations of both products of every pair."""
+    input_size = config.activation.input_size(config.moe_intermediate_size)
+    return 2 * tokens * config.top_k_experts * config.hidden_size * (input_size + config.moe_intermediate_size)
+
+
+class Oracle(NamedTuple):
+    """A case in float64: all tokens up to 1024, else a random choice of them."""
+
+    rows: torch.Tensor
+    truth: torch.Tensor
+
+    @classmethod
+    def of(cls, config: Gemma4MoEConfig, case: Case) -> Oracle:
+        """Computed one expert at a time, each expert's weights brought to float64 on their own."""
+        hidden_states, index, weights = case.inputs
+        tokens = hidden_states.shape[0]
+        rows = torch.randperm(tokens, device=hidden_states.device)[: tokens if tokens <= 1024 else ORACLE_TOKENS]
+        truth = reference.experts(
+            hidden_states[rows].double(), *case.weights, index[rows], weights[rows], config.activation
+        )
+        return cls(rows, truth)
+
+    def error(self, output: torch.Tensor) -> float:
+        """Relative norm of the difference."""
+        return ((output[self.rows].double() - self.truth).norm() / self.truth.norm()).item()
+
+
+def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, Contender], list[str]]:
+    """What ``auto`` takes, and every backend but the reference that serves the case; why the others do not."""
+    served, notes = ["auto"], []
+    call = experts_call(case.inputs.hidden_states, *case.weights, case.inputs.top_k_index, config.activation)
+    for name, backend in registry().items():
+        if name == "reference":
+            continue
+        if reason := backend.unsupported_reason(call):
+            notes.append(f"cupymoe:{name} does not serve T={call.num_tokens}: {reason}")
+        else:
+            served.append(name)
+
+    def bind(backend: str, case: Case) -> Callable[[], torch.Tensor]:
+        hidden_states, index, weights = case.inputs
+        return partial(
+            cupymoe.fused_experts,
+            hidden_states,
+            *case.weights,
+            index,
+            weights,
+            activation=config.activation,
+            backend=backend,
+        )
+
+    names = {name: "cupymoe" if name == "auto" else f"cupymoe:{name}" for name in served}
+    return {names[name]: Contender(partial(bind, name)) for name in served}, notes
+
+
+def transformers_contenders(config: Gemma4MoEConfig, layers: list[Layer]) -> tuple[dict[str, Contender], list[str]]:
+    """transformers' ``grouped_mm`` and ``batched_mm`` on its own module, which shares the weights; or why not."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+        from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
+    except ImportError as error:
+        return {}, [f"grouped_mm and batched_mm are not measured: {error}"]
+    sizes = {name: getattr(config, name) for name in Gemma4MoEConfig.__dataclass_fields__}
+    text_config = Gemma4TextConfig(**sizes)
+
+    def module_of(layer: Layer) -> Any:
+        with torch.device("meta"):
+            module = Gemma4TextExperts(text_config)
+        module.gate_up_proj = torch.nn.Parameter(layer.gate_up_proj, requires_grad=False)
+        module.down_proj = torch.nn.Parameter(layer.down_proj, requires_grad=False)
+        return module
+
+    modules = [module_of(layer) for layer in layers]
+
+    def bind(forward: Callable[..., torch.Tensor], case: Case) -> Callable[[], torch.Tensor]:
+        return partial(forward, modules[case.layer], *case.inputs)
+
+    limits = {"grouped_mm": None, "batched_mm": BATCHED_MM_MAX_TOKENS}
+    return {name: Contender(partial(bind, ALL_EXPERTS_FUNCTIONS[name]), limit) for name, limit in limits.items()}, []

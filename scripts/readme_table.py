@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""The README's tables, made from the reports that ``bench.py`` writes; says which reports are stale."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cupymoe.kernels import cuda_sources
+
+Report = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with every column to the right, padded so that it reads as text too."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    table.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
+    )
+
+
+def microseconds(ms: float) -> str:
+    """Three digits or more, of a time in milliseconds."""
+    us = ms * 1e3
+    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+
+
+def heading(report: Report) -> str:
+    """Device, date and versions of a report, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{report['device']}, {report['date']}, {versions}"
+
+
+def peers(report: Report) -> list[str]:
+    """Names of a report that are not cupymoe's, in its order."""
+    names = {name: None for row in report["rows"] for name in row["ms"]}
+    return [name for name in names if name.partition(":")[0] != "cupymoe"]
+
+
+def experts_table(report: Report) -> str:
+    """The table of ``experts.json``: medians in microseconds, each peer's with its ratio to cupymoe's, and errors."""
+    names = peers(report)
+    rows = []
+    for row in report["rows"]:
+        ours = row["ms"]["cupymoe"]["p50"]
+        cells = [str(row["tokens"]), microseconds(row["floor_ms"]), microseconds(ours), f"{ours / row['floor_ms']:.2f}"]
+        for name in names:
+            ms = row["ms"].get(name, {}).get("p50")
+            cells.append("" if ms is None else f"{microseconds(ms)} ({ms / ours:.2f}x)")
+        for name in ("cupymoe", *names):
+            cells.append(f"{row['error'][name]:.5f}" if name in row["error"] else "")
+        rows.append(cells)
+    errors = [f"error {name}" for name in ("cupymoe", *names)]
+    return markdown(["tokens", "floor us", "cupymoe us", "x floor", *(f"{name} us" for name in names), *errors], rows)
+
+
+def percentiles_table(report: Report) -> str:
+    """Every time of ``experts.json``: percentiles in microseconds, ratios to the floor and to cupymoe's median."""
+    rows = []
+    for row in report["rows"]:
+        for name, ms in row["ms"].items():
+            rows.append(
+                [
+                    str(row["tokens"]),
+                    name,
+                    *(microseconds(ms[q]) for q in ("p20", "p50", "p80")),
+                    f"{ms['p50'] / row['floor_ms']:.2f}",
+                    f"{ms['p50'] / row['ms']['cupymoe']['p50']:.2f}",
+                    f"{row['error'][name]:.5f}",
+                ]
+            )
+    return markdown(["tokens", "name", "us p20", "p50", "p80", "x floor", "x cupymoe", "error"], rows)
+
+
+def stages_table(report: Report) -> str:
+    """The table of ``stages.json``: bytes moved and their rate, beside the device copy's."""
+    return markdown(
+        ["stage", "bytes moved", "MB", "us p20", "p50", "p80", "GB/s", "% of copy"],
+        [
+            [
+                stage["name"],
+                stage["counted"],
+                f"{stage['bytes'] / 1e6:.1f}",
+                *(microseconds(stage["ms"][q]) for q in ("p20", "p50", "p80")),
+                f"{stage['gb_per_s']:.0f}",
+                f"{100 * stage['of_copy']:.1f}",
+            ]
+            for stage in report["stages"]
+        ],
+    )
+
+
+def host_table(report: Report) -> str:
+    """The table of ``host.json``: an eager call's wall clock, its host part alone, and the GPU's time, medians."""
+    return markdown(
+        ["call", "tokens", "wall us", "host us", "GPU us"],
+        [
+            [
+                call["name"],
+                str(report["tokens"]),
+                *(f"{call[key]['p50']:.1f}" for key in ("wall_us", "host_us", "gpu_us")),
+            ]
+            for call in report["calls"]
+        ],
+    )
+
+
+def stale_reports(benchmarks: Path) -> list[str]:
+    """A line for each report made from other CUDA sources than the present ones, or that is no report."""
+    present, lines = cuda_sources.sha256(), []
+    for path in sorted(benchmarks.glob("*/*.json")):
+        try:
+            measured = json.loads(path.read_text(encoding="utf-8"))["cuda_src_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            lines.append(f"stale report: {path} has no cuda_src_sha256 ({type(error).__name__}: {error})")
+            continue
+        if measured != present:
+            lines.append(f"stale report: {path} measured cuda_src {measured[:12]}, the sources are {present[:12]}")
+    return lines
+
+
+@click.command()
+@click.argument("reports", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--check-report", is_flag=True, help="Only say which reports under --benchmarks are stale; exits 0.")
+@click.option(
+    "--benchmarks",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(__file__).resolve().parent.parent / "benchmarks",
+    help="Folder of the committed reports.",
+)
+def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> None:
+    """Print the markdown tables of REPORTS, experts.json, stages.json or host.json (default: all committed)."""
+    if check_report:
+        for line in stale_reports(benchmarks):
+            click.echo(line)
+        return
+    tables = {"rows": experts_table, "stages": stages_table, "calls": host_table}
+    for path in reports or sorted(benchmarks.glob("*/*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for key, table in tables.items():
+            if key in report:
+                click.echo(f"{heading(report)}\n\n{table(report)}\n")
+
+
+if __name__ == "__main__":
+    main()

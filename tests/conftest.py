@@ -1,0 +1,33 @@
+"""Shared by every test: what runs without a GPU, and one seed, printed."""
+
+import os
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("CUPYMOE_TEST_SEED", "0"))
+
+
+def pytest_report_header():
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"cupymoe: CUPYMOE_TEST_SEED={SEED}, torch {torch.__version__}, {device}"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """For tests that hold on every device."""
+    return torch.device(request.param)

@@ -1,0 +1,136 @@
+"""Gradients: by finite differences in float64, and against torch's autograd through the reference."""
+
+import pytest
+import torch
+
+from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
+from cupymoe.gradients import route_backward
+from tests.helpers import random_experts
+
+
+def inputs_off_the_kinks(activation, rows=6, columns=5):
+    """Random, both sides of the clamps at 7 and -7 reached, nothing within 1e-3 of a kink of the function."""
+    input = 5 * torch.randn(rows, activation.input_size(columns), dtype=torch.float64)
+    gates, _ = reference.split_gate_up(input, activation)
+    for kink in (0.0, 7.0, -7.0):
+        near = (input - kink).abs() < 1e-3
+        input = torch.where(near, kink + 0.01, input)
+    assert (gates > 7).any()
+    return input.requires_grad_()
+
+
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_activation(activation):
+    assert torch.autograd.gradcheck(lambda input: moe_activation(activation, input), inputs_off_the_kinks(activation))
+
+
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_activation_keeps_dtype_and_rounds_once(activation):
+    input = inputs_off_the_kinks(activation)
+    low = input.detach().bfloat16().requires_grad_()
+    moe_activation(activation, low).sum().backward()
+    truth = low.detach().double().requires_grad_()
+    reference.activate(truth, activation).sum().backward()
+    assert low.grad.dtype == torch.bfloat16
+    # 2^-9 of rounding to bfloat16, and what float32 leaves where the two terms of a slope cancel.
+    torch.testing.assert_close(low.grad.double(), truth.grad, rtol=2**-9 * 1.01, atol=1e-6)
+
+
+def test_activation_of_a_strided_input():
+    input = torch.randn(8, 6, dtype=torch.float64).T.requires_grad_()
+    assert not input.is_contiguous()
+    assert torch.autograd.gradcheck(lambda input: moe_activation("gelu_tanh", input), input)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_route_backward_is_autograd_through_the_reference(renormalize, scaled):
+    logits = torch.randn(9, 7, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(7, dtype=torch.float64, requires_grad=True) if scaled else None
+    weights, index = reference.route(logits, 3, scale, renormalize)
+    grad = torch.randn_like(weights)
+    expected = torch.autograd.grad(weights, [logits, scale] if scaled else [logits], grad)
+    got = route_backward(grad, logits.detach(), index, scale.detach() if scaled else None, renormalize)
+    torch.testing.assert_close(got[: len(expected)], expected, rtol=1e-12, atol=1e-14)
+    assert scaled or not got[1].any()
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_route(device, renormalize, scaled):
+    """The same through the public function, whose weights are float32."""
+    logits = torch.randn(9, 7, device=device, requires_grad=True)
+    scale = torch.randn(7, device=device, requires_grad=True) if scaled else None
+    weights, index = route(logits, 3, per_expert_scale=scale, renormalize=renormalize)
+    assert not index.requires_grad
+    grad = torch.randn_like(weights)
+    weights.backward(grad)
+    truth = [tensor.detach().double().requires_grad_() for tensor in ((logits, scale) if scaled else (logits,))]
+    reference.route(truth[0], 3, truth[1] if scaled else None, renormalize)[0].backward(grad.double())
+    for ours, oracle in zip((logits, scale), truth, strict=False):
+        torch.testing.assert_close(ours.grad.double(), oracle.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_experts(activation):
+    case = random_experts(4, 4, 6, 5, 2, dtype=torch.float64, activation=activation)
+    index = torch.tensor([[0, 1], [-1, 2], [1, 4], [2, 0]])  # two masked pairs; expert 3 has no tokens
+    differentiable = [tensor.requires_grad_() for tensor in (*case[:3], case.top_k_weights.double())]
+
+    def function(hidden_states, gate_up_proj, down_proj, weights):
+        return fused_experts(hidden_states, gate_up_proj, down_proj, index, weights, activation=activation)
+
+    assert torch.autograd.gradcheck(function, differentiable)
+    function(*differentiable).sum().backward()
+    hidden_grad, gate_up_grad, down_grad, weights_grad = (tensor.grad for tensor in differentiable)
+    assert not gate_up_grad[3].any()
+    assert not down_grad[3].any()
+    assert weights_grad[1, 0] == 0
+    assert weights_grad[2, 1] == 0
+    assert hidden_grad.any(dim=-1).all()
+
+
+def test_experts_of_no_tokens():
+    case = random_experts(0, dtype=torch.float64)
+    weights = case.gate_up_proj.requires_grad_()
+    fused_experts(*case, activation="gelu_tanh").sum().backward()
+    assert weights.grad.shape == weights.shape
+    assert not weights.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_keep_dtypes(dtype):
+    """Autograd hands each input a gradient of its own dtype, also where top_k_weights come in float32."""
+    case = random_experts(8, dtype=dtype)
+    differentiable = [tensor.requires_grad_() for tensor in (*case[:3], case.top_k_weights)]
+    fused_experts(*case, activation="gelu_tanh").sum().backward()
+    assert [tensor.grad.dtype for tensor in differentiable] == [dtype, dtype, dtype, torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_experts_on_cuda(activation):
+    """grouped in the forward, plain torch in the backward, against autograd through the float64 reference."""
+    case = random_experts(33, 7, 64, 40, 3, dtype=torch.bfloat16, device="cuda", activation=activation)
+    case.top_k_index[::5, 0], case.top_k_index[1::5, 1] = -1, 7
+    inputs = (*case[:3], case.top_k_weights)
+    ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = fused_experts(*ours[:3], case.top_k_index, ours[3], activation=activation, backend="grouped")
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    truth = [tensor.double().requires_grad_() for tensor in inputs]
+    reference.experts(*truth[:3], case.top_k_index, truth[3], activation).backward(grad.double())
+    for tensor, oracle in zip(ours, truth, strict=True):
+        # Computed in float32 and rounded once: 2^-9 for bfloat16, and float32's own error of the sums (TF32 is off).
+        rtol = 2**-9 * 1.01 if tensor.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(tensor.grad.double(), oracle.grad, rtol=rtol, atol=1e-5 * oracle.grad.abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_activation_on_cuda(activation):
+    input = inputs_off_the_kinks(activation).detach().float().cuda().requires_grad_()
+    moe_activation(activation, input).sum().backward()
+    truth = input.detach().double().requires_grad_()
+    reference.activate(truth, activation).sum().backward()
+    torch.testing.assert_close(input.grad.double(), truth.grad, rtol=1e-5, atol=1e-6)
