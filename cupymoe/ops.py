@@ -46,7 +46,8 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
     if input.device.type != "cuda":
-        return output.copy_(reference.activate(input, activation))
+        # In float64: float32's sigmoid is 0 where bfloat16 still has subnormals.
+        return output.copy_(reference.activate(input.double(), activation))
     from cupymoe.kernels.gated_activation import gated_activation
 
     with on_device_of(input):

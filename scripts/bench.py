@@ -32,6 +32,7 @@ from bench_peers import (
     make_cases,
     make_layers,
     mean_hit_experts,
+    relative_error,
     transformers_contenders,
 )
 from bench_stages import STAGES_TOKENS, measure_stages
@@ -65,7 +66,6 @@ class Bench:
 
     def __init__(self, config: Gemma4MoEConfig, device: torch.device) -> None:
         self.config = config
-        self.device = device
         self.buffer, self.layers = make_layers(config, device)
         self.peers, notes = transformers_contenders(config, self.layers)
         self.failures: list[str] = []
@@ -82,13 +82,13 @@ class Bench:
         return {**ours, **peers}
 
     def error(self, name: str, tokens: int, captured: Captured, oracles: list[Oracle]) -> float:
-        """Largest relative error of a fresh replay's outputs; what is wrong with them goes to the failures."""
+        """Relative error of a fresh replay's outputs; what is wrong with them goes to the failures."""
         for output in captured.outputs:
             output.fill_(float("nan"))
         captured.graph.replay()
         if not all(output.isfinite().all() for output in captured.outputs):
             self.failures.append(f"{name} gave values that are not finite, or left some unwritten, at T={tokens}")
-        error = max(oracle.error(output) for oracle, output in zip(oracles, captured.outputs, strict=False))
+        error = relative_error(oracles, captured.outputs)
         limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
         if not error <= limit:
             self.failures.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
@@ -98,7 +98,7 @@ class Bench:
         """One of the ``"rows"`` of ``experts.json``."""
         cases = make_cases(self.config, self.layers, tokens)
         hit_experts = mean_hit_experts(cases)
-        oracles = [Oracle.of(self.config, case) for case in cases[: len(self.layers)]]
+        oracles = [Oracle.of(self.config, case) for case in cases]
         contenders = self.contenders(cases)
         captured = {name: capture([each.bind(case) for case in cases]) for name, each in contenders.items()}
         error = {name: self.error(name, tokens, each, oracles) for name, each in captured.items()}
@@ -128,12 +128,12 @@ class Bench:
     def host(self) -> dict[str, Any]:
         """What ``host.json`` holds beside the heading: eager calls at one token."""
         cases = make_cases(self.config, self.layers, 1)
-        oracles = [Oracle.of(self.config, case) for case in cases[: len(self.layers)]]
+        oracles = [Oracle.of(self.config, case) for case in cases]
         calls = {name: [each.bind(case) for case in cases] for name, each in self.contenders(cases).items()}
-        captured = {name: capture(each) for name, each in calls.items()}
-        for name, each in captured.items():
-            self.error(name, 1, each, oracles)
-        gpu_ms = time_in_turn(captured)
+        graphs = {name: capture(each) for name, each in calls.items()}
+        for name, captured in graphs.items():
+            self.error(name, 1, captured, oracles)
+        gpu_ms = time_in_turn(graphs)
         wall: dict[str, list[float]] = {name: [] for name in calls}
         for each in calls.values():
             wall_us(each, HOST_LOOPS // 3)

@@ -18,7 +18,7 @@ from cupymoe.kernels.route import route
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 
 STAGES_TOKENS = 16384
-COPY = "copy"
+COPIES = ("memcpy", "copy kernel")
 
 
 class Stage(NamedTuple):
@@ -35,7 +35,7 @@ def _activate(gate_up: torch.Tensor, config: Gemma4MoEConfig, num_rows: torch.Te
 
 
 def make_stages(config: Gemma4MoEConfig, tokens: int, device: torch.device | str) -> dict[str, Stage]:
-    """The stages on random bf16 data, and a device copy of 1.5 GB as their yardstick.
+    """The stages on random bf16 data, and two device copies of 1.5 GB, the faster being their yardstick.
 
     The large ones read and write far more than the L2 holds. ``route`` and ``sort_by_expert`` read a few MB that the
     kernel before them left in L2, here as in a model: their time counts, their rate does not.
@@ -50,8 +50,10 @@ def make_stages(config: Gemma4MoEConfig, tokens: int, device: torch.device | str
     logits, scale = [new(tokens, experts) for _ in inputs], new(experts)
     source = new(768 * 1024**2)
     target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.element_size()
     return {
-        COPY: Stage("reads and writes N", 2 * source.numel() * 2, [partial(target.copy_, source)] * 2),
+        COPIES[0]: Stage("reads and writes N", copied, [partial(target.copy_, source)] * 2),
+        COPIES[1]: Stage("reads and writes N", copied, [partial(torch.abs, source, out=target)] * 2),
         "gated_activation": Stage(
             "reads T*K*2I, writes T*K*I",
             2 * pairs * (width + intermediate),
@@ -92,6 +94,7 @@ def measure_stages(config: Gemma4MoEConfig, device: torch.device | str) -> tuple
         if not all(output.isfinite().all() for output in captured[name].outputs)
     ]
     rates = {name: stage.bytes / times[name]["p50"] / 1e6 for name, stage in stages.items()}
+    copy_rate = max(rates[name] for name in COPIES)
     rows = [
         {
             "name": name,
@@ -99,7 +102,7 @@ def measure_stages(config: Gemma4MoEConfig, device: torch.device | str) -> tuple
             "bytes": stage.bytes,
             "ms": times[name],
             "gb_per_s": float(f"{rates[name]:.5g}"),
-            "of_copy": float(f"{rates[name] / rates[COPY]:.4g}"),
+            "of_copy": float(f"{rates[name] / copy_rate:.4g}"),
         }
         for name, stage in stages.items()
     ]

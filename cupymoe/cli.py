@@ -1,0 +1,158 @@
+"""The command ``cupymoe``: what this machine has, and whether the layer computes what it promises."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+
+import click
+import torch
+
+import cupymoe
+from cupymoe import verification
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import ExpertsCall, registry
+from cupymoe.config import Gemma4MoEConfig
+from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe.verification.result import DTYPES, SHAPES, Setting
+
+_COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(cupymoe.__version__, prog_name="cupymoe")
+def main() -> None:
+    """Gemma 4's mixture of experts on CUDA kernels compiled at run time through CuPy."""
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({platform.machine()})"
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a report carries."""
+    return {
+        "cupymoe": cupymoe.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cupy": ", ".join(f"{name} {version}" for name, version in jit.installed_cupys().items()) or "not installed",
+        "transformers": _version_of("transformers"),
+    }
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="gemma4-26b", show_default=True, help="Sizes.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Element type.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+def verify(as_json: bool, shape: str, dtype: str, seed: int) -> None:
+    """Check the layer against float64, the activation contract and itself. Exits with 1 if a check fails."""
+    setting = Setting(SHAPES[shape], DTYPES[dtype], seed, _device())
+    report = {
+        "device": _device_name(setting.device),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "cuda_src_sha256": cuda_sources.sha256(),
+        "shape": shape,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    if not as_json:
+        click.echo(f"{report['device']}, {report['date']}, {shape}, {dtype}, seed {seed}")
+        click.echo(f"cuda_src {report['cuda_src_sha256']}\n")
+    results = []
+    with torch.inference_mode():
+        for result in verification.run(setting):
+            results.append(result)
+            if not as_json:
+                status = click.style(f"{result.status:8}", fg=_COLORS[result.status])
+                click.echo(f"{status} {result.name:58} {result.detail}")
+    counts = {status: sum(result.status == status for result in results) for status in _COLORS}
+    if as_json:
+        click.echo(json.dumps({**report, "checks": [vars(result) for result in results]}, indent=2))
+    else:
+        click.echo("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    sys.exit(1 if counts["fail"] else 0)
+
+
+@main.command()
+def info() -> None:
+    """Print what this machine has: GPU, CuPy, NVRTC, cache, backends and compiled sources."""
+    device = _device()
+    click.echo(f"device           {_device_name(device)}")
+    for name, version in versions().items():
+        click.echo(f"{name:16} {version}")
+    click.echo(f"nvrtc            {_nvrtc_version()}")
+    click.echo(f"kernel cache     {_cache_state()}")
+    click.echo(f"cuda_src         {cuda_sources.directory()}")
+    click.echo(f"cuda_src_sha256  {cuda_sources.sha256()}")
+    click.echo("\nbackends, in the order in which auto asks them (Gemma 4 26B-A4B)")
+    for name, backend in registry().items():
+        for dtype_name, dtype in DTYPES.items():
+            reason = backend.unsupported_reason(_gemma4_call(device, dtype))
+            click.echo(f"  {name:10} {dtype_name:9} {'serves it' if reason is None else reason}")
+    click.echo("\nCUDA sources")
+    for line in _sources(device):
+        click.echo(f"  {line}")
+
+
+def _nvrtc_version() -> str:
+    try:
+        jit.import_cupy()
+        from cupy.cuda import nvrtc
+
+        return ".".join(map(str, nvrtc.getVersion()))
+    except Exception as error:
+        return f"not usable: {error}"
+
+
+def _cache_state() -> str:
+    folder = jit.cache_folder()
+    existing = folder
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    return folder if os.path.isdir(existing) and os.access(existing, os.W_OK) else f"{folder} (not writable)"
+
+
+def _gemma4_call(device: torch.device, dtype: torch.dtype) -> ExpertsCall:
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    return ExpertsCall(
+        device=device,
+        dtype=dtype,
+        activation=MoEActivation.GELU_TANH,
+        num_tokens=1,
+        top_k=config.top_k_experts,
+        num_experts=config.num_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.moe_intermediate_size,
+        aligned_weights=True,
+    )
+
+
+def _sources(device: torch.device) -> list[str]:
+    """Each source with how long it took to get its first variant ready: compiled, or out of the cache."""
+    if device.type != "cuda":
+        return [f"{name:18} not compiled: no CUDA device" for name in cuda_sources.names()]
+    lines = []
+    for name in cuda_sources.names():
+        variant = next(variant for variant in catalog.variants() if variant.source == name)
+        start = time.perf_counter()
+        jit.kernel(variant, name, device.index)
+        lines.append(f"{name:18} ready in {time.perf_counter() - start:.3f} s")
+    return lines

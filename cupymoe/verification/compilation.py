@@ -1,0 +1,43 @@
+"""Without a GPU: every kernel compiles for every supported architecture, without spills."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from cupymoe.kernels.catalog import variants
+from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, CompileError, Variant, compile_offline
+from cupymoe.verification.result import Result, Setting
+
+
+def checks(setting: Setting) -> Iterator[Result]:
+    """One result a CUDA source."""
+    by_source: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants():
+        by_source[variant.source].append(variant)
+    for source, its_variants in by_source.items():
+        name = f"{source}.cu compiles everywhere without spills"
+        if setting.on_gpu:
+            yield Result(name, "skipped", "the kernels ran on this machine's GPU")
+        else:
+            yield _compile(name, its_variants)
+
+
+def _compile(name: str, its_variants: list[Variant]) -> Result:
+    jobs = [(variant, arch) for variant in its_variants for arch in SUPPORTED_ARCHITECTURES]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            reports = list(pool.map(lambda job: compile_offline(*job), jobs))
+    except ImportError as error:
+        return Result(name, "skipped", str(error))
+    except CompileError as error:
+        return Result(name, "fail", str(error))
+    spilled = sum(report.spill_bytes for report in reports)
+    registers = max(report.registers for report in reports)
+    detail = (
+        f"{len(its_variants)} variants x {', '.join(SUPPORTED_ARCHITECTURES)}: at most {registers} registers, "
+        f"{spilled} bytes spilled"
+    )
+    return Result.of(name, spilled == 0, detail)

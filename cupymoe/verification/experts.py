@@ -1,0 +1,125 @@
+"""The experts against float64 beside transformers', determinism, and CUDA-graph replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cupymoe import reference
+from cupymoe.backends import registry, select
+from cupymoe.functional import fused_experts
+from cupymoe.ops import experts_call
+from cupymoe.verification import transformers_peer
+from cupymoe.verification.result import Result, Setting, largest_error, relative_error
+
+_TOKENS = (1, 7, 64)
+# bfloat16: transformers' own error at the real shape. float16 has 3 more bits.
+_BOUNDS = {torch.bfloat16: 0.0042, torch.float16: 0.0042 / 8, torch.float32: 1e-5}
+_REPEATS = 5
+
+
+def checks(setting: Setting) -> Iterator[Result]:
+    """The experts' half of (b), and (c)."""
+    for num_tokens in _TOKENS:
+        yield from _against_float64(setting, num_tokens)
+    for name in (name for name in registry() if _serves(setting, name)):
+        yield _deterministic(setting, name)
+    yield _graph_replay(setting)
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _inputs(setting: Setting, num_tokens: int) -> Inputs:
+    """Hidden states, distinct random experts, weights; one pair is masked."""
+    config, generator = setting.config, setting.generator()
+    states = torch.randn(
+        num_tokens, config.hidden_size, dtype=setting.dtype, device=setting.device, generator=generator
+    )
+    scores = torch.rand(num_tokens, config.num_experts, device=setting.device, generator=generator)
+    index = scores.topk(config.top_k_experts).indices
+    weights = torch.rand(num_tokens, config.top_k_experts, device=setting.device, generator=generator)
+    return states, index, weights
+
+
+def _run(setting: Setting, inputs: Inputs, backend: str) -> torch.Tensor:
+    states, index, weights = inputs
+    return fused_experts(
+        states, *setting.weights, index, weights, activation=setting.config.activation, backend=backend
+    )
+
+
+def _serves(setting: Setting, backend: str) -> bool:
+    states, index, _ = _inputs(setting, 1)
+    call = experts_call(states, *setting.weights, index, setting.config.activation)
+    return registry()[backend].unsupported_reason(call) is None
+
+
+def _taken_by_auto(setting: Setting) -> str:
+    states, index, _ = _inputs(setting, 1)
+    return select("auto", experts_call(states, *setting.weights, index, setting.config.activation)).name
+
+
+def _truth(setting: Setting, inputs: Inputs) -> torch.Tensor:
+    states, index, weights = inputs
+    # One float64 copy of an expert at a time: all of them would be 6 GB.
+    output = torch.zeros(states.shape, dtype=torch.float64, device=states.device)
+    gate_up, down = setting.weights
+    for expert in torch.unique(index).tolist():
+        masked = torch.where(index == expert, 0, -1)
+        output += reference.experts(
+            states.double(), gate_up[expert, None].double(), down[expert, None].double(), masked, weights.double(),
+            setting.config.activation,
+        )  # fmt: skip
+    return output
+
+
+def _against_float64(setting: Setting, num_tokens: int) -> Iterator[Result]:
+    inputs = _inputs(setting, num_tokens)
+    truth = _truth(setting, inputs)
+    peer = ""
+    allowed = float("inf")
+    if transformers_peer.missing_reason() is None:
+        states, index, weights = inputs
+        with torch.no_grad():
+            theirs = transformers_peer.experts(setting.config, *setting.weights)(
+                states, index, weights.to(states.dtype)
+            )
+        peer = f"; transformers {relative_error(theirs, truth):.5f}"
+        allowed = 2 * largest_error(theirs, truth)
+    for name, backend in registry().items():
+        label = f"experts against float64, T = {num_tokens} ({name})"
+        if not _serves(setting, name):
+            states, index, _ = inputs
+            call = experts_call(states, *setting.weights, index, setting.config.activation)
+            yield Result(label, "skipped", str(backend.unsupported_reason(call)))
+            continue
+        output = _run(setting, inputs, name)
+        error, bound = relative_error(output, truth), _BOUNDS[setting.dtype]
+        passed = error <= bound and largest_error(output, truth) <= allowed
+        yield Result.of(label, passed, f"relative error {error:.5f} of {bound:.5f}{peer}")
+
+
+def _deterministic(setting: Setting, backend: str) -> Result:
+    inputs = _inputs(setting, _TOKENS[-1])
+    first = _run(setting, inputs, backend)
+    equal = all(torch.equal(first, _run(setting, inputs, backend)) for _ in range(_REPEATS))
+    return Result.of(f"same bits every run ({backend})", equal, f"{_REPEATS} repeats, T = {_TOKENS[-1]}")
+
+
+def _graph_replay(setting: Setting) -> Result:
+    name = "CUDA-graph replay gives the eager bits"
+    if not setting.on_gpu:
+        return Result(name, "skipped", "no CUDA device")
+    backend = _taken_by_auto(setting)
+    if backend == "reference":
+        return Result(name, "skipped", f"only the reference serves {setting.dtype}, and it waits for the GPU")
+    inputs = _inputs(setting, _TOKENS[-1])
+    eager = _run(setting, inputs, backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = _run(setting, inputs, backend)
+    replayed.fill_(float("nan"))
+    graph.replay()
+    return Result.of(name, torch.equal(eager, replayed), f"{backend}, output poisoned before the replay")

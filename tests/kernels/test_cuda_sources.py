@@ -1,0 +1,81 @@
+"""Finding, expanding and hashing the CUDA sources."""
+
+import re
+import shutil
+
+import pytest
+
+from cupymoe.kernels import cuda_sources
+from tests.helpers import ROOT, run_python
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of cuda_src that a test may change."""
+    folder = tmp_path / "cuda_src"
+    shutil.copytree(cuda_sources.directory(), folder)
+    monkeypatch.setattr(cuda_sources, "directory", lambda: folder)
+    cuda_sources.expanded.cache_clear()
+    yield folder
+    cuda_sources.expanded.cache_clear()
+
+
+def test_directory_and_names():
+    folder = cuda_sources.directory()
+    assert cuda_sources.names() == sorted(path.stem for path in folder.glob("*.cu"))
+    assert {"gated_activation", "route", "sort_by_expert", "gather", "combine"} <= set(cuda_sources.names())
+    assert (folder / "common" / "dtypes.cuh").is_file()
+
+
+@pytest.mark.parametrize("name", cuda_sources.names())
+def test_expanded_holds_every_include_once(name):
+    text = cuda_sources.expanded(name)
+    assert "#include" not in text
+    assert "#pragma once" not in text
+    first_lines = re.findall(r'^#line 1 "(.*)"$', text, re.MULTILINE)
+    assert first_lines[0] == f"{name}.cu"
+    assert "common/dtypes.cuh" in first_lines
+    assert len(set(first_lines)) == len(first_lines)
+
+
+@pytest.mark.parametrize("name", cuda_sources.names())
+def test_line_directives_name_the_line_that_follows(name):
+    """What a compile error will point at is the line in the file."""
+    lines_of = {}
+    shown, number = None, 0
+    for line in cuda_sources.expanded(name).splitlines():
+        if match := re.fullmatch(r'#line (\d+) "(.*)"', line):
+            number, shown = int(match[1]), match[2]
+            lines_of.setdefault(shown, (cuda_sources.directory() / shown).read_text().splitlines())
+        else:
+            assert line in (lines_of[shown][number - 1], "")
+            number += 1
+
+
+def test_expanded_and_hash_follow_a_header(copied):
+    before_text, before_hash = cuda_sources.expanded("route"), cuda_sources.sha256()
+    assert re.fullmatch(r"[0-9a-f]{64}", before_hash)
+    header = copied / "common" / "dtypes.cuh"
+    header.write_text(header.read_text() + "// changed\n")
+    cuda_sources.expanded.cache_clear()
+    assert cuda_sources.expanded("route") != before_text
+    assert cuda_sources.sha256() != before_hash
+
+
+def test_hash_follows_a_name(copied):
+    before = cuda_sources.sha256()
+    (copied / "route.cu").rename(copied / "router.cu")
+    assert cuda_sources.sha256() != before
+
+
+def test_missing_sources_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_sources, "files", lambda package: tmp_path / "cupymoe")
+    with pytest.raises(FileNotFoundError, match=r"CUDA sources are neither in .*cupymoe nor beside it: reinstall"):
+        cuda_sources.directory.__wrapped__()
+
+
+def test_a_checkout_behind_a_symbolic_link(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(ROOT)
+    code = "from cupymoe.kernels import cuda_sources; print(len(cuda_sources.expanded('route')))"
+    assert int(run_python(code, PYTHONPATH=str(link))) > 1000

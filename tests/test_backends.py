@@ -1,0 +1,89 @@
+"""Who takes a call, and what the others say of it."""
+
+import pytest
+import torch
+
+from cupymoe import MoEActivation
+from cupymoe.backends import ExpertsCall, check_name, registry, select
+
+CALL = ExpertsCall(
+    device=torch.device("cuda", 0),
+    dtype=torch.bfloat16,
+    activation=MoEActivation.GELU_TANH,
+    num_tokens=16,
+    top_k=8,
+    num_experts=128,
+    hidden_size=2816,
+    intermediate_size=704,
+    aligned_weights=True,
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What the backends see of the device, where there is none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    select.cache_clear()
+    yield
+    select.cache_clear()
+
+
+def test_registry_order_ends_with_the_one_that_serves_everything():
+    names = list(registry())
+    assert names[-1] == "reference"
+    assert "grouped" in names
+    assert all(backend.name == name for name, backend in registry().items())
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_backend_serves_or_says_why(hopper, name):
+    for activation in MoEActivation:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            for device in ("cuda:0", "cpu", "meta"):
+                call = CALL._replace(activation=activation, dtype=dtype, device=torch.device(device))
+                reason = registry()[name].unsupported_reason(call)
+                assert reason is None or len(reason) > 10
+                assert reason is None or name != "reference"
+
+
+def test_grouped_serves_gemma_4(hopper):
+    assert registry()["grouped"].unsupported_reason(CALL) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu")}, r"runs on CUDA devices of compute capability 8.0 or newer, not on cpu"),
+        ({"dtype": torch.float32}, r"bfloat16 only, not in torch.float32"),
+        ({"dtype": torch.float16}, r"bfloat16 only, not in torch.float16"),
+        ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
+        ({"intermediate_size": 701}, r"multiples of 8, not 2816 and 701"),
+        ({"aligned_weights": False}, r"both weights must start on 16 bytes"),
+        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
+    ],
+)
+def test_grouped_says_why(hopper, change, reason):
+    with pytest.raises(ValueError, match=rf"backend 'grouped' does not serve this call: .*{reason}"):
+        select("grouped", CALL._replace(**change))
+    assert select("auto", CALL._replace(**change)).name != "grouped"
+
+
+def test_grouped_wants_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert registry()["grouped"].unsupported_reason(CALL) == "it needs compute capability 8.0 or newer"
+
+
+def test_auto_takes_the_first_that_serves(hopper):
+    serving = [name for name, backend in registry().items() if backend.unsupported_reason(CALL) is None]
+    assert select("auto", CALL).name == serving[0]
+    assert select("auto", CALL._replace(device=torch.device("cpu"))).name == "reference"
+    assert select("reference", CALL).name == "reference"
+
+
+@pytest.mark.parametrize("name", ["", "Grouped", "fastest"])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match=rf"backend must be one of \['auto', .*'reference'\], got '{name}'"):
+        check_name(name)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        select(name, CALL)

@@ -1,0 +1,202 @@
+"""The modules against transformers': names, state_dict, shared storage, outputs."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, Gemma4Router, MoEActivation
+from tests.helpers import randomize, transformers_config, transformers_gemma4
+
+KEYS = {
+    "router.proj.weight": (6, 32),
+    "router.scale": (32,),
+    "router.per_expert_scale": (6,),
+    "experts.gate_up_proj": (6, 48, 32),
+    "experts.down_proj": (6, 32, 24),
+}
+
+CONFIG = Gemma4MoEConfig(
+    hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
+)
+
+
+def decoder_layer(**sizes):
+    return randomize(transformers_gemma4().Gemma4TextDecoderLayer(transformers_config(**sizes), 0))
+
+
+def transformers_moe(layer, hidden_states, router_hidden_states):
+    """Gemma4TextDecoderLayer.forward between its norms."""
+    _, weights, index = layer.router(router_hidden_states)
+    return layer.experts(hidden_states, index, weights)
+
+
+def test_state_dict_keys():
+    assert {key: tuple(value.shape) for key, value in Gemma4MoE(CONFIG).state_dict().items()} == KEYS
+
+
+def test_load_a_whole_decoder_layer():
+    layer = decoder_layer()
+    moe = Gemma4MoE(CONFIG)
+    moe.load_decoder_layer(layer.state_dict())
+    for key in KEYS:
+        assert torch.equal(moe.state_dict()[key], layer.state_dict()[key])
+    hidden_states = torch.randn(7, 32)
+    torch.testing.assert_close(moe(hidden_states), transformers_moe(layer, hidden_states, hidden_states))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_load_names_a_missing_key(key):
+    state_dict = Gemma4MoE(CONFIG).state_dict()
+    del state_dict[key]
+    with pytest.raises(RuntimeError, match=rf"(?s)Missing key.*{re.escape(key)}"):
+        Gemma4MoE(CONFIG).load_decoder_layer(state_dict)
+
+
+@pytest.mark.parametrize("key", ["experts.gate_up_proj_bias", "router.norm.weight"])
+def test_load_names_a_left_over_key(key):
+    state_dict = {**Gemma4MoE(CONFIG).state_dict(), key: torch.ones(3), "mlp.gate_proj.weight": torch.ones(3)}
+    with pytest.raises(RuntimeError, match=rf"(?s)Unexpected key.*{re.escape(key)}") as caught:
+        Gemma4MoE(CONFIG).load_decoder_layer(state_dict)
+    assert "mlp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_load_names_a_misshapen_key(key):
+    state_dict = Gemma4MoE(CONFIG).state_dict()
+    state_dict[key] = state_dict[key][1:]
+    with pytest.raises(RuntimeError, match=rf"(?s)size mismatch for {re.escape(key)}"):
+        Gemma4MoE(CONFIG).load_decoder_layer(state_dict)
+
+
+def test_from_transformers_shares_every_parameter():
+    layer = decoder_layer()
+    moe = Gemma4MoE.from_transformers(layer)
+    parameters = dict(moe.named_parameters())
+    assert set(parameters) == set(KEYS)
+    for name, parameter in parameters.items():
+        assert parameter is layer.get_parameter(name)
+    assert moe.training == layer.training
+    assert not Gemma4MoE.from_transformers(layer.eval()).training
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(2, 2), "dense"], ids=["not a decoder layer", "dense decoder layer"])
+def test_from_transformers_wants_experts(layer):
+    if layer == "dense":
+        layer = decoder_layer(enable_moe_block=False)
+    with pytest.raises(ValueError, match=r"decoder_layer must have .router and .experts \(enable_moe_block=True\)"):
+        Gemma4MoE.from_transformers(layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [
+        ("gelu_pytorch_tanh", MoEActivation.GELU_TANH),
+        ("gelu", MoEActivation.GELU),
+        ("silu", MoEActivation.SILU),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_are_transformers(dtype, name, member):
+    """hidden_activation is what the config says; the router sees the residual and the experts what is normalised."""
+    layer = decoder_layer(hidden_activation=name).to(dtype)
+    moe = Gemma4MoE.from_transformers(layer)
+    assert moe.experts.activation is member
+    residual = torch.randn(50, 32, dtype=dtype)
+    normed = layer.pre_feedforward_layernorm_2(residual)
+    expected = transformers_moe(layer, normed, residual)
+    # transformers' routing weights are float32 in both dtypes, and so are ours; sums of 24 and 32 terms near one.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6
+    torch.testing.assert_close(moe(normed, residual), expected, rtol=tolerance, atol=tolerance)
+    batched = moe(normed.view(5, 10, 32), residual.view(5, 10, 32))
+    torch.testing.assert_close(batched.view(50, 32), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_router_probabilities_are_the_same_bits(device):
+    """The logits are rounded where transformers rounds them: in bfloat16 the ties depend on it."""
+    layer = decoder_layer().to(device, torch.bfloat16)
+    router = Gemma4MoE.from_transformers(layer).router
+    hidden_states = torch.randn(200, 32, device=device, dtype=torch.bfloat16)
+    probabilities, weights, index = router(hidden_states)
+    assert torch.equal(probabilities, layer.router(hidden_states)[0])
+    assert (probabilities.dtype, weights.dtype, index.dtype) == (torch.float32, torch.float32, torch.int64)
+
+
+def test_router_differs_from_transformers_in_exact_ties_only(device, capsys):
+    layer = decoder_layer(num_experts=64, top_k_experts=8).to(device, torch.bfloat16)
+    router = Gemma4MoE.from_transformers(layer).router
+    hidden_states = torch.randn(2000, 32, device=device, dtype=torch.bfloat16)
+    probabilities, weights, index = router(hidden_states)
+    _, their_weights, their_index = layer.router(hidden_states)
+    ours, theirs = probabilities.gather(-1, index), probabilities.gather(-1, their_index)
+    differs = index != their_index
+    with capsys.disabled():
+        print(
+            f"\n{differs.sum().item()} of {differs.numel()} choices differ from torch.topk's on {device.type}, all ties"
+        )
+    assert torch.equal(ours, theirs)
+    assert (ours[:, :-1] == ours[:, 1:]).any(), "the case holds no ties"
+    torch.testing.assert_close(weights[~differs], their_weights[~differs].float(), rtol=1e-6, atol=0)
+
+
+def test_experts_call_is_transformers(device):
+    layer = decoder_layer().to(device)
+    experts = Gemma4MoE.from_transformers(layer).experts
+    hidden_states = torch.randn(9, 32, device=device)
+    _, weights, index = layer.router(hidden_states)
+    expected = layer.experts(hidden_states, index, weights)
+    torch.testing.assert_close(experts(hidden_states, index, weights), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_deepcopy_and_pickle(device, copied):
+    moe = randomize(Gemma4MoE(CONFIG, backend="reference")).to(device)
+    hidden_states = torch.randn(4, 32, device=device)
+    twin = copied(moe)
+    assert (twin.config, twin.experts.backend) == (CONFIG, "reference")
+    assert twin.experts.activation is MoEActivation.GELU_TANH
+    assert twin.router.scale.data_ptr() != moe.router.scale.data_ptr()
+    torch.testing.assert_close(twin(hidden_states), moe(hidden_states))
+
+
+def test_a_reassigned_parameter_is_seen(device):
+    moe = randomize(Gemma4MoE(CONFIG)).to(device, torch.bfloat16)
+    hidden_states = torch.randn(4, 32, device=device, dtype=torch.bfloat16)
+    assert moe(hidden_states).any()
+    moe.experts.down_proj = torch.nn.Parameter(torch.zeros_like(moe.experts.down_proj))
+    assert not moe(hidden_states).any()
+
+
+def test_backend_is_the_module_s():
+    moe = randomize(Gemma4MoE(CONFIG, backend="grouped"))
+    with pytest.raises(ValueError, match="backend 'grouped' does not serve this call"):
+        moe(torch.randn(4, 32))
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "router_hidden_states", "message"),
+    [
+        (torch.ones(4, 16), None, r"hidden_states must have 32 columns, got shape \[4, 16\]"),
+        (
+            torch.ones(4, 32),
+            torch.ones(3, 32),
+            r"router_hidden_states must have hidden_states' shape \[4, 32\], got \[3",
+        ),
+    ],
+)
+def test_moe_refuses(hidden_states, router_hidden_states, message):
+    with pytest.raises(ValueError, match=message):
+        Gemma4MoE(CONFIG)(hidden_states, router_hidden_states)
+
+
+def test_moe_of_no_tokens(device):
+    moe = randomize(Gemma4MoE(CONFIG)).to(device)
+    assert moe(torch.empty(2, 0, 32, device=device)).shape == (2, 0, 32)
+
+
+def test_parts_stand_alone():
+    router, experts = randomize(Gemma4Router(CONFIG)), randomize(Gemma4Experts(CONFIG))
+    _, weights, index = router(torch.randn(4, 32))
+    assert experts(torch.randn(4, 32), index, weights).shape == (4, 32)

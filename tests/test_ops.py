@@ -1,0 +1,170 @@
+"""torch.ops.cupymoe.*: opcheck for every op, and torch.compile(fullgraph=True) of what is built on them."""
+
+import copy
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, MoEActivation, apply_moe_activation, fused_experts, route
+from cupymoe import moe_activation as moe_activation_function
+from tests.helpers import random_experts, randomize
+
+CONFIG = Gemma4MoEConfig(
+    hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def opcheck(name, *arguments):
+    results = torch.library.opcheck(getattr(torch.ops.cupymoe, name), arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_op_is_checked_here():
+    registered = {
+        name.removeprefix("cupymoe::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("cupymoe::")
+    }
+    checked = {"apply_moe_activation", "activation_backward", "route", "route_backward"}
+    checked |= {"fused_experts", "fused_experts_backward"} | {member.custom_op_name for member in MoEActivation}
+    assert registered == checked
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_opcheck_activation(device, activation, requires_grad):
+    input = torch.randn(3, activation.input_size(8), device=device, requires_grad=requires_grad)
+    opcheck(activation.custom_op_name, input)
+
+
+@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.SILU_NO_MUL])
+def test_opcheck_activation_writes_and_backward(device, activation):
+    input = torch.randn(3, activation.input_size(8), device=device)
+    opcheck("apply_moe_activation", activation.value, torch.empty(3, 8, device=device), input)
+    opcheck("activation_backward", torch.randn(3, 8, device=device), input, activation.value)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float32, torch.bfloat16])
+def test_opcheck_route(device, requires_grad, renormalize, scale_dtype):
+    logits = torch.randn(5, 7, device=device, requires_grad=requires_grad)
+    scale = None
+    if scale_dtype is not None:
+        scale = torch.randn(7, device=device, dtype=scale_dtype).requires_grad_(requires_grad)
+    opcheck("route", logits, 3, scale, renormalize)
+    index = torch.stack([torch.randperm(7, device=device)[:3] for _ in range(5)])
+    detached = None if scale is None else scale.detach()
+    opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_experts(device, dtype, requires_grad):
+    case = random_experts(5, dtype=dtype, device=device)
+    opcheck("fused_experts_backward", torch.randn_like(case.hidden_states), *case, "gelu_tanh")
+    for tensor in (*case[:3], case.top_k_weights):
+        tensor.requires_grad_(requires_grad)
+    opcheck("fused_experts", *case, "gelu_tanh", "auto")
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_compiled_activation(device, activation):
+    compiled = torch.compile(moe_activation_function, fullgraph=True, backend="aot_eager")
+    input = torch.randn(5, activation.input_size(16), device=device)
+    ours, theirs = input.clone().requires_grad_(), input.clone().requires_grad_()
+    output, expected = compiled(activation, ours), moe_activation_function(activation, theirs)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.GELU_TANH_NO_MUL])
+def test_compiled_apply(device, activation):
+    compiled = torch.compile(apply_moe_activation, fullgraph=True, backend="aot_eager")
+    input = torch.randn(5, activation.input_size(16), device=device)
+    output = torch.full((5, 16), torch.nan, device=device)
+    compiled(activation, output, input)
+    assert torch.equal(output, moe_activation_function(activation, input))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_compiled_route(device, renormalize):
+    def function(logits, scale):
+        return route(logits, 3, per_expert_scale=scale, renormalize=renormalize)
+
+    logits, scale = torch.randn(9, 7, device=device), torch.randn(7, device=device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(logits, scale), function(logits, scale), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "swigluoai", "relu2_no_mul"])
+def test_compiled_experts(device, activation):
+    def function(*arguments):
+        return fused_experts(*arguments, activation=activation)
+
+    member = MoEActivation.from_str(activation)
+    case = random_experts(9, dtype=torch.bfloat16, device=device, activation=member)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*case), function(*case))
+
+
+def test_compiled_module_for_many_numbers_of_tokens(device):
+    """One graph for the first T, one for every other: no graph break, no compile for each length."""
+    counter = CompileCounterWithBackend("aot_eager")
+    module = randomize(Gemma4MoE(CONFIG)).to(device, torch.bfloat16)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for num_tokens in (5, 9, 33, 64, 17):
+            hidden_states = torch.randn(num_tokens, 32, device=device, dtype=torch.bfloat16)
+            assert torch.equal(compiled(hidden_states), module(hidden_states))
+    assert counter.frame_count == 2
+
+
+def gradients_of(function, module, hidden_states):
+    module.zero_grad()
+    hidden_states = hidden_states.clone().requires_grad_()
+    output = function(hidden_states)
+    output.square().sum().backward()
+    return [output.detach(), hidden_states.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+def test_compiled_module_backward(device):
+    module = randomize(Gemma4MoE(CONFIG)).to(device)
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for num_tokens in (5, 9):
+        hidden_states = torch.randn(num_tokens, 32, device=device)
+        ours, expected = gradients_of(compiled, module, hidden_states), gradients_of(twin, twin, hidden_states)
+        assert len(ours) == 7
+        for got, want in zip(ours, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler, such as its advice on TF32
+def test_compiled_by_inductor(device):
+    if not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()):
+        pytest.skip("torch's inductor needs g++ and Python's headers")
+    module = randomize(Gemma4MoE(CONFIG)).to(device)
+    twin = copy.deepcopy(module)
+    hidden_states = torch.randn(9, 32, device=device)
+    ours = gradients_of(torch.compile(module, fullgraph=True), module, hidden_states)
+    for got, want in zip(ours, gradients_of(twin, twin, hidden_states), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
