@@ -22,11 +22,10 @@ def current_stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def vector_width(columns: int, *tensors: torch.Tensor) -> int:
-    """Elements in one access: 16 bytes' worth where rows and pointers allow it, else one."""
-    width = 16 // tensors[0].element_size()
-    aligned = columns % width == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    return width if aligned else 1
+def vector_width(dtype: torch.dtype, columns: int, aligned: bool) -> int:
+    """Elements in one access: 16 bytes' worth where the rows and the pointers (``aligned``) allow it, else one."""
+    width = 16 // dtype.itemsize
+    return width if aligned and columns % width == 0 else 1
 
 
 def row_geometry(columns: int, width: int) -> tuple[int, int]:

@@ -16,8 +16,10 @@ def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, columns: int, width: int, top_k: int, device: int) -> Kernel:
-    return kernel(variant(dtype, columns, width, top_k), "combine", device)
+def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
+    """The kernel, and the blocks and threads of a row."""
+    width = vector_width(dtype, columns, aligned)
+    return kernel(variant(dtype, columns, width, top_k), "combine", device), *row_geometry(columns, width)
 
 
 def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -31,14 +33,13 @@ def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weigh
     num_tokens, top_k = slot_of_pair.shape
     columns = expert_output.shape[1]
     output = expert_output.new_empty((num_tokens, columns))
-    device = output.device.index
-    width = vector_width(columns, expert_output)
-    blocks, threads = row_geometry(columns, width)
-    _kernel(output.dtype, columns, width, top_k, device)(
+    device, address = output.device.index, expert_output.data_ptr()
+    run, blocks, threads = _plan(output.dtype, columns, address % 16 == 0, top_k, device)
+    run(
         (num_tokens, blocks),
         threads,
         current_stream(device),
-        expert_output.data_ptr(),
+        address,
         slot_of_pair.data_ptr(),
         top_k_weights.data_ptr(),
         output.data_ptr(),

@@ -29,8 +29,12 @@ def variant(dtype: torch.dtype, activation: MoEActivation, columns: int, width: 
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, activation: MoEActivation, columns: int, width: int, device: int) -> Kernel:
-    return kernel(variant(dtype, activation, columns, width), "gated_activation", device)
+def _plan(
+    dtype: torch.dtype, activation: MoEActivation, columns: int, aligned: bool, device: int
+) -> tuple[Kernel, int]:
+    """The kernel, and the elements of one thread."""
+    width = vector_width(dtype, columns, aligned)
+    return kernel(variant(dtype, activation, columns, width), "gated_activation", device), width
 
 
 def gated_activation(
@@ -43,19 +47,18 @@ def gated_activation(
         output: ``[..., N]``, contiguous, same dtype.
         num_rows: one int32 on the device; rows from there on are left as they are. None: all rows.
     """
-    columns = output.shape[-1]
-    if output.numel() == 0:
+    columns, elements = output.shape[-1], output.numel()
+    if elements == 0:
         return output
-    device = output.device.index
-    width = vector_width(columns, input, output)
-    threads = output.numel() // width
-    _kernel(output.dtype, activation, columns, width, device)(
-        (-(-threads // BLOCK_THREADS), 1),
+    device, source, target = output.device.index, input.data_ptr(), output.data_ptr()
+    run, width = _plan(output.dtype, activation, columns, (source | target) % 16 == 0, device)
+    run(
+        (-(-elements // (width * BLOCK_THREADS)), 1),
         BLOCK_THREADS,
         current_stream(device),
-        input.data_ptr(),
+        source,
         num_rows.data_ptr() if num_rows is not None else 0,
-        output.data_ptr(),
-        output.numel() // columns,
+        target,
+        elements // columns,
     )
     return output

@@ -16,8 +16,10 @@ def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, columns: int, width: int, top_k: int, device: int) -> Kernel:
-    return kernel(variant(dtype, columns, width, top_k), "gather", device)
+def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
+    """The kernel, and the blocks and threads of a row."""
+    width = vector_width(dtype, columns, aligned)
+    return kernel(variant(dtype, columns, width, top_k), "gather", device), *row_geometry(columns, width)
 
 
 def gather(hidden_states: torch.Tensor, slot_of_pair: torch.Tensor) -> torch.Tensor:
@@ -30,14 +32,13 @@ def gather(hidden_states: torch.Tensor, slot_of_pair: torch.Tensor) -> torch.Ten
     num_tokens, columns = hidden_states.shape
     top_k = slot_of_pair.shape[1]
     expert_hidden_states = hidden_states.new_empty((num_tokens * top_k, columns))
-    device = hidden_states.device.index
-    width = vector_width(columns, hidden_states)
-    blocks, threads = row_geometry(columns, width)
-    _kernel(hidden_states.dtype, columns, width, top_k, device)(
+    device, address = hidden_states.device.index, hidden_states.data_ptr()
+    run, blocks, threads = _plan(hidden_states.dtype, columns, address % 16 == 0, top_k, device)
+    run(
         (num_tokens, blocks),
         threads,
         current_stream(device),
-        hidden_states.data_ptr(),
+        address,
         slot_of_pair.data_ptr(),
         expert_hidden_states.data_ptr(),
     )

@@ -61,9 +61,9 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
-    expert_offsets = top_k_index.new_empty(num_experts + 1, dtype=torch.int32)
-    token_of_slot = top_k_index.new_empty(num_pairs, dtype=torch.int32)
-    slot_of_pair = top_k_index.new_empty(top_k_index.shape, dtype=torch.int32)
+    # One allocation for the three: they live and die together.
+    buffer = top_k_index.new_empty(num_experts + 1 + 2 * num_pairs, dtype=torch.int32)
+    expert_offsets, token_of_slot, slot_of_pair = buffer.split_with_sizes([num_experts + 1, num_pairs, num_pairs])
     blocks, threads = -(-num_pairs // PAIRS_PER_BLOCK), warps(num_experts) * 32
     block_counts = 0
     if blocks > 1:
@@ -83,4 +83,4 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
         slot_of_pair.data_ptr(),
         num_pairs,
     )
-    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair)
+    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape))
