@@ -124,9 +124,10 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
     _check_same("output", given_output, "input", given_input, dtype=True)
     if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
         raise RuntimeError("apply_moe_activation writes in place and has no gradient: use moe_activation")
-    in_place = not member.is_gated and output.is_set_to(input)
-    if not torch.compiler.is_compiling() and _overlap(output, input) and not in_place:
-        raise ValueError("output must not overlap input (an ungated activation may write onto input itself)")
+    if not torch.compiler.is_compiling() and _overlap(output, input):
+        in_place = not member.is_gated and output.is_set_to(input)
+        if not in_place:
+            raise ValueError("output must not overlap input (an ungated activation may write onto input itself)")
     torch.ops.cupymoe.apply_moe_activation(member.value, output, input)
     return output
 
@@ -173,6 +174,8 @@ def route(
     _check_shape("router_logits", logits, (None, None))
     _check_served_by_kernel("router_logits", logits)
     num_experts = router_logits.shape[1]
+    if not isinstance(top_k, int | torch.SymInt):
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
     if logits.device.type == "cuda" and num_experts > _MAX_ROUTED_EXPERTS:

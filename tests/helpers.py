@@ -1,5 +1,6 @@
 """Inputs, float64 oracles and error measures of the tests. The oracle itself is cupymoe.reference."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -134,16 +135,14 @@ def no_host_sync():
 
 def transformers_gemma4():
     """transformers' modules of Gemma 4, or a skip."""
-    reason = "compares with transformers, which is not installed"
-    pytest.importorskip("transformers", reason=reason)
-    return pytest.importorskip("transformers.models.gemma4.modeling_gemma4", reason=reason)
+    reason = "compares with transformers, which is not installed or has no Gemma 4"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its own imports warn of is not ours
+        return pytest.importorskip("transformers.models.gemma4.modeling_gemma4", reason=reason)
 
 
 def transformers_config(implementation="eager", **sizes):
     """A Gemma4TextConfig with experts, tiny unless told otherwise."""
-    transformers_gemma4()
-    from transformers import Gemma4TextConfig
-
     tiny = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -160,7 +159,7 @@ def transformers_config(implementation="eager", **sizes):
         "top_k_experts": 2,
         "moe_intermediate_size": 24,
     }
-    config = Gemma4TextConfig(**{**tiny, **sizes})
+    config = transformers_gemma4().Gemma4TextConfig(**{**tiny, **sizes})
     config._experts_implementation = implementation
     return config
 
@@ -174,11 +173,8 @@ def randomize(module):
 
 def run_python(code, **environment):
     """Output of a fresh interpreter that sees this checkout; it fails the test if the interpreter fails."""
-    import os
-
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

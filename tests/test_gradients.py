@@ -123,14 +123,16 @@ def test_experts_on_cuda(activation):
     for tensor, oracle in zip(ours, truth, strict=True):
         # Computed in float32 (TF32 is off) and rounded once: at most 2^-8 for bfloat16.
         rtol = 2**-8 if tensor.dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(tensor.grad.double(), oracle.grad, rtol=rtol, atol=1e-5 * oracle.grad.abs().max())
+        torch.testing.assert_close(
+            tensor.grad.double(), oracle.grad, rtol=rtol, atol=1e-5 * oracle.grad.abs().max().item()
+        )
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("activation", MoEActivation)
-def test_activation_on_cuda(activation):
-    input = inputs_off_the_kinks(activation).detach().float().cuda().requires_grad_()
+def test_activation_in_float32(device, activation):
+    input = inputs_off_the_kinks(activation).detach().float().to(device).requires_grad_()
     moe_activation(activation, input).sum().backward()
     truth = input.detach().double().requires_grad_()
     reference.activate(truth, activation).sum().backward()
-    torch.testing.assert_close(input.grad.double(), truth.grad, rtol=1e-5, atol=1e-6)
+    # Absolute: the two terms of a slope cancel near an extremum, times ups of up to 20.
+    torch.testing.assert_close(input.grad.double(), truth.grad, rtol=1e-5, atol=1e-5)

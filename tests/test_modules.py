@@ -182,7 +182,7 @@ def test_backend_is_the_module_s():
         (
             torch.ones(4, 32),
             torch.ones(3, 32),
-            r"router_hidden_states must have hidden_states' shape \[4, 32\], got \[3",
+            r"router_hidden_states must have hidden_states' shape \[4, 32\], got",
         ),
     ],
 )

@@ -21,7 +21,7 @@ def directory() -> Path:
     package = Path(str(files("cupymoe")))
     for folder in (package / "cuda_src", package.parent / "cuda_src"):
         if (folder / "common" / "dtypes.cuh").is_file():
-            return folder
+            return folder.resolve()
     raise FileNotFoundError(f"cupymoe's CUDA sources are neither in {package} nor beside it: reinstall cupymoe")
 
 
