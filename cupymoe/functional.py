@@ -10,6 +10,7 @@ import torch
 from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
+from cupymoe.reference import work_dtype
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROUTED_EXPERTS = 1024
@@ -207,7 +208,7 @@ def fused_experts(
         down_proj: ``[E, H, I]``, contiguous.
         top_k_index: ``[T, K]`` int32 or int64. An index outside ``[0, E)`` masks its pair: it contributes nothing and
             no weight is read for it (expert parallelism).
-        top_k_weights: ``[T, K]`` floating, used in float32 (float64 stays).
+        top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is).
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
         backend: ``"auto"`` (the first that serves the call), ``"grouped"`` or ``"reference"``.
 
@@ -231,8 +232,7 @@ def fused_experts(
         member,
         backend,
     )
-    if top_k_weights.dtype not in (torch.float32, torch.float64):
-        top_k_weights = top_k_weights.float()
+    top_k_weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
     )

@@ -212,7 +212,7 @@ def _fused_experts(
 ) -> torch.Tensor:
     member = MoEActivation(activation)
     chosen = select(backend, experts_call(hidden_states, gate_up_proj, down_proj, top_k_index, member))
-    if top_k_index.numel() == 0:
+    if top_k_index.numel() == 0 or down_proj.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape)
     with on_device_of(hidden_states):
         return chosen(

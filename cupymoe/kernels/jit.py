@@ -53,10 +53,12 @@ class CompileReport(NamedTuple):
     log: str
 
 
-class _ParameterBuffer(threading.local):
+class _ThreadParameters(threading.local):
     """A thread's own place for a kernel's parameters; the driver copies them before the launch returns."""
 
     def __init__(self) -> None:
+        # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
+        import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
         self.values = (ctypes.c_uint64 * 16)()
         self.size = ctypes.c_size_t()
         # cuLaunchKernel's `extra`: 1 is CU_LAUNCH_PARAM_BUFFER_POINTER, 2 is ..._BUFFER_SIZE, 0 ends the list.
@@ -64,7 +66,7 @@ class _ParameterBuffer(threading.local):
         self.extra = ctypes.addressof(self._extra)
 
 
-_parameters = _ParameterBuffer()
+_thread_parameters = functools.cache(_ThreadParameters)
 
 
 class Kernel:
@@ -74,10 +76,11 @@ class Kernel:
         self._raw_kernel = module.get_function(entry)  # keeps the module loaded
         self._function = self._raw_kernel.kernel.ptr
         self._launch = launch
+        self._parameters = _thread_parameters()
 
     def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
         """Launch; the tensors behind the pointers must live until the stream has passed the kernel."""
-        parameters = _parameters
+        parameters = self._parameters
         parameters.values[: len(arguments)] = list(arguments)
         parameters.size.value = 8 * len(arguments)
         self._launch(self._function, grid[0], grid[1], 1, block, 1, 1, 0, stream, 0, parameters.extra)
@@ -117,7 +120,7 @@ def import_cupy() -> ModuleType:
 
 def cache_folder() -> str:
     """The folder in which CuPy keeps compiled kernels."""
-    return os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
 
 
 def _ensure_cache_folder() -> None:
