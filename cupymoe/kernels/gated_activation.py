@@ -8,7 +8,8 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.bridge import SCALARS, current_stream, vector_width
-from cupymoe.kernels.jit import Kernel, Variant, kernel
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
 
 BLOCK_THREADS = 256
 

@@ -7,7 +7,8 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream, row_defines, row_geometry, vector_width
-from cupymoe.kernels.jit import Kernel, Variant, kernel
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
 
 
 def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:

@@ -1,4 +1,4 @@
-"""Compiles a CUDA source on its first use, and launches it: raw pointers, torch's current stream.
+"""Compiles a CUDA source on its first use.
 
 One compile per (source, defines, device), under a lock; CuPy keeps the cubin on disk for the next process.
 This is the only module that knows NVRTC's options and CuPy's habits.
@@ -6,7 +6,6 @@ This is the only module that knows NVRTC's options and CuPy's habits.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import os
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cupymoe.kernels import cuda_sources
+from cupymoe.kernels.launch import Kernel
 
 SUPPORTED_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -51,39 +51,6 @@ class CompileReport(NamedTuple):
     spill_bytes: int
     seconds: float
     log: str
-
-
-class _ThreadParameters(threading.local):
-    """A thread's own place for a kernel's parameters; the driver copies them before the launch returns."""
-
-    def __init__(self) -> None:
-        # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
-        import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
-        self.values = (ctypes.c_uint64 * 16)()
-        self.size = ctypes.c_size_t()
-        # cuLaunchKernel's `extra`: 1 is CU_LAUNCH_PARAM_BUFFER_POINTER, 2 is ..._BUFFER_SIZE, 0 ends the list.
-        self._extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(self.values), 2, ctypes.addressof(self.size), 0)
-        self.extra = ctypes.addressof(self._extra)
-
-
-_thread_parameters = functools.cache(_ThreadParameters)
-
-
-class Kernel:
-    """A compiled entry point on one device. Every parameter is 8 bytes wide: a pointer or a u64."""
-
-    def __init__(self, module: Any, entry: str, launch: Any) -> None:
-        self._raw_kernel = module.get_function(entry)  # keeps the module loaded
-        self._function = self._raw_kernel.kernel.ptr
-        self._launch = launch
-        self._parameters = _thread_parameters()
-
-    def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
-        """Launch; the tensors behind the pointers must live until the stream has passed the kernel."""
-        parameters = self._parameters
-        parameters.values[: len(arguments)] = list(arguments)
-        parameters.size.value = 8 * len(arguments)
-        self._launch(self._function, grid[0], grid[1], 1, block, 1, 1, 0, stream, 0, parameters.extra)
 
 
 def installed_cupys() -> dict[str, str]:
@@ -193,24 +160,21 @@ def _load(variant: Variant, device: int) -> Any:
 
 
 @functools.cache
-def _kernel(variant: Variant, entry: str, device: int) -> Kernel:
-    from cupy_backends.cuda.api import driver
-
+def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool) -> Kernel:
     module = _load(variant, device)
-    cupy = import_cupy()
-    with cupy.cuda.Device(device):
-        return Kernel(module, entry, driver.launchKernel)
+    with import_cupy().cuda.Device(device):
+        return Kernel(module.get_function(entry), shared_bytes, dependent)
 
 
-def kernel(variant: Variant, entry: str, device: int) -> Kernel:
-    """The compiled entry point of a variant on a device, compiled and loaded when first asked for.
+def kernel(variant: Variant, entry: str, device: int, *, shared_bytes: int = 0, dependent: bool = False) -> Kernel:
+    """The entry point of a variant on a device, compiled and loaded when first asked for; see :class:`Kernel`.
 
     Raises:
         CompileError: NVRTC refused the source.
         ImportError: see :func:`import_cupy`.
     """
     with _lock:
-        return _kernel(variant, entry, device)
+        return _kernel(variant, entry, device, shared_bytes, dependent)
 
 
 def compiled_variants() -> int:

@@ -7,7 +7,8 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.jit import Kernel, Variant, kernel
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
 
 BLOCK_THREADS = 512
 BLOCKS_PER_MULTIPROCESSOR = 4

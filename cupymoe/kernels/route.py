@@ -7,7 +7,8 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import SCALARS, current_stream
-from cupymoe.kernels.jit import Kernel, Variant, kernel
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
 
 WARPS = 4
 MAX_EXPERTS = 1024

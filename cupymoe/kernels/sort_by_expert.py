@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.jit import Kernel, Variant, kernel
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
 
 PAIRS_PER_BLOCK = 4096
 MAX_EXPERTS = 1024

@@ -1,0 +1,118 @@
+"""Launches a compiled kernel through the driver: raw pointers, any stream, no copy of anything but the parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from typing import Any
+
+import torch
+
+_MAX_PARAMETERS = 16
+# enum values of cuda.h
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, then 64 bytes of value at offset 8."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_uint),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+    library.cuGetErrorName.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
+    return library
+
+
+class _ThreadLaunch(threading.local):
+    """A thread's own launch configuration and parameters; the driver copies both before a launch returns."""
+
+    def __init__(self) -> None:
+        from cupymoe.kernels.jit import import_cupy
+
+        # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
+        import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
+        self.values = (ctypes.c_uint64 * _MAX_PARAMETERS)()
+        self.size = ctypes.c_size_t()
+        self._extra = (ctypes.c_void_p * 5)(
+            _PARAM_BUFFER_POINTER,
+            ctypes.addressof(self.values),
+            _PARAM_BUFFER_SIZE,
+            ctypes.addressof(self.size),
+            _PARAM_END,
+        )
+        self.extra = ctypes.addressof(self._extra)
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self.config = _Config(grid_z=1, block_y=1, block_z=1, attributes=ctypes.addressof(self._attribute))
+        self.config_address = ctypes.addressof(self.config)
+
+
+_thread_launch = functools.cache(_ThreadLaunch)
+
+
+class Kernel:
+    """A compiled entry point on one device. Every parameter is 8 bytes wide: a pointer or a u64.
+
+    Args:
+        raw_kernel: CuPy's ``RawKernel``; it keeps the module loaded.
+        shared_bytes: dynamic shared memory of a block.
+        dependent: whether a launch may begin before the kernel before it has ended (programmatic dependent launch,
+            sm_90 and newer); the source then waits for it where it must.
+    """
+
+    def __init__(self, raw_kernel: Any, shared_bytes: int = 0, dependent: bool = False) -> None:
+        if shared_bytes:
+            raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
+        self._raw_kernel = raw_kernel
+        self._function = raw_kernel.kernel.ptr
+        self._shared_bytes = shared_bytes
+        self._num_attributes = int(dependent)
+        self._thread = _thread_launch()
+        self._launch = _driver().cuLaunchKernelEx
+
+    def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
+        """Launch; the tensors behind the pointers must live until the stream has passed the kernel.
+
+        Raises:
+            RuntimeError: the driver refused the launch.
+        """
+        thread = self._thread
+        thread.values[: len(arguments)] = list(arguments)
+        thread.size.value = 8 * len(arguments)
+        config = thread.config
+        config.grid_x, config.grid_y = grid
+        config.block_x = block
+        config.shared_bytes = self._shared_bytes
+        config.stream = stream
+        config.num_attributes = self._num_attributes
+        if status := self._launch(thread.config_address, self._function, None, thread.extra):
+            name = ctypes.c_char_p()
+            _driver().cuGetErrorName(status, ctypes.byref(name))
+            raise RuntimeError(f"launch of {self._raw_kernel.name} failed: {(name.value or b'?').decode()}")
