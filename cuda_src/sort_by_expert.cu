@@ -10,21 +10,13 @@
 // Smem   WARPS * NUM_EXPERTS counters.
 // Why    A slot is (pairs of lower experts) + (the expert's pairs in earlier blocks, warps and lanes): sums of counts, so
 //        the same bits every run. A token may name an expert twice; both pairs get a slot.
-#include "common/dtypes.cuh"
-
 #if !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(WARPS) || !defined(PAIRS_PER_BLOCK)
 #error "define INDEX, NUM_EXPERTS, TOP_K, WARPS and PAIRS_PER_BLOCK"
 #endif
+#include "common/pairs.cuh"
 #define FULL_WARP 0xffffffffu
 #define BLOCK_THREADS (WARPS * 32)
 #define PAIRS_PER_WARP (PAIRS_PER_BLOCK / WARPS)
-
-// The expert of a pair; -1: masked or past the end.
-__device__ __forceinline__ int expert_of(const INDEX* top_k_index, u32 pair, u32 num_pairs) {
-    if (pair >= num_pairs) return -1;
-    INDEX expert = top_k_index[pair];
-    return expert >= 0 && expert < NUM_EXPERTS ? (int)expert : -1;
-}
 
 // counts[warp][expert] of this block's pairs.
 __device__ __forceinline__ void count_pairs(const INDEX* top_k_index, u32 num_pairs, int (*counts)[NUM_EXPERTS]) {

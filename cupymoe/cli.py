@@ -141,6 +141,7 @@ def _gemma4_call(device: torch.device, dtype: torch.dtype) -> ExpertsCall:
         num_experts=config.num_experts,
         hidden_size=config.hidden_size,
         intermediate_size=config.moe_intermediate_size,
+        aligned_hidden_states=True,
         aligned_weights=True,
     )
 

@@ -210,7 +210,7 @@ def fused_experts(
             no weight is read for it (expert parallelism).
         top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is).
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
-        backend: ``"auto"`` (the first that serves the call), ``"grouped"`` or ``"reference"``.
+        backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"`` or ``"reference"``.
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to

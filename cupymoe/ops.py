@@ -197,7 +197,8 @@ def experts_call(
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        aligned_weights=gate_up_proj.data_ptr() % 16 == 0 and down_proj.data_ptr() % 16 == 0,
+        aligned_hidden_states=hidden_states.data_ptr() % 16 == 0,
+        aligned_weights=(gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
     )
 
 

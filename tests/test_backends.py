@@ -15,6 +15,7 @@ CALL = ExpertsCall(
     num_experts=128,
     hidden_size=2816,
     intermediate_size=704,
+    aligned_hidden_states=True,
     aligned_weights=True,
 )
 
@@ -67,6 +68,31 @@ def test_grouped_says_why(hopper, change, reason):
     with pytest.raises(ValueError, match=rf"backend 'grouped' does not serve this call: .*{reason}"):
         select("grouped", CALL._replace(**change))
     assert select("auto", CALL._replace(**change)).name != "grouped"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu")}, r"compute capability 9.0, not on cpu"),
+        ({"dtype": torch.float32}, r"bfloat16 and float16, not torch.float32"),
+        ({"activation": MoEActivation.SWIGLUOAI}, r"pairs rows i and I \+ i of gate_up_proj, which SWIGLUOAI does not"),
+        ({"activation": MoEActivation.SILU_NO_MUL}, r"which SILU_NO_MUL does not want"),
+        ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
+        ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
+        ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
+        ({"num_experts": 241}, r"counters for 240 experts, not 241"),
+        ({"num_tokens": 1025}, r"holds 8192 \(token, k\) pairs, not 8200"),
+    ],
+)
+def test_fused_says_why(hopper, change, reason):
+    with pytest.raises(ValueError, match=rf"backend 'fused' does not serve this call: .*{reason}"):
+        select("fused", CALL._replace(**change))
+    assert select("auto", CALL._replace(**change)).name != "fused"
+
+
+def test_fused_was_run_on_hopper_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "compute capability 9.0 only" in registry()["fused"].unsupported_reason(CALL)
 
 
 def test_grouped_wants_ampere(monkeypatch):

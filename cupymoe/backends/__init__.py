@@ -25,6 +25,8 @@ class ExpertsCall(NamedTuple):
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    aligned_hidden_states: bool
+    """Whether hidden_states start on 16 bytes."""
     aligned_weights: bool
     """Whether both weights start on 16 bytes."""
 
@@ -52,10 +54,12 @@ class Backend(Protocol):
 @functools.cache
 def registry() -> dict[str, Backend]:
     """Every backend by name, in the order in which ``"auto"`` asks them."""
+    from cupymoe.backends.fused import FusedBackend
     from cupymoe.backends.grouped import GroupedBackend
     from cupymoe.backends.reference import ReferenceBackend
 
-    return {backend.name: backend for backend in (GroupedBackend(), ReferenceBackend())}
+    backends: tuple[Backend, ...] = (FusedBackend(), GroupedBackend(), ReferenceBackend())
+    return {backend.name: backend for backend in backends}
 
 
 def check_name(name: str) -> None:

@@ -15,6 +15,9 @@ from cupymoe.kernels.jit import import_cupy
 SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """CUDA names of the dtypes that the kernels serve."""
 
+INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
+"""CUDA names of the dtypes of ``top_k_index``."""
+
 
 def current_stream(device: int) -> int:
     """The raw handle of torch's current stream on a device."""
@@ -35,9 +38,8 @@ def row_geometry(columns: int, width: int) -> tuple[int, int]:
     return blocks, -(-threads // (blocks * 32)) * 32
 
 
-def row_defines(dtype: torch.dtype, columns: int, width: int, top_k: int) -> tuple[str, ...]:
-    """Defines of a kernel that moves whole rows, one block row for each part of :func:`row_geometry`."""
-    threads = row_geometry(columns, width)[1]
+def row_defines(dtype: torch.dtype, columns: int, width: int, top_k: int, threads: int) -> tuple[str, ...]:
+    """Defines of a kernel that moves whole rows."""
     return (
         f"SCALAR={SCALARS[dtype]}",
         f"COLS={columns}",

@@ -8,9 +8,29 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.kernels import combine, gated_activation, gather, raw_read, route, sort_by_expert
-from cupymoe.kernels.bridge import SCALARS
-from cupymoe.kernels.jit import Variant
+from cupymoe.kernels import (
+    combine,
+    experts_down,
+    experts_up,
+    gated_activation,
+    gather,
+    plan_experts,
+    raw_read,
+    route,
+    sort_by_expert,
+)
+from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS, row_geometry
+from cupymoe.kernels.expert_stream import Shape, regime
+from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
+
+
+# The fused backend serves Hopper alone (cupymoe/backends/fused.py).
+_HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down")
+
+
+def architectures(source: str) -> tuple[str, ...]:
+    """The architectures that a source is served on, and so compiled for."""
+    return ("sm_90a",) if source in _HOPPER_ONLY else SUPPORTED_ARCHITECTURES
 
 
 def variants() -> Iterator[Variant]:
@@ -20,11 +40,36 @@ def variants() -> Iterator[Variant]:
         for width in (16 // dtype.itemsize, 1):
             for activation in MoEActivation:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
+            threads = row_geometry(sizes.hidden_size, width)[1]
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
-            yield combine.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
+            yield combine.variant(dtype, dtype, sizes.hidden_size, width, sizes.top_k_experts, 2, threads)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
-    for index_dtype in (torch.int32, torch.int64):
+    for index_dtype in INDEX_TYPES:
         for num_experts in (sizes.num_experts, sort_by_expert.MAX_EXPERTS):
             yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts)
     yield raw_read.variant()
+    for shape in _fused_shapes():
+        if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
+            yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens)
+            yield combine.workspace_variant(shape)[0]
+        yield experts_up.variant(shape)
+        yield experts_down.variant(shape)
+
+
+def _fused_shapes() -> Iterator[Shape]:
+    """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row."""
+    sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+    for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
+        for num_tokens in (16, 64, 128, 256, 1024):
+            for dtype in (torch.bfloat16, torch.float16):
+                yield Shape(
+                    regime(num_tokens, sizes.top_k_experts, intermediate_size),
+                    dtype,
+                    torch.int64,
+                    sizes.activation,
+                    sizes.num_experts,
+                    sizes.hidden_size,
+                    intermediate_size,
+                    sizes.top_k_experts,
+                )

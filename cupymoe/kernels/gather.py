@@ -13,7 +13,8 @@ from cupymoe.kernels.launch import Kernel
 
 def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
     """The compilation for one dtype, row width and number of choices."""
-    return Variant("gather", row_defines(dtype, columns, width, top_k))
+    threads = row_geometry(columns, width)[1]
+    return Variant("gather", row_defines(dtype, columns, width, top_k, threads))
 
 
 @functools.cache

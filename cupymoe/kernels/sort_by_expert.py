@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.bridge import INDEX_TYPES, current_stream
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 PAIRS_PER_BLOCK = 4096
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
-
-_INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
 
 
 class SortedPairs(NamedTuple):
@@ -39,7 +37,7 @@ def variant(index_dtype: torch.dtype, num_experts: int, top_k: int) -> Variant:
     return Variant(
         "sort_by_expert",
         (
-            f"INDEX={_INDEX_TYPES[index_dtype]}",
+            f"INDEX={INDEX_TYPES[index_dtype]}",
             f"NUM_EXPERTS={num_experts}",
             f"TOP_K={top_k}",
             f"WARPS={warps(num_experts)}",

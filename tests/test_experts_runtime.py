@@ -10,6 +10,7 @@ from tests.helpers import Experts, no_host_sync, poison_free_memory, random_expe
 pytestmark = pytest.mark.gpu
 
 BACKENDS = [name for name in registry() if name != "reference"]
+REPLAYS = 1000
 NUM_TOKENS = [1, 7, 64, 1000]  # 1000 tokens of 6 choices are more than one block of the sort
 
 
@@ -54,10 +55,12 @@ def test_graph_replay_is_eager_bit_for_bit(backend, num_tokens):
     case = random_case(num_tokens)
     eager = run(case, backend)
     graph, output = capture(case, backend)
-    for _ in range(3):
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(REPLAYS):
         output.fill_(torch.nan)
         graph.replay()
-        assert torch.equal(output, eager)
+        differing += (output != eager).sum()
+    assert differing.item() == 0
 
     weights, index = random_routing(num_tokens, 60, 6, "cuda")
     index[::2, 1] = 60

@@ -1,0 +1,336 @@
+// The weight stream that both expert GEMMs share: every block reads an equal part of the hit experts' weight rows
+// once, through a ring in shared memory, and multiplies each stage with the expert's tokens.
+//
+// Work   The plan's chunks times the units of an expert are one line of units (a unit is 2 weight rows, 8 units one
+//        16-row tensor-core block), cut into tiles of one chunk and at most TILE_UNITS units. Every block gets the same
+//        number of bytes, so blocks end together whatever the routing is.
+// Stage  TILE_ROWS weight rows x BLOCK_K, and TOKENS rows x BLOCK_K of activations gathered by row. The 16-byte packs of
+//        odd rows are swapped in fours, so that fragments load without bank conflicts. Past the depth there are zeros.
+//        WHOLE_ROWS: BLOCK_K is the depth and both operands are neighbouring rows, so a stage is two bulk copies, unswapped.
+// Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: WARPS / K_WARPS side by side
+//        over the rows, K_WARPS over the 32-wide k steps of a stage.
+// Order  An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
+//        it depends on its own row and token alone.
+// Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
+#pragma once
+#include "async_copy.cuh"
+#include "expert_plan.cuh"
+#include "mma.cuh"
+
+#define PRODUCER_WARPS (WHOLE_ROWS ? 1 : 4)
+#define CONSUMER_THREADS (WARPS * 32)
+#define PRODUCER_THREADS (PRODUCER_WARPS * 32)
+#define BLOCK_THREADS (CONSUMER_THREADS + PRODUCER_THREADS)
+#define ROW_WARPS (WARPS / K_WARPS)
+#define TILE_ROWS (ROW_WARPS * 16)
+#define TILE_UNITS (TILE_ROWS / 2)
+#define PACKS_PER_ROW (BLOCK_K / 8)
+#define ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_ROW)
+#define WEIGHT_PASSES (TILE_ROWS / ROWS_PER_PASS)
+#define TOKEN_PASSES ((TOKENS + ROWS_PER_PASS - 1) / ROWS_PER_PASS)
+#define TOKEN_GROUPS (TOKENS / 8)
+#define STEPS ((BLOCK_K / 32 + K_WARPS - 1) / K_WARPS)
+#define ROW_BYTES (BLOCK_K * 2)
+#define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
+#define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
+#define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
+#define SUMS_PITCH (TILE_ROWS + 4)                               // no bank conflict between a warp's four token pairs
+#define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)      // after the ring
+
+static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
+static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0 && PRODUCER_THREADS % PACKS_PER_ROW == 0 && TILE_ROWS % ROWS_PER_PASS == 0, "BLOCK_K");
+static_assert(TOKENS % 8 == 0 && STAGES >= 2, "TOKENS, STAGES");
+static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
+
+// A tile and the k of the next stage; walks this block's tiles. Whole rounds of tiles are dealt to the blocks in turn, so
+// that each block meets all experts and not one with more tokens than most; the rest of the line is cut evenly.
+template <class Gemm> struct Cursor {
+    u32 position, end;  // of the piece
+    u32 next_tile, dealt_end, last_position, last_end;
+    u32 k, first_unit, units;
+    Chunk chunk;
+
+    // A multiple of 4 units where a block has many, of 2 where it has few; always even, as stores are of 2 units.
+    static __device__ __forceinline__ u32 cut(u32 total, u32 grain, u32 block) {
+        return block == gridDim.x ? total : (u32)((u64)total * block / gridDim.x) / grain * grain;
+    }
+
+    __device__ __forceinline__ Cursor(const Plan& plan) : position(0), end(0), k(0), units(0) {
+        u32 total = plan.num_chunks * Gemm::kUnits, round = gridDim.x * TILE_UNITS;
+        dealt_end = Gemm::kUnits % TILE_UNITS == 0 ? total / round * round : 0;
+        next_tile = blockIdx.x * TILE_UNITS;
+        u32 grain = total / gridDim.x >= 128 ? 4 : 2;
+        last_position = dealt_end + cut(total - dealt_end, grain, blockIdx.x);
+        last_end = dealt_end + cut(total - dealt_end, grain, blockIdx.x + 1);
+        open(plan);
+    }
+
+    __device__ __forceinline__ bool done() const { return position >= end; }
+
+    // The next tile, if there is one.
+    __device__ __forceinline__ void open(const Plan& plan) {
+        if (position >= end) {
+            bool dealt = next_tile < dealt_end;
+            position = dealt ? next_tile : last_position;
+            end = dealt ? next_tile + TILE_UNITS : last_end;
+            if (dealt) next_tile += gridDim.x * TILE_UNITS;
+            else last_position = last_end;
+            if (position >= end) return;
+        }
+        u32 index = position / Gemm::kUnits;
+        first_unit = position - index * Gemm::kUnits;
+        chunk = plan.chunks[index];
+        u32 left = min(end - position, Gemm::kUnits - first_unit);
+        u32 tiles = (left + TILE_UNITS - 1) / TILE_UNITS;  // of nearly equal size: a short one would starve the ring
+        units = min(left, ((left + tiles - 1) / tiles + 7) / 8 * 8);
+    }
+
+    // True when the tile changed.
+    __device__ __forceinline__ bool advance(const Plan& plan) {
+        k += BLOCK_K;
+        if (k < Gemm::kDepth) return false;
+        k = 0;
+        position += units;
+        open(plan);
+        return true;
+    }
+};
+
+typedef float Sums[TOKEN_GROUPS][4];
+
+// sums += this warp's rows and k steps of a stage x the first kGroups groups of 8 tokens; unrolled, so loads run ahead.
+template <int kGroups>
+__device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
+        Fragment low = load_fragment(weights + packs[s]), high = load_fragment(weights + packs[s] + 8 * ROW_BYTES);
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) {
+            multiply(sums[g], low, high, load_fragment(tokens + packs[s] + g * 8 * ROW_BYTES), scalar_t());
+        }
+    }
+}
+
+// The smallest compiled number of groups that holds `groups`.
+template <int kGroups>
+__device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
+    constexpr int kMore = kGroups < 4 ? kGroups + 1 : kGroups + 2;
+    if constexpr (kMore <= TOKEN_GROUPS) {
+        if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
+    }
+    multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
+}
+
+// Stores a tile's outputs. The sums go through shared memory, PASS_TOKENS tokens at a time: the K_WARPS parts of a sum meet
+// there, and a warp then writes neighbouring outputs of one token. Nothing here waits for global memory, as the ring stands
+// still meanwhile: with a look-up for each token experts_down took 10% longer at 512 tokens.
+template <class Gemm>
+__device__ __forceinline__ void store_tile(const Gemm& gemm, const Cursor<Gemm>& tile, const Sums& sums, float* shared) {
+    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
+    float* mine = shared + (k_warp * PASS_TOKENS + lane % 4 * 2) * SUMS_PITCH + row_warp * 16 + lane / 4;
+#pragma unroll
+    for (int first = 0; first < TOKENS; first += PASS_TOKENS) {
+        if (first >= tile.chunk.tokens) break;
+        sync_threads(1, CONSUMER_THREADS);  // the last pass has been read
+#pragma unroll
+        for (int group = 0; group < PASS_TOKENS / 8; group++) {
+            if (first / 8 + group >= TOKEN_GROUPS) break;
+            const float* s = sums[first / 8 + group];
+            float* to = mine + group * 8 * SUMS_PITCH;
+            to[0] = s[0], to[SUMS_PITCH] = s[1], to[8] = s[2], to[SUMS_PITCH + 8] = s[3];
+        }
+        sync_threads(1, CONSUMER_THREADS);
+        u32 tokens = min(tile.chunk.tokens - first, PASS_TOKENS);
+        u32 unit = threadIdx.x % (TILE_UNITS / 2) * 2;
+        if (unit >= tile.units) continue;
+        for (u32 token = threadIdx.x / (TILE_UNITS / 2); token < tokens; token += CONSUMER_THREADS / (TILE_UNITS / 2)) {
+            const float* from = shared + token * SUMS_PITCH + Gemm::first_row_of_unit(unit);
+            Pack<float, 2> one = load_pack<float, 2>(from), other = load_pack<float, 2>(from + Gemm::kSecondRows);
+#pragma unroll
+            for (int w = 1; w < K_WARPS; w++) {
+                from += PASS_TOKENS * SUMS_PITCH;
+                Pack<float, 2> more = load_pack<float, 2>(from), more_other = load_pack<float, 2>(from + Gemm::kSecondRows);
+                one.values[0] += more.values[0], one.values[1] += more.values[1];
+                other.values[0] += more_other.values[0], other.values[1] += more_other.values[1];
+            }
+            gemm.store(tile.chunk.first_slot + first + token, tile.first_unit + unit, one, other);
+        }
+    }
+}
+
+// The stages of the ring in turn, and the parity to wait for. A fresh barrier counts as past its phase of parity 1.
+struct Turn {
+    u32 stage, parity;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+extern __shared__ __align__(128) unsigned char block_memory[];  // the ring, then the sums of store_tile
+
+struct Ring {
+    u32 data, filled, emptied;  // shared addresses: STAGES stages, and two barriers of each
+};
+
+#if WHOLE_ROWS
+// kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
+    if (threadIdx.x != CONSUMER_THREADS) return;  // one thread orders all copies
+    u64 evict_first = evict_first_policy(), evict_last = evict_last_policy();
+    auto load_weights = [&](const Cursor<Gemm>& cursor, u32 stage) {
+        u32 weight_bytes = cursor.units * 2 * ROW_BYTES, token_bytes = cursor.chunk.tokens * ROW_BYTES;
+        arrive_expecting(ring.filled + stage * 8, weight_bytes + token_bytes);
+        copy_bulk(ring.data + stage * STAGE_BYTES, gemm.weight_row(cursor.chunk.expert, cursor.first_unit, 0), weight_bytes,
+                  ring.filled + stage * 8, evict_first);
+    };
+    Cursor<Gemm> cursor(plan);
+    if (kTokensAreNew) {
+        Cursor<Gemm> ahead = cursor;
+        for (int s = 0; s < STAGES && !ahead.done(); s++, ahead.advance(plan)) load_weights(ahead, s);
+        wait_for_previous_grid();
+        order_writes_before_bulk_copies();
+    }
+    bool ahead = kTokensAreNew;  // in the first round
+    for (Turn turn = {0, 1}; !cursor.done(); cursor.advance(plan)) {
+        wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
+        if (!ahead) load_weights(cursor, turn.stage);
+        copy_bulk(ring.data + turn.stage * STAGE_BYTES + WEIGHT_BYTES, gemm.token_row(plan, cursor.chunk.first_slot),
+                  cursor.chunk.tokens * ROW_BYTES, ring.filled + turn.stage * 8, evict_last);
+        turn.next();
+        if (turn.stage == 0) ahead = false;
+    }
+}
+#else
+// One producer thread's share of the copies: one 16-byte pack of every ROWS_PER_PASS-th row.
+template <class Gemm> struct Loader {
+    const Gemm& gemm;
+    const Plan& plan;
+    Cursor<Gemm> cursor;
+    u32 row, column, offset;       // first row, its pack's first element, and where it goes in a stage
+    int units_left, tokens_left;   // of the tile, from the first row's on; none past the end
+    const scalar_t* weights;
+    const scalar_t* tokens[TOKEN_PASSES];
+    u64 evict_first, evict_last;
+
+    __device__ __forceinline__ Loader(const Gemm& gemm, const Plan& plan, u32 thread) : gemm(gemm), plan(plan), cursor(plan) {
+        evict_first = evict_first_policy(), evict_last = evict_last_policy();
+        row = thread / PACKS_PER_ROW;
+        u32 pack = thread % PACKS_PER_ROW;
+        column = pack * 8;
+        offset = row * ROW_BYTES + (pack ^ (row % 2 * 4)) * 16;
+        weights = gemm.weight_row(0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < TOKEN_PASSES; i++) tokens[i] = weights;
+        open();
+    }
+
+    __device__ __forceinline__ void open() {
+        units_left = tokens_left = 0;
+        if (cursor.done()) return;
+        units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
+        tokens_left = cursor.chunk.tokens - (int)row;
+        weights = gemm.weight_row(cursor.chunk.expert, cursor.first_unit, row) + column;
+#pragma unroll
+        for (int i = 0; i < TOKEN_PASSES; i++) {
+            int token = i * ROWS_PER_PASS;
+            if (token < tokens_left) tokens[i] = gemm.token_row(plan, cursor.chunk.first_slot + row + token) + column;
+        }
+    }
+
+    __device__ __forceinline__ u32 bytes() const { return Gemm::kDepth % BLOCK_K == 0 || cursor.k + column < Gemm::kDepth ? 16 : 0; }
+
+    __device__ __forceinline__ void load_weights(u32 stage) const {
+#pragma unroll
+        for (int i = 0; i < WEIGHT_PASSES; i++) {
+            copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
+                    weights + cursor.k + Gemm::row_distance(i * ROWS_PER_PASS), bytes(), evict_first);
+        }
+    }
+
+    __device__ __forceinline__ void load_tokens(u32 stage) const {
+#pragma unroll
+        for (int i = 0; i < TOKEN_PASSES; i++) {
+            copy_16(i * ROWS_PER_PASS < tokens_left, stage + WEIGHT_BYTES + offset + i * ROWS_PER_PASS * ROW_BYTES,
+                    tokens[i] + cursor.k, bytes(), evict_last);
+        }
+    }
+
+    __device__ __forceinline__ void advance() {
+        if (!cursor.done() && cursor.advance(plan)) open();
+    }
+};
+
+// kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
+    Loader<Gemm> loader(gemm, plan, threadIdx.x - CONSUMER_THREADS);
+    if (kTokensAreNew) {
+        Loader<Gemm> ahead = loader;
+        for (int s = 0; s < STAGES; s++, ahead.advance()) ahead.load_weights(ring.data + s * STAGE_BYTES);
+        wait_for_previous_grid();
+    }
+    bool ahead = kTokensAreNew;  // in the first round
+    for (Turn turn = {0, 1}; !loader.cursor.done(); loader.advance()) {
+        u32 stage = ring.data + turn.stage * STAGE_BYTES;
+        wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
+        if (!ahead) loader.load_weights(stage);
+        loader.load_tokens(stage);
+        arrive_after_copies(ring.filled + turn.stage * 8);
+        turn.next();
+        if (turn.stage == 0) ahead = false;
+    }
+    wait_for_copies();
+}
+#endif
+
+template <class Gemm>
+__device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan, Ring ring, float* shared_sums) {
+    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
+    u32 swap = WHOLE_ROWS ? 0 : lane / 4 % 2 * 64;
+    u32 packs[STEPS];  // where this lane's pack of each of its k steps lies in a row
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + k_warp) * 64 + lane % 4 * 16) ^ swap;
+    u32 fragment_row = lane / 4 * ROW_BYTES;
+    Sums sums = {};
+    Cursor<Gemm> cursor(plan);
+    for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
+        u32 weights = ring.data + turn.stage * STAGE_BYTES + fragment_row;
+        wait_barrier(ring.filled + turn.stage * 8, turn.parity);
+        if (row_warp * 8 < cursor.units) {
+            multiply_groups<1>((cursor.chunk.tokens + 7) / 8, sums, weights + row_warp * 16 * ROW_BYTES, weights + WEIGHT_BYTES,
+                               packs, k_warp);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(ring.emptied + turn.stage * 8);
+
+        Cursor<Gemm> tile = cursor;
+        if (!cursor.advance(plan)) continue;
+        store_tile(gemm, tile, sums, shared_sums);
+#pragma unroll
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) (&sums[0][0])[i] = 0.0f;
+    }
+}
+
+// Ends with every output of this block stored.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void stream_experts(const Gemm& gemm, const Plan& plan) {
+    __shared__ __align__(8) u64 barriers[2][STAGES];
+    Ring ring = {shared_address(block_memory), shared_address(barriers[0]), shared_address(barriers[1])};
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            init_barrier(ring.filled + s * 8, WHOLE_ROWS ? 1 : PRODUCER_THREADS);
+            init_barrier(ring.emptied + s * 8, WARPS);
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+    if (threadIdx.x < CONSUMER_THREADS) {
+        if (kTokensAreNew) wait_for_previous_grid(), release_next_grid();
+        consume_ring(gemm, plan, ring, reinterpret_cast<float*>(block_memory + STAGES * STAGE_BYTES));
+    } else {
+        fill_ring<kTokensAreNew>(gemm, plan, ring);
+    }
+}

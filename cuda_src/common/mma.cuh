@@ -1,0 +1,36 @@
+// Tensor-core products of 16 weight rows with 8 tokens, fp32 accumulators, sm_80 and newer.
+//
+// The order of k inside a product is free as long as both operands agree, so a lane takes 8 neighbouring elements of
+// its row (one 16-byte load) and spends them on two products: k 8q..8q+3, then 8q+4..8q+7 (q = lane % 4). Rows of
+// weights: lane / 4 and lane / 4 + 8. Token: lane / 4. Results 0, 1: row lane / 4, tokens 2q, 2q+1; 2, 3: row + 8.
+#pragma once
+#include "dtypes.cuh"
+
+struct alignas(16) Fragment {
+    u32 words[4];
+};
+
+__device__ __forceinline__ Fragment load_fragment(u32 address) {
+    Fragment f;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(f.words[0]), "=r"(f.words[1]), "=r"(f.words[2]), "=r"(f.words[3]) : "r"(address) : "memory");
+    return f;
+}
+
+#define MMA_16x8x16(TYPE)                                                                                           \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+                 "{%8, %9}, {%0, %1, %2, %3};"                                                                      \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                       \
+                 : "r"(low.words[i]), "r"(high.words[i]), "r"(low.words[i + 1]), "r"(high.words[i + 1]),            \
+                   "r"(tokens.words[i]), "r"(tokens.words[i + 1]))
+
+// sums += 32 k of 16 rows (low: row lane / 4, high: + 8) x 8 tokens.
+__device__ __forceinline__ void multiply(float (&sums)[4], Fragment low, Fragment high, Fragment tokens, bf16) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) MMA_16x8x16("bf16");
+}
+
+__device__ __forceinline__ void multiply(float (&sums)[4], Fragment low, Fragment high, Fragment tokens, fp16) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) MMA_16x8x16("f16");
+}

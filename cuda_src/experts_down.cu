@@ -1,0 +1,63 @@
+// experts_down: the down projection of every slot's intermediate row, not yet weighted; companion of experts_up.cu.
+//
+// Reads  intermediate [slots, INTERMEDIATE] SCALAR    written by the grid before this one
+//        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR
+//        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
+//        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
+// Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
+// Grid   any; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
+// Needs  HIDDEN % 4 == 0, INTERMEDIATE % 32 == 0, 16-byte aligned rows, sm_80; INLINE_PAIRS as experts_up.cu.
+// Maths  fp32 sums over ascending k, rounded to SLOT_SCALAR.
+// Why    Launched as a programmatic dependent: its first stages of weights are under way while experts_up still runs,
+//        which hides the handover. For that both kernels' rings have to fit into a multiprocessor together.
+#include "common/dtypes.cuh"
+
+#if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
+    !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
+    !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
+#error "define SCALAR, SLOT_SCALAR, INDEX, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+#endif
+typedef SCALAR scalar_t;
+#include "common/expert_stream.cuh"
+
+struct DownGemm {
+    static constexpr u32 kUnits = HIDDEN / 2, kDepth = INTERMEDIATE, kSecondRows = 2;
+    const scalar_t* intermediate;
+    const scalar_t* down_proj;
+    SLOT_SCALAR* expert_output;
+
+    static __device__ __forceinline__ u32 unit_of_row(u32 row) { return row / 2; }
+
+    static __device__ __forceinline__ u32 first_row_of_unit(u32 unit) { return unit * 2; }
+
+    static __device__ __forceinline__ u64 row_distance(u32 rows) { return (u64)rows * INTERMEDIATE; }
+
+    __device__ __forceinline__ const scalar_t* weight_row(int expert, u32 first_unit, u32 row) const {
+        return down_proj + ((u64)expert * HIDDEN + 2 * first_unit + row) * INTERMEDIATE;
+    }
+
+    __device__ __forceinline__ const scalar_t* token_row(const Plan&, u32 slot) const { return intermediate + (u64)slot * INTERMEDIATE; }
+
+    __device__ __forceinline__ void store(u32 slot, u32 unit, Pack<float, 2> first, Pack<float, 2> second) const {
+        Pack<SLOT_SCALAR, 4> outputs;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            outputs.values[i] = from_float<SLOT_SCALAR>(first.values[i]);
+            outputs.values[2 + i] = from_float<SLOT_SCALAR>(second.values[i]);
+        }
+        store_pack(expert_output + (u64)slot * HIDDEN + unit * 2, outputs);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
+experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
+             const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
+             u64 num_pairs) {
+#if INLINE_PAIRS
+    __shared__ SmallPlan small_plan;
+    Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
+#else
+    Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
+#endif
+    stream_experts<true>(DownGemm{intermediate, down_proj, expert_output}, plan);
+}

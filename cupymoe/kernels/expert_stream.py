@@ -1,0 +1,152 @@
+"""How ``cuda_src/common/expert_stream.cuh`` is cut for a call: tiles, regimes and the workspace of its launches."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from cupymoe.activation import MoEActivation
+from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
+
+MAX_PAIRS = 8192
+MAX_EXPERTS = 240
+
+_WARPS = 8
+_INLINE_PAIRS = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The ring of one GEMM: 16 weight rows for each of the warps that lie side by side, ``block_k`` deep a stage."""
+
+    block_k: int
+    stages: int
+    k_warps: int = 1
+    """Warps that share the rows and split the depth of a stage."""
+    whole_rows: bool = False
+    """``block_k`` is the whole depth: a stage is two bulk copies, ordered by one thread."""
+
+    @property
+    def threads(self) -> int:
+        """Consumers, and one producer warp or four."""
+        return (_WARPS + (1 if self.whole_rows else 4)) * 32
+
+    def shared_bytes(self, tokens: int) -> int:
+        """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
+        rows = _WARPS // self.k_warps * 16
+        sums = self.k_warps * min(tokens, 16) * (rows + 4) * 4
+        return self.stages * (rows + tokens) * self.block_k * 2 + sums
+
+    def defines(self) -> tuple[str, ...]:
+        """The macros of this tile."""
+        return (
+            f"WARPS={_WARPS}",
+            f"K_WARPS={self.k_warps}",
+            f"BLOCK_K={self.block_k}",
+            f"STAGES={self.stages}",
+            f"WHOLE_ROWS={int(self.whole_rows)}",
+        )
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a range of token counts is computed. Within one, a token's result depends on no other token of the call."""
+
+    tokens: int
+    """Most tokens of a chunk: of one expert and one pass over its weights."""
+    up: Tile
+    down: Tile
+    inline_pairs: int
+    """Each block plans for itself, for up to so many pairs; 0: plan_experts.cu does, in a launch before."""
+    fp32_slots: bool
+    """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
+
+
+@functools.cache
+def regime(num_tokens: int, top_k: int, intermediate_size: int) -> Regime:
+    """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
+    if num_tokens * top_k <= _INLINE_PAIRS:
+        # Both rings fit a multiprocessor together, so that experts_down fills its own while experts_up still runs.
+        whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
+        down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
+        return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
+    if num_tokens <= 64:
+        return Regime(16, Tile(256, 5, k_warps=2), Tile(256, 5, k_warps=2), 0, fp32_slots=True)
+    if num_tokens <= 128:
+        return Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
+    if num_tokens <= 256:
+        return Regime(64, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
+    return Regime(96, Tile(128, 3), Tile(128, 3), 0, fp32_slots=False)
+
+
+class Shape(NamedTuple):
+    """What the kernels of a call are compiled for."""
+
+    regime: Regime
+    dtype: torch.dtype
+    index_dtype: torch.dtype
+    activation: MoEActivation
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """Of the experts' outputs before they are combined."""
+        return torch.float32 if self.regime.fp32_slots else self.dtype
+
+    def defines(self) -> tuple[str, ...]:
+        """The macros that both GEMMs share."""
+        return (
+            f"SCALAR={SCALARS[self.dtype]}",
+            f"INDEX={INDEX_TYPES[self.index_dtype]}",
+            f"NUM_EXPERTS={self.num_experts}",
+            f"TOP_K={self.top_k}",
+            f"HIDDEN={self.hidden_size}",
+            f"INTERMEDIATE={self.intermediate_size}",
+            f"INLINE_PAIRS={self.regime.inline_pairs}",
+            f"TOKENS={self.regime.tokens}",
+        )
+
+
+class Workspace(NamedTuple):
+    """Addresses in one allocation: what the launches of a call hand to each other."""
+
+    memory: torch.Tensor
+    """Keeps the allocation; torch may reuse it for later work on the same stream."""
+    chunks: int
+    pair_of_slot: int
+    num_chunks: int
+    slot_of_pair: int
+    intermediate: int
+    expert_output: int
+
+
+def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace:
+    """Memory for ``num_pairs`` pairs, uninitialised, on the device of ``like``."""
+    chunks = 16 * min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
+    slots = 4 * (2 * num_pairs + 1)
+    intermediate_offset = -(-(chunks + slots) // 128) * 128
+    intermediate = -(-num_pairs * shape.intermediate_size * shape.dtype.itemsize // 128) * 128
+    expert_output = num_pairs * shape.hidden_size * shape.slot_dtype.itemsize
+    memory = like.new_empty(intermediate_offset + intermediate + expert_output, dtype=torch.uint8)
+    base = memory.data_ptr()
+    return Workspace(
+        memory,
+        chunks=base,
+        pair_of_slot=base + chunks,
+        num_chunks=base + chunks + 4 * num_pairs,
+        slot_of_pair=base + chunks + 4 * (num_pairs + 1),
+        intermediate=base + intermediate_offset,
+        expert_output=base + intermediate_offset + intermediate,
+    )
+
+
+@functools.cache
+def num_blocks(device: int) -> int:
+    """One block on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
