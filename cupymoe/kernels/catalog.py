@@ -23,7 +23,6 @@ from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS, row_geometry
 from cupymoe.kernels.expert_stream import Shape, regime
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
-
 # The fused backend serves Hopper alone (cupymoe/backends/fused.py).
 _HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down")
 
@@ -34,7 +33,11 @@ def architectures(source: str) -> tuple[str, ...]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype, activation, index type and vector width at Gemma 4's sizes; the widest expert count of the sort."""
+    """Every dtype, activation, index type, vector width and regime at Gemma 4's sizes, each compilation once."""
+    yield from dict.fromkeys(_variants())
+
+
+def _variants() -> Iterator[Variant]:
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for dtype in SCALARS:
         for width in (16 // dtype.itemsize, 1):
