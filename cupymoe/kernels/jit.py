@@ -51,6 +51,7 @@ class CompileReport(NamedTuple):
     spill_bytes: int
     seconds: float
     log: str
+    cubin: bytes
 
 
 def installed_cupys() -> dict[str, str]:
@@ -201,7 +202,8 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
         raise _compile_error(variant, arch, nvrtc.getProgramLog(program)) from error
     else:
         seconds = time.perf_counter() - start
-        log = nvrtc.getProgramLog(program)
+        # CuPy takes the cubin's last byte for the end of a string and drops it.
+        log, cubin = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program) + b"\0"
     finally:
         nvrtc.destroyProgram(program)
     return CompileReport(
@@ -209,4 +211,5 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         seconds=seconds,
         log=log,
+        cubin=cubin,
     )

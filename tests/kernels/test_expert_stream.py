@@ -1,0 +1,95 @@
+"""The weight stream without a GPU: regimes, the workspace, and machine code that an assembler fault would break."""
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import files
+
+import pytest
+import torch
+
+from cupymoe import Gemma4MoEConfig, MoEActivation
+from cupymoe.kernels import expert_stream, experts_down, experts_up, jit
+from cupymoe.kernels.expert_stream import Shape, new_workspace, regime
+
+GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
+SHARED_BYTES_OF_HOPPER = 227 * 1024
+
+# (experts, hidden, intermediate, top_k): Gemma 4 and its slices, Qwen3, Mixtral, and sizes that divide badly.
+SIZES = [
+    (128, 2816, 704, 8),
+    (128, 2816, 352, 8),
+    (128, 2816, 176, 8),
+    (128, 2048, 768, 8),
+    (8, 4096, 14336, 2),
+    (60, 256, 176, 6),
+    (192, 128, 2048, 6),
+    (72, 1000, 504, 5),
+    (40, 136, 72, 3),
+]
+NUM_TOKENS = [1, 64, 128, 256, 1024]  # one of each regime
+
+
+def shape(num_tokens, num_experts, hidden, intermediate, top_k):
+    chosen = regime(num_tokens, top_k, intermediate)
+    return Shape(chosen, torch.bfloat16, torch.int64, MoEActivation.GELU_TANH, num_experts, hidden, intermediate, top_k)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_rings_fit_a_multiprocessor(num_tokens, sizes):
+    chosen = shape(num_tokens, *sizes).regime
+    each = [tile.shared_bytes(chosen.tokens) for tile in (chosen.up, chosen.down)]
+    assert max(each) <= SHARED_BYTES_OF_HOPPER
+    if chosen.inline_pairs:  # both at once; 8 KB are left for the plan and the barriers of each
+        assert sum(each) <= SHARED_BYTES_OF_HOPPER - 2 * 8192
+
+
+@pytest.mark.parametrize(("few", "many"), [(1, 16), (17, 64), (65, 128), (129, 256), (257, 1024)])
+def test_one_regime_from_few_to_many(few, many):
+    """The bounds that docs/numerics.md names; 64 and 128 differ in their tiles, not in the order of their sums."""
+    k, intermediate = GEMMA.top_k_experts, GEMMA.moe_intermediate_size
+    assert regime(few, k, intermediate) == regime(many, k, intermediate)
+    assert regime(few, k, intermediate) != regime(many + 1, k, intermediate) or many == 1024
+
+
+@pytest.mark.parametrize("num_pairs", [1, 8, 127, 128, 129, 8192])
+def test_workspace_parts_do_not_overlap(num_pairs):
+    its_shape = shape(num_pairs, 128, 2816, 704, 8)
+    workspace = new_workspace(torch.empty(0), its_shape, num_pairs)
+    memory, *starts = workspace
+    chunks = min(num_pairs, 128 + num_pairs // its_shape.regime.tokens)
+    slot_bytes = its_shape.slot_dtype.itemsize
+    sizes = [16 * chunks, 4 * num_pairs, 4, 4 * num_pairs, 2 * 704 * num_pairs, slot_bytes * 2816 * num_pairs]
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+    assert starts[0] == memory.data_ptr()
+    assert ends[-1] <= memory.data_ptr() + memory.numel()
+    assert (workspace.intermediate - starts[0]) % 128 == 0
+    assert (workspace.expert_output - starts[0]) % 128 == 0
+
+
+def test_limits_are_the_plan_s():
+    """One block of 1024 threads, 48 KB of counters and slots."""
+    counters = 32 * expert_stream.MAX_EXPERTS * 4
+    assert counters + 2 * expert_stream.MAX_PAIRS + 2 * 32 * 4 <= 48 * 1024
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_no_copy_that_the_assembler_breaks(sizes, tmp_path):
+    """ptxas 12.9 and 13.0 can emit an LDGSTS with its cache policy in an odd uniform register, or its shared address
+    split over two registers: an illegal instruction on the device (seen on an H100, 2026-11-24)."""
+    (nvdisasm,) = (path.locate() for path in files("nvidia-cuda-nvdisasm") if path.name == "nvdisasm")
+
+    def check(variant):
+        cubin = tmp_path / f"{abs(hash(variant))}.cubin"
+        cubin.write_bytes(jit.compile_offline(variant, "sm_90a").cubin)
+        sass = subprocess.run([str(nvdisasm), str(cubin)], check=True, capture_output=True, text=True).stdout
+        copies = re.findall(r".*LDGSTS.*", sass)
+        assert bool(copies) != ("WHOLE_ROWS=1" in variant.defines), variant  # whole rows come by bulk copies
+        broken = [copy for copy in copies if re.search(r"desc\[UR\d*[13579]\]|\[R\d+\+UR", copy)]
+        assert not broken, f"{variant}: {broken[0]}"
+
+    shapes = [shape(num_tokens, *sizes) for num_tokens in NUM_TOKENS]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, [source.variant(each) for source in (experts_up, experts_down) for each in shapes]))
