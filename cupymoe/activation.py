@@ -15,6 +15,7 @@ _ALIASES = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
 }
 
 _NO_MUL = "_no_mul"
@@ -43,8 +44,9 @@ class MoEActivation(Enum):
     def from_str(cls, name: str) -> MoEActivation:
         """The member that a config's spelling means.
 
-        ``"gelu"`` is erf; ``"gelu_tanh"``, ``"gelu_pytorch_tanh"``, ``"gelu_new"``, ``"gelu_fast"`` and
-        ``"gelu_accurate"`` are the tanh form; ``"swish"`` is SILU.
+        ``"gelu"`` is erf; ``"gelu_tanh"`` and transformers' other spellings of the tanh form (``"gelu_pytorch_tanh"``,
+        ``"gelu_new"``, ``"gelu_fast"``, ``"gelu_accurate"``, ``"gelu_python_tanh"``) are GELU_TANH; ``"swish"`` is
+        SILU.
 
         Raises:
             ValueError: the name is not known; the message lists those that are.

@@ -1,0 +1,183 @@
+"""cupymoe inside transformers' models: the same logits as eager, on one line, and a reason where it can't."""
+
+import pytest
+import torch
+
+from cupymoe import MoEActivation
+from tests.helpers import randomize, transformers_config, transformers_gemma4
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers_gemma4()
+integration = pytest.importorskip("cupymoe.integrations.transformers")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+
+
+def gemma4(**changes):
+    changes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], **changes}
+    return transformers.Gemma4ForCausalLM(transformers_config(**changes))
+
+
+def qwen3_moe():
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    )
+
+
+MODELS = {"gemma4": gemma4, "qwen3_moe": qwen3_moe, "mixtral": mixtral}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return randomize(MODELS[request.param]()).eval()
+
+
+def logits(model, implementation, tokens):
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def tokens(*shape):
+    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_are_eager_s(model):
+    ids = tokens(2, 7)
+    expected = logits(model, "eager", ids)
+    assert torch.allclose(logits(model, "cupymoe", ids), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert model.config._experts_implementation == "cupymoe"
+
+
+def test_the_experts_are_ours(model, monkeypatch):
+    """Else the test above would compare eager with itself."""
+    calls = []
+    kept = integration.fused_experts
+    monkeypatch.setattr(integration, "fused_experts", lambda *a, **k: calls.append(k["activation"]) or kept(*a, **k))
+    logits(model, "cupymoe", tokens(1, 3))
+    gelu_or_silu = MoEActivation.GELU_TANH if model.config.model_type == "gemma4_text" else MoEActivation.SILU
+    assert calls == [gelu_or_silu] * 2
+
+
+def test_from_pretrained(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="cupymoe").eval()
+    ids = tokens(1, 5)
+    assert loaded.config._experts_implementation == "cupymoe"
+    assert torch.allclose(logits(loaded, "cupymoe", ids), logits(model, "cupymoe", ids), rtol=1e-5, atol=1e-5)
+
+
+def test_generate(model):
+    ids = tokens(1, 4)
+    model.set_experts_implementation("cupymoe")
+    ours = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.set_experts_implementation("eager")
+    assert torch.equal(ours, model.generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_gradients_are_eager_s(model):
+    ids = tokens(1, 6)
+    gradients = {}
+    for implementation in ("eager", "cupymoe"):
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients[implementation] = {name: p.grad.clone() for name, p in model.named_parameters() if "experts" in name}
+    assert gradients["eager"]
+    for name, expected in gradients["eager"].items():
+        ours = gradients["cupymoe"][name]
+        assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()), name
+
+
+def test_hidden_activation_of_the_config_is_what_runs(monkeypatch):
+    model = randomize(gemma4(hidden_activation="silu")).eval()
+    assert integration.activation_of(model.model.layers[0].experts) is MoEActivation.SILU
+
+
+def test_foreign_experts_contribute_nothing():
+    """transformers marks the pairs of other ranks with index num_experts."""
+    experts = randomize(gemma4().model.layers[0].experts)
+    states, index = torch.randn(5, 32), torch.tensor([[0, 6]] * 4 + [[6, 6]])
+    weights = torch.rand(5, 2)
+    output = integration.experts_forward(experts, states, index, weights)
+    alone = integration.experts_forward(experts, states, index[:, :1], weights[:, :1])
+    assert torch.equal(output, alone)
+    assert not output[4].any()
+
+
+def test_autocast_hidden_states_meet_bfloat16_weights():
+    experts = randomize(gemma4().model.layers[0].experts).to(torch.bfloat16)
+    output = integration.experts_forward(experts, torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2))
+    assert output.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"has_gate": False}, "its experts are not gated"),
+        ({"has_bias": True}, "its experts have a bias"),
+        ({"is_transposed": True}, "its weights are transposed"),
+        ({"is_concatenated": False}, "gate and up rows are interleaved"),
+        ({"act_fn": torch.nn.Mish()}, "cupymoe has no activation like Mish of Gemma4TextExperts"),
+    ],
+)
+def test_what_it_can_t_serve_is_named(change, reason):
+    experts = randomize(gemma4().model.layers[0].experts)
+    for name, value in change.items():
+        setattr(experts, name, value)
+    with pytest.raises(ValueError, match=reason):
+        integration.experts_forward(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
+def test_a_model_with_its_own_gating_is_refused():
+    config = transformers.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"]
+    )
+    model = transformers.GptOssForCausalLM(config)
+    model.set_experts_implementation("cupymoe")
+    with pytest.raises(ValueError, match="does not serve GptOssExperts: its experts have a bias"):
+        model(tokens(1, 3))
+
+
+def test_replaced_routers_share_parameters_and_choose_alike():
+    model = randomize(gemma4()).eval()
+    ids = tokens(2, 7)
+    expected = logits(model, "cupymoe", ids)
+    before = dict(model.named_parameters())
+    assert integration.replace_routers(model) == 2
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert torch.allclose(logits(model, "cupymoe", ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_router_to_replace():
+    with pytest.raises(ValueError, match="has no Gemma4TextRouter to replace"):
+        integration.replace_routers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own
+def test_compiles_without_a_graph_break():
+    model = randomize(gemma4()).eval()
+    ids = tokens(1, 5)
+    expected = logits(model, "cupymoe", ids)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+    assert torch.allclose(compiled, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
