@@ -59,9 +59,14 @@ def versions() -> dict[str, str]:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gemma4-26b", show_default=True, help="Sizes.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True),
+    help="Check the layers of this .safetensors file, index.json or folder; the sizes are its config.json's.",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Element type.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
-def verify(as_json: bool, shape: str, dtype: str, seed: int) -> None:
+def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: int) -> None:
     """Check the layer against float64, the activation contract and itself. Exits with 1 if a check fails."""
     setting = Setting(SHAPES[shape], DTYPES[dtype], seed, _device())
     report = {
@@ -69,16 +74,16 @@ def verify(as_json: bool, shape: str, dtype: str, seed: int) -> None:
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "cuda_src_sha256": cuda_sources.sha256(),
-        "shape": shape,
+        **({"shape": shape} if checkpoint is None else {"checkpoint": checkpoint}),
         "dtype": dtype,
         "seed": seed,
     }
     if not as_json:
-        click.echo(f"{report['device']}, {report['date']}, {shape}, {dtype}, seed {seed}")
+        click.echo(f"{report['device']}, {report['date']}, {checkpoint or shape}, {dtype}, seed {seed}")
         click.echo(f"cuda_src {report['cuda_src_sha256']}\n")
     results = []
     with torch.inference_mode():
-        for result in verification.run(setting):
+        for result in verification.run(setting, checkpoint):
             results.append(result)
             if not as_json:
                 status = click.style(f"{result.status:8}", fg=_COLORS[result.status])
@@ -157,3 +162,74 @@ def _sources(device: torch.device) -> list[str]:
         jit.kernel(variant, name, device.index)
         lines.append(f"{name:18} ready in {time.perf_counter() - start:.3f} s")
     return lines
+
+
+_AUDIT_COLORS = {"ok": "green", "warn": "yellow", "unclear": "yellow", "contradicts": "red"}
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--activation",
+    default="gelu_pytorch_tanh",
+    show_default=True,
+    help="What the model's config asks for.",
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: bfloat16 on CUDA, float32 on the CPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: int) -> None:
+    """Find out from outside which function an implementation of the experts computes.
+
+    TARGET is `cupymoe`, `transformers:NAME` (an implementation registered in transformers' ExpertsInterface, such as
+    eager or grouped_mm, run on Gemma4TextExperts), or `package.module:function`, which is called as
+
+    \b
+    function(hidden_states  [T, H],
+             gate_up_proj   [E, 2I, H],
+             down_proj      [E, H, I],
+             top_k_index    [T, K] int64,
+             top_k_weights  [T, K] float32) -> [T, H]
+
+    It is imported and run: audit only what you trust. Exits with 1 if a result contradicts the config, with 2 if the
+    target can't be run. An `unclear` result is not a contradiction.
+    """
+    from cupymoe import audit as auditing
+
+    device = _device()
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    report = {
+        "target": target,
+        "activation": activation,
+        "dtype": dtype,
+        "device": _device_name(device),
+        "seed": seed,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+    }
+    findings = []
+    with torch.inference_mode():
+        try:
+            subject = auditing.prepare(target, activation, DTYPES[dtype], device, seed)
+        except (auditing.TargetError, ValueError) as error:
+            if as_json:
+                click.echo(json.dumps({**report, "verdict": "cannot run", "reason": str(error)}, indent=2))
+            else:
+                click.echo(f"{target}: {error}", err=True)
+            sys.exit(2)
+        if not as_json:
+            click.echo(f"{target} where the config asks for {activation}; {dtype}, {report['device']}, seed {seed}\n")
+        for finding in auditing.audit(subject):
+            findings.append(finding)
+            if not as_json:
+                status = click.style(f"{finding.status:11}", fg=_AUDIT_COLORS[finding.status])
+                click.echo(f"{status} {finding.name:26} {finding.value:24} {finding.detail}")
+    verdict = auditing.verdict(findings)
+    if as_json:
+        click.echo(
+            json.dumps({**report, "verdict": verdict, "findings": [one.as_dict() for one in findings]}, indent=2)
+        )
+    else:
+        ending = {"agrees": "agrees with the config", "contradicts": "contradicts the config", "unclear": "is unclear"}
+        click.echo(f"\n{target} {ending[verdict]}")
+    sys.exit(1 if verdict == "contradicts" else 0)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cupymoe.verification import activations, compilation, experts, routing, zero_copy
+from cupymoe.verification.checkpoint import run as checkpoint_layers
 from cupymoe.verification.result import Result, Setting
 
 
-def run(setting: Setting) -> Iterator[Result]:
-    """Every check, one after the other."""
+def run(setting: Setting, checkpoint: str | None = None) -> Iterator[Result]:
+    """Every check, one after the other; or a checkpoint's layers on the setting's device, in its dtype."""
+    if checkpoint is not None:
+        yield from checkpoint_layers(checkpoint, setting.dtype, setting.seed, setting.device)
+        return
     for module in (activations, routing, experts, zero_copy, compilation):
         yield from module.checks(setting)

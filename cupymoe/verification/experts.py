@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,17 +19,64 @@ _TOKENS = (1, 7, 64)
 _BOUNDS = {torch.bfloat16: 0.0042, torch.float16: 0.0042 / 8, torch.float32: 1e-5}
 _REPEATS = 5
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Hidden states [T, H], top_k_index and top_k_weights [T, K]."""
+
 
 def checks(setting: Setting) -> Iterator[Result]:
     """The experts' half of (b), and (c)."""
     for num_tokens in _TOKENS:
         yield from _against_float64(setting, num_tokens)
-    for name in (name for name in registry() if _serves(setting, name)):
-        yield _deterministic(setting, name)
+    for name in registry():
+        if unsupported_reason(setting, _inputs(setting, _TOKENS[-1]), name) is None:
+            yield _deterministic(setting, name)
     yield _graph_replay(setting)
 
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+@dataclass(frozen=True)
+class Errors:
+    """How far an output is from float64."""
+
+    relative: float
+    largest: float
+
+    @classmethod
+    def of(cls, output: torch.Tensor, truth: torch.Tensor) -> Errors:
+        """In norm and elementwise."""
+        return cls(relative_error(output, truth), largest_error(output, truth))
+
+    def within_bounds(self, dtype: torch.dtype, peer: Errors | None) -> bool:
+        """Whether they are what ``dtype`` allows and no element is more than twice as far off as transformers' worst.
+
+        A NaN is never within bounds.
+        """
+        allowed = float("inf") if peer is None else 2 * peer.largest
+        return self.relative <= bound(dtype) and self.largest <= allowed
+
+
+def bound(dtype: torch.dtype) -> float:
+    """The relative error that ``dtype`` allows."""
+    return _BOUNDS[dtype]
+
+
+def errors(setting: Setting, inputs: Inputs) -> tuple[dict[str, Errors], Errors | None]:
+    """The errors of every backend that serves the call; those of transformers' experts, where they are installed."""
+    truth = _truth(setting, inputs)
+    peer = None
+    if transformers_peer.missing_reason() is None:
+        states, index, weights = inputs
+        module = transformers_peer.experts(setting.config, *setting.weights)
+        with torch.no_grad():
+            peer = Errors.of(module(states, index, weights), truth)
+    serving = [name for name in registry() if unsupported_reason(setting, inputs, name) is None]
+    return {name: Errors.of(_run(setting, inputs, name), truth) for name in serving}, peer
+
+
+def unsupported_reason(setting: Setting, inputs: Inputs, backend: str) -> str | None:
+    """Why a backend can't serve the call; None if it can."""
+    states, index, _ = inputs
+    call = experts_call(states, *setting.weights, index, setting.config.activation)
+    return registry()[backend].unsupported_reason(call)
 
 
 def _inputs(setting: Setting, num_tokens: int) -> Inputs:
@@ -48,12 +96,6 @@ def _run(setting: Setting, inputs: Inputs, backend: str) -> torch.Tensor:
     return fused_experts(
         states, *setting.weights, index, weights, activation=setting.config.activation, backend=backend
     )
-
-
-def _serves(setting: Setting, backend: str) -> bool:
-    states, index, _ = _inputs(setting, 1)
-    call = experts_call(states, *setting.weights, index, setting.config.activation)
-    return registry()[backend].unsupported_reason(call) is None
 
 
 def _taken_by_auto(setting: Setting) -> str:
@@ -77,28 +119,15 @@ def _truth(setting: Setting, inputs: Inputs) -> torch.Tensor:
 
 def _against_float64(setting: Setting, num_tokens: int) -> Iterator[Result]:
     inputs = _inputs(setting, num_tokens)
-    truth = _truth(setting, inputs)
-    peer = ""
-    allowed = float("inf")
-    if transformers_peer.missing_reason() is None:
-        states, index, weights = inputs
-        with torch.no_grad():
-            theirs = transformers_peer.experts(setting.config, *setting.weights)(
-                states, index, weights.to(states.dtype)
-            )
-        peer = f"; transformers {relative_error(theirs, truth):.5f}"
-        allowed = 2 * largest_error(theirs, truth)
-    for name, backend in registry().items():
+    by_backend, peer = errors(setting, inputs)
+    beside = "" if peer is None else f"; transformers {peer.relative:.5f}"
+    for name in registry():
         label = f"experts against float64, T = {num_tokens} ({name})"
-        if not _serves(setting, name):
-            states, index, _ = inputs
-            call = experts_call(states, *setting.weights, index, setting.config.activation)
-            yield Result(label, "skipped", str(backend.unsupported_reason(call)))
+        if (reason := unsupported_reason(setting, inputs, name)) is not None:
+            yield Result(label, "skipped", reason)
             continue
-        output = _run(setting, inputs, name)
-        error, bound = relative_error(output, truth), _BOUNDS[setting.dtype]
-        passed = error <= bound and largest_error(output, truth) <= allowed
-        yield Result.of(label, passed, f"relative error {error:.5f} of {bound:.5f}{peer}")
+        detail = f"relative error {by_backend[name].relative:.5f} of {bound(setting.dtype):.5f}{beside}"
+        yield Result.of(label, by_backend[name].within_bounds(setting.dtype, peer), detail)
 
 
 def _deterministic(setting: Setting, backend: str) -> Result:

@@ -1,0 +1,185 @@
+"""Gemma 4 MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
+
+A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either. The keys of layer N
+start with ``[model.][language_model.]layers.N.``; then come ``router.proj.weight``, ``router.scale``,
+``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the experts in exactly one layout:
+
+- fused: ``experts.gate_up_proj`` [E, 2I, H] and ``experts.down_proj`` [E, H, I]; older: ``moe.`` for ``experts.``
+- per expert: ``experts.<id>.{gate,up,down}_proj.weight`` [I, H], [I, H], [H, I]; or behind ``moe.``
+
+Every ``router.*``, ``experts.*`` and ``moe.*`` key of a layer is accounted for in the files' headers before the first
+tensor is read. Whatever is missing, left over, misshapen or quantised is a :class:`CheckpointError` that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cupymoe.checkpoint.files import CheckpointError, PathLike, key_files, open_file, read_json
+from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
+from cupymoe.config import Gemma4MoEConfig
+from cupymoe.modules import Gemma4MoE
+
+__all__ = ["CheckpointError", "layers", "load_into", "load_layer", "read_config"]
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def layers(path: PathLike) -> tuple[int, ...]:
+    """Numbers of the layers that have a ``router.*``, ``experts.*`` or ``moe.*`` key, in rising order.
+
+    Raises:
+        CheckpointError: there is no checkpoint at ``path``, or one of its files can't be read.
+        ImportError: safetensors is not installed.
+    """
+    return tuple(sorted({layer for layer in map(layer_of, key_files(path)) if layer is not None}))
+
+
+def read_config(path: PathLike) -> Gemma4MoEConfig:
+    """Sizes and activation out of the ``config.json`` beside the checkpoint, flat or under ``text_config``.
+
+    Every field of :class:`cupymoe.Gemma4MoEConfig` must be in it, ``hidden_activation`` too: nothing is filled in.
+
+    Raises:
+        CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    given = read_json(file)
+    given = given.get("text_config", given)
+    names = Gemma4MoEConfig.__dataclass_fields__
+    if not isinstance(given, dict) or (missing := [name for name in names if name not in given]):
+        wanted = ", ".join(missing) if isinstance(given, dict) else "an object text_config"
+        raise CheckpointError(f"{file}: {wanted} must be there and is not assumed; got {given}")
+    try:
+        return Gemma4MoEConfig(**{name: given[name] for name in names})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def load_layer(
+    path: PathLike,
+    layer: int,
+    config: Gemma4MoEConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Gemma4MoE:
+    """Router and experts of one layer.
+
+    A fused tensor goes from the file to ``device`` as it is; those of single experts are copied into one tensor that is
+    allocated once. On the CPU a tensor that needs neither cast nor copy stays mapped to the file: don't overwrite the
+    file while the module lives. ``per_expert_scale`` stays the router's parameter, which applies it, once.
+
+    Args:
+        path: the checkpoint, as the module says.
+        layer: N of ``layers.N.``
+        config: sizes and activation; None reads ``config.json`` (:func:`read_config`).
+        device: where the parameters go.
+        dtype: bfloat16, float16, float32 or float64; None keeps the checkpoint's, which must be one for the layer.
+        backend: of the experts, as for :func:`cupymoe.fused_experts`.
+
+    Raises:
+        CheckpointError: a key is missing, left over, misshapen, of a dtype that is none of the four, there twice, or
+            the experts are in two layouts; or one of the files can't be read.
+        ValueError: ``dtype`` is none of the four.
+        ImportError: safetensors is not installed.
+    """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype must be one of {[*_DTYPES.values()]} or None, got {dtype}")
+    moe = skeleton(read_config(path) if config is None else config, backend)
+    state: dict[str, torch.Tensor] = {}
+    with _checked(path, layer, moe.config) as tensors:
+        wanted = _common_dtype(tensors) if dtype is None else dtype
+        for tensor in tensors:
+            name, part, _ = tensor.slot
+            if not part:
+                state[name] = tensor.read().to(device, wanted)
+                continue
+            if name not in state:
+                state[name] = torch.empty(moe.get_parameter(name).shape, device=device, dtype=wanted)
+            state[name][part].copy_(tensor.read())
+    moe.load_state_dict(state, strict=True, assign=True)
+    return moe
+
+
+def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
+    """Copy one layer into the parameters that ``moe`` has, on their device and in their dtype.
+
+    Nothing is written unless the whole layer is as ``moe.config`` says.
+
+    Raises:
+        CheckpointError: as of :func:`load_layer`.
+        ValueError: a parameter is on the meta device, where a copy would be lost.
+        ImportError: safetensors is not installed.
+    """
+    if lost := [name for name, parameter in moe.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{lost[0]} must not be on the meta device: load_layer makes a module that has memory")
+    with _checked(path, layer, moe.config) as tensors, torch.no_grad():
+        for tensor in tensors:
+            moe.get_parameter(tensor.slot.parameter)[tensor.slot.part].copy_(tensor.read())
+
+
+class _Tensor(NamedTuple):
+    """A tensor of an open file that has been checked and not been read."""
+
+    key: str
+    file: Path
+    slot: Slot
+    dtype: torch.dtype
+    handle: Any
+
+    def read(self) -> torch.Tensor:
+        """On the CPU, mapped to the file: its bytes are read when they are used."""
+        tensor: torch.Tensor = self.handle.get_tensor(self.key)
+        return tensor
+
+
+@contextmanager
+def _checked(path: PathLike, layer: int, config: Gemma4MoEConfig) -> Iterator[list[_Tensor]]:
+    """The layer's tensors, unread, after every check; the files are open until the context ends."""
+    found = match(path, key_files(path), layer, config)
+    with ExitStack() as stack:
+        handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}
+        _check_headers(path, layer, found, {file: set(handle.keys()) for file, handle in handles.items()})
+        yield [_check_tensor(each, handles[each.file]) for each in found]
+
+
+def _check_headers(path: PathLike, layer: int, found: list[Found], keys_of: dict[Path, set[str]]) -> None:
+    """The index and the headers agree on the layer."""
+    for key, file, _ in found:
+        if key not in keys_of[file]:
+            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
+    listed = {(key, file) for key, file, _ in found}
+    for file, keys in keys_of.items():
+        for key in keys:
+            if layer_of(key) == layer and (key, file) not in listed:
+                raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
+
+
+def _check_tensor(found: Found, handle: Any) -> _Tensor:
+    key, file, slot = found
+    header = handle.get_slice(key)
+    dtype, shape = header.get_dtype(), header.get_shape()
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file}: {key} must have dtype {', '.join(_DTYPES)}, got {dtype} (no quantised weights)")
+    if tuple(shape) != slot.shape:
+        raise CheckpointError(f"{file}: {key} must have shape {[*slot.shape]}, got {shape}")
+    return _Tensor(key, file, slot, _DTYPES[dtype], handle)
+
+
+def _common_dtype(tensors: list[_Tensor]) -> torch.dtype:
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.key} must have {first.key}'s dtype {first.dtype} as long as no dtype is asked "
+                f"for, got {tensor.dtype}"
+            )
+    return first.dtype

@@ -1,0 +1,108 @@
+"""``cupymoe verify --checkpoint``: the layers of a checkpoint against float64, and how they route."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cupymoe import checkpoint
+from cupymoe.checkpoint import CheckpointError
+from cupymoe.config import Gemma4MoEConfig
+from cupymoe.modules import Gemma4MoE
+from cupymoe.verification import experts, routing
+from cupymoe.verification.result import Result, Setting
+
+_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LayerSetting(Setting):
+    """A setting whose weights are a layer's own."""
+
+    moe: Gemma4MoE
+
+    @functools.cached_property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up_proj and down_proj of the layer."""
+        return self.moe.experts.gate_up_proj, self.moe.experts.down_proj
+
+
+def run(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[Result]:
+    """One result for each layer that has experts; a checkpoint or layer that can't be loaded is a failure.
+
+    A layer is on the device only while it is checked.
+    """
+    name = "checkpoint has layers with experts"
+    try:
+        layers, config = checkpoint.layers(path), checkpoint.read_config(path)
+    except (CheckpointError, ImportError) as error:
+        yield Result(name, "fail", str(error))
+        return
+    if not layers:
+        yield Result(name, "fail", f"{path}: no key of a router or of experts")
+    for layer in layers:
+        yield _layer(path, layer, config, dtype, seed, device)
+
+
+def _layer(
+    path: str, layer: int, config: Gemma4MoEConfig, dtype: torch.dtype, seed: int, device: torch.device
+) -> Result:
+    name = f"layer {layer} against float64, T = {_TOKENS}"
+    try:
+        moe = checkpoint.load_layer(path, layer, config, device=device, dtype=dtype)
+    except CheckpointError as error:
+        return Result(name, "fail", str(error))
+    if (reason := _unhealthy(moe)) is not None:
+        return Result(name, "fail", reason)
+
+    setting = LayerSetting(config, dtype, seed, device, moe)
+    states = _normalised_states(setting)
+    logits = moe.router.logits(states)
+    weights, index = moe.router.route(states)
+    differing, weight_error = routing.errors(logits, config.top_k_experts, moe.router.per_expert_scale)
+    by_backend, peer = experts.errors(setting, (states, index, weights))
+
+    passed = all(errors.within_bounds(dtype, peer) for errors in by_backend.values())
+    passed = passed and differing == 0 and weight_error < routing.BOUND
+    measured = by_backend if peer is None else {**by_backend, "transformers": peer}
+    parts = [f"{who} {errors.relative:.5f} (largest {errors.largest:.1e})" for who, errors in measured.items()]
+    detail = f"relative error of {experts.bound(dtype):.5f}: {', '.join(parts)}; {_routing_statistics(logits, index)}"
+    if differing or not weight_error < routing.BOUND:
+        detail += f"; {differing} experts differ from float64's, weights within {weight_error:.1e}"
+    return Result.of(name, passed, detail)
+
+
+def _unhealthy(moe: Gemma4MoE) -> str | None:
+    """The first parameter that is not finite, or that is zero for a whole expert, as after a silent load failure."""
+    for name, parameter in moe.named_parameters():
+        rows = parameter.flatten(1) if parameter.dim() > 1 else parameter[None]
+        # The infinity norm needs no temporary of the parameter's size, and a NaN comes through.
+        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1)
+        for complaint, bad in (("not finite", ~torch.isfinite(largest)), ("zero", largest == 0)):
+            if bad.any():
+                where = f" of experts {bad.nonzero().flatten().tolist()[:8]}" if len(rows) > 1 else ""
+                return f"{name}{where} is {complaint} ({int(bad.sum())} of {len(rows)})"
+    return None
+
+
+def _normalised_states(setting: Setting) -> torch.Tensor:
+    """``[T, H]``, each row with a mean square of one."""
+    states = torch.randn(
+        _TOKENS, setting.config.hidden_size, device=setting.device, generator=setting.generator(), dtype=torch.float32
+    )
+    return (states * states.square().mean(-1, keepdim=True).rsqrt()).to(setting.dtype)
+
+
+def _routing_statistics(logits: torch.Tensor, index: torch.Tensor) -> str:
+    """Experts that are hit, how uneven the load is, and tokens whose choice or order an exact tie leaves open."""
+    num_experts, top_k = logits.shape[1], index.shape[1]
+    load = torch.bincount(index.flatten(), minlength=num_experts)
+    leading = logits.sort(dim=-1, descending=True).values[:, : top_k + 1]
+    ties = int((leading[:, :-1] == leading[:, 1:]).any(-1).sum())
+    return (
+        f"{int((load > 0).sum())} of {num_experts} experts hit, the most used by {int(load.max())} of {len(index)} "
+        f"tokens; {ties} tokens with ties"
+    )
