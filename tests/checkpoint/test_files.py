@@ -1,0 +1,81 @@
+"""Files that are not what they say."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cupymoe import checkpoint
+from cupymoe.checkpoint import CheckpointError
+from tests.checkpoint.helpers import DOWN, GATE_UP, LAYERS, PREFIX, tensors_of, write, write_shards
+
+
+def edit_index(folder, edit):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    edit(content["weight_map"])
+    index.write_text(json.dumps(content))
+
+
+def test_index_and_headers_must_agree(tmp_path):
+    key = f"{PREFIX}3.{DOWN}"
+    path = write_shards(tmp_path, tensors_of())
+    edit_index(path, lambda weight_map: weight_map.update({key: weight_map[f"{PREFIX}3.{GATE_UP}"]}))
+    with pytest.raises(CheckpointError, match=rf"{key} is (missing|left over)"):
+        checkpoint.load_layer(path, 3)
+
+
+def test_a_key_that_the_index_does_not_list(tmp_path):
+    tensors = {**tensors_of(), f"{PREFIX}3.experts.down_proj_scale": torch.ones(1)}
+    path = write_shards(tmp_path, tensors)
+    edit_index(path, lambda weight_map: weight_map.pop(f"{PREFIX}3.experts.down_proj_scale"))
+    with pytest.raises(CheckpointError, match=r"down_proj_scale is left over: .* does not say that it is there"):
+        checkpoint.load_layer(path, 3)
+
+
+def test_a_key_in_two_files_of_a_folder(tmp_path):
+    path = write(tmp_path, tensors_of())
+    save_file({f"{PREFIX}3.{DOWN}": torch.ones(1)}, path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more.safetensors: .*3.experts.down_proj is there twice: .*model"):
+        checkpoint.load_layer(path, 3)
+
+
+def test_a_file_beside_an_index(tmp_path):
+    write_shards(tmp_path, tensors_of())
+    save_file(tensors_of(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are both there; give the one that is meant"):
+        checkpoint.layers(tmp_path)
+    assert checkpoint.layers(tmp_path / "model.safetensors") == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "not a readable safetensors file"),
+        ("model.safetensors", "", "not a readable safetensors file"),
+        ("model.safetensors.index.json", "{", "not a readable JSON file"),
+        ("model.safetensors.index.json", "[]", "must be a JSON object, got list"),
+        ("model.safetensors.index.json", "{}", "weight_map must be an object that maps keys to file names, got None"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "weight_map must be an object"),
+        ("pytorch_model.bin", "", "neither model.safetensors.index.json nor a .safetensors file is there"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.layers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "folder"])
+def test_paths_that_are_not_there(tmp_path, name):
+    with pytest.raises(CheckpointError, match=rf"{name}: not a readable .*No such file"):
+        checkpoint.layers(tmp_path / name)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    path = write(tmp_path, tensors_of())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'cupymoe\[checkpoint\]'"):
+        checkpoint.load_layer(path, 0)
