@@ -84,3 +84,7 @@ class MoEActivation(Enum):
     def input_size(self, output_size: int) -> int:
         """Width of the input for an output of the given width."""
         return output_size * (2 if self.is_gated else 1)
+
+    def output_size(self, input_size: int) -> int:
+        """Width of the output for an input of the given width."""
+        return input_size // 2 if self.is_gated else input_size

@@ -10,10 +10,9 @@ import torch
 from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
+from cupymoe.kernels.bridge import SCALARS
+from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.reference import work_dtype
-
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_ROUTED_EXPERTS = 1024
 
 
 class _Description(NamedTuple):
@@ -49,7 +48,7 @@ def _check_floating(name: str, given: _Description) -> None:
 
 def _check_served_by_kernel(name: str, given: _Description) -> None:
     _check_floating(name, given)
-    if given.device.type == "cuda" and given.dtype not in _KERNEL_DTYPES:
+    if given.device.type == "cuda" and given.dtype not in SCALARS:
         raise TypeError(
             f"{name} must be bfloat16, float16 or float32 on CUDA, got {given.dtype} "
             "(cupymoe.reference computes any floating dtype)"
@@ -120,8 +119,7 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
     """
     member = _member(activation)
     given_input, given_output = _check_activation_input(input, member), _describe("output", output)
-    columns = input.shape[-1] // 2 if member.is_gated else input.shape[-1]
-    _check_shape("output", given_output, (*input.shape[:-1], columns))
+    _check_shape("output", given_output, (*input.shape[:-1], member.output_size(input.shape[-1])))
     _check_same("output", given_output, "input", given_input, dtype=True)
     if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
         raise RuntimeError("apply_moe_activation writes in place and has no gradient: use moe_activation")
@@ -179,8 +177,8 @@ def route(
         raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
-    if logits.device.type == "cuda" and num_experts > _MAX_ROUTED_EXPERTS:
-        raise ValueError(f"router_logits must have at most {_MAX_ROUTED_EXPERTS} experts on CUDA, got {num_experts}")
+    if logits.device.type == "cuda" and num_experts > MAX_EXPERTS:
+        raise ValueError(f"router_logits must have at most {MAX_EXPERTS} experts on CUDA, got {num_experts}")
     if per_expert_scale is not None:
         scale = _describe("per_expert_scale", per_expert_scale)
         _check_shape("per_expert_scale", scale, (num_experts,))

@@ -58,8 +58,7 @@ def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEAct
 
 
 def _new_output(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
-    columns = input.shape[-1] // 2 if activation.is_gated else input.shape[-1]
-    return input.new_empty((*input.shape[:-1], columns))
+    return input.new_empty((*input.shape[:-1], activation.output_size(input.shape[-1])))
 
 
 def _register_activation(activation: MoEActivation) -> None:

@@ -51,6 +51,16 @@ class Backend(Protocol):
         """``[T, H]`` in the dtype of ``hidden_states``; arguments are checked, contiguous, with at least one pair."""
 
 
+def row_packs_reason(call: ExpertsCall) -> str | None:
+    """Why rows can't be moved 16 bytes at a time; None if they can."""
+    if call.hidden_size % 8 == 0 and call.intermediate_size % 8 == 0:
+        return None
+    return (
+        "rows must be whole 16-byte packs: hidden and intermediate size multiples of 8, not "
+        f"{call.hidden_size} and {call.intermediate_size}"
+    )
+
+
 @functools.cache
 def registry() -> dict[str, Backend]:
     """Every backend by name, in the order in which ``"auto"`` asks them."""

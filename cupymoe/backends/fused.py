@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import ExpertsCall
+from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels.combine import combine_workspace
 from cupymoe.kernels.expert_stream import MAX_EXPERTS, MAX_PAIRS, Shape, new_workspace, regime
 from cupymoe.kernels.experts_down import experts_down
@@ -31,11 +31,8 @@ class FusedBackend:
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
         if not call.activation.is_gated or call.activation.is_interleaved:
             return f"it pairs rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
-        if call.hidden_size % 8 or call.intermediate_size % 8:
-            return (
-                "rows must be whole 16-byte packs: hidden and intermediate size multiples of 8, not "
-                f"{call.hidden_size} and {call.intermediate_size}"
-            )
+        if (reason := row_packs_reason(call)) is not None:
+            return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
         if call.num_experts > MAX_EXPERTS:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import ExpertsCall
+from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
@@ -29,11 +29,8 @@ class GroupedBackend:
             return "it needs compute capability 8.0 or newer"
         if call.dtype != torch.bfloat16:
             return f"torch's grouped GEMM runs without a host sync in bfloat16 only, not in {call.dtype}"
-        if call.hidden_size % 8 or call.intermediate_size % 8:
-            return (
-                "rows must be whole 16-byte packs: hidden and intermediate size multiples of 8, not "
-                f"{call.hidden_size} and {call.intermediate_size}"
-            )
+        if (reason := row_packs_reason(call)) is not None:
+            return reason
         if not call.aligned_weights:
             return "both weights must start on 16 bytes"
         if call.num_experts > MAX_EXPERTS:

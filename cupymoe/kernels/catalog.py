@@ -19,7 +19,7 @@ from cupymoe.kernels import (
     route,
     sort_by_expert,
 )
-from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS, row_geometry
+from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
@@ -43,9 +43,8 @@ def _variants() -> Iterator[Variant]:
         for width in (16 // dtype.itemsize, 1):
             for activation in MoEActivation:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
-            threads = row_geometry(sizes.hidden_size, width)[1]
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
-            yield combine.variant(dtype, dtype, sizes.hidden_size, width, sizes.top_k_experts, 2, threads)
+            yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
     for index_dtype in INDEX_TYPES:

@@ -24,13 +24,17 @@ def variant(
     return Variant("combine", (*defines, f"SLOT_SCALAR={SCALARS[slot_dtype]}", f"ROWS_IN_FLIGHT={rows}"))
 
 
+def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
+    """The compilation behind rows of the output's own dtype, for many tokens."""
+    threads = row_geometry(columns, width)[1]
+    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS_ROWS, threads)
+
+
 @functools.cache
 def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
     """The kernel, and the blocks and threads of a row."""
     width = vector_width(dtype, columns, aligned)
-    blocks, threads = row_geometry(columns, width)
-    its_variant = variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS_ROWS, threads)
-    return kernel(its_variant, "combine", device), blocks, threads
+    return kernel(rows_variant(dtype, columns, width, top_k), "combine", device), *row_geometry(columns, width)
 
 
 def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

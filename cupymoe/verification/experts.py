@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cupymoe import reference
-from cupymoe.backends import registry, select
+from cupymoe.backends import ExpertsCall, registry, select
 from cupymoe.functional import fused_experts
 from cupymoe.ops import experts_call
 from cupymoe.verification import transformers_peer
@@ -61,10 +61,10 @@ def bound(dtype: torch.dtype) -> float:
 
 def errors(setting: Setting, inputs: Inputs) -> tuple[dict[str, Errors], Errors | None]:
     """The errors of every backend that serves the call; those of transformers' experts, where they are installed."""
-    truth = _truth(setting, inputs)
+    states, index, weights = inputs
+    truth = reference.experts(states.double(), *setting.weights, index, weights, setting.config.activation)
     peer = None
     if transformers_peer.missing_reason() is None:
-        states, index, weights = inputs
         module = transformers_peer.experts(setting.config, *setting.weights)
         with torch.no_grad():
             peer = Errors.of(module(states, index, weights), truth)
@@ -74,13 +74,16 @@ def errors(setting: Setting, inputs: Inputs) -> tuple[dict[str, Errors], Errors 
 
 def unsupported_reason(setting: Setting, inputs: Inputs, backend: str) -> str | None:
     """Why a backend can't serve the call; None if it can."""
+    return registry()[backend].unsupported_reason(_call(setting, inputs))
+
+
+def _call(setting: Setting, inputs: Inputs) -> ExpertsCall:
     states, index, _ = inputs
-    call = experts_call(states, *setting.weights, index, setting.config.activation)
-    return registry()[backend].unsupported_reason(call)
+    return experts_call(states, *setting.weights, index, setting.config.activation)
 
 
 def _inputs(setting: Setting, num_tokens: int) -> Inputs:
-    """Hidden states, distinct random experts, weights; one pair is masked."""
+    """Hidden states, distinct random experts, weights."""
     config, generator = setting.config, setting.generator()
     states = torch.randn(
         num_tokens, config.hidden_size, dtype=setting.dtype, device=setting.device, generator=generator
@@ -96,25 +99,6 @@ def _run(setting: Setting, inputs: Inputs, backend: str) -> torch.Tensor:
     return fused_experts(
         states, *setting.weights, index, weights, activation=setting.config.activation, backend=backend
     )
-
-
-def _taken_by_auto(setting: Setting) -> str:
-    states, index, _ = _inputs(setting, 1)
-    return select("auto", experts_call(states, *setting.weights, index, setting.config.activation)).name
-
-
-def _truth(setting: Setting, inputs: Inputs) -> torch.Tensor:
-    states, index, weights = inputs
-    # One float64 copy of an expert at a time: all of them would be 6 GB.
-    output = torch.zeros(states.shape, dtype=torch.float64, device=states.device)
-    gate_up, down = setting.weights
-    for expert in torch.unique(index).tolist():
-        masked = torch.where(index == expert, 0, -1)
-        output += reference.experts(
-            states.double(), gate_up[expert, None].double(), down[expert, None].double(), masked, weights.double(),
-            setting.config.activation,
-        )  # fmt: skip
-    return output
 
 
 def _against_float64(setting: Setting, num_tokens: int) -> Iterator[Result]:
@@ -141,10 +125,10 @@ def _graph_replay(setting: Setting) -> Result:
     name = "CUDA-graph replay gives the eager bits"
     if not setting.on_gpu:
         return Result(name, "skipped", "no CUDA device")
-    backend = _taken_by_auto(setting)
+    inputs = _inputs(setting, _TOKENS[-1])
+    backend = select("auto", _call(setting, inputs)).name
     if backend == "reference":
         return Result(name, "skipped", f"only the reference serves {setting.dtype}, and it waits for the GPU")
-    inputs = _inputs(setting, _TOKENS[-1])
     eager = _run(setting, inputs, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
