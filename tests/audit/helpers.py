@@ -1,0 +1,115 @@
+"""Implementations that are wrong in one thing each, and the audit run on them."""
+
+import torch
+from click.testing import CliRunner
+
+from cupymoe import audit
+from cupymoe.audit.measured import CANDIDATES
+from cupymoe.cli import main
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ASKED = "gelu_pytorch_tanh"
+
+
+def plain_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, act=CANDIDATES["gelu_tanh"]):
+    """The layer in plain torch: fp32 inside, one rounding, and a masked pair contributes nothing."""
+    output = torch.zeros(hidden_states.shape)
+    for expert, (rows, down) in enumerate(zip(gate_up_proj.float(), down_proj.float(), strict=True)):
+        token, k = torch.where(top_k_index == expert)
+        gate, up = (hidden_states[token].float() @ rows.T).chunk(2, -1)
+        output.index_add_(0, token, act(gate, up) @ down.T * top_k_weights[token, k, None])
+    return output.to(hidden_states.dtype)
+
+
+def with_activation(name):
+    return lambda *case: plain_experts(*case, act=CANDIDATES[name])
+
+
+def with_layout(name):
+    """Experts that read gate_up_proj in this order."""
+
+    def experts(hidden_states, gate_up_proj, *rest):
+        gate, up = {
+            "up first": lambda rows: rows.chunk(2, 1)[::-1],
+            "interleaved": lambda rows: (rows[:, ::2], rows[:, 1::2]),
+            "interleaved, up first": lambda rows: (rows[:, 1::2], rows[:, ::2]),
+        }[name](gate_up_proj)
+        return plain_experts(hidden_states, torch.cat((gate, up), 1), *rest)
+
+    return experts
+
+
+def with_weights(change):
+    return lambda *case: plain_experts(*case[:4], change(case[4]))
+
+
+def clamped(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+    top_k_index = top_k_index.clamp(0, len(gate_up_proj) - 1)
+    return plain_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+
+def raising(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+    if top_k_index.min() < 0 or top_k_index.max() >= len(gate_up_proj):
+        raise IndexError("no such expert")
+    return plain_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+
+def noisy(scale):
+    return lambda *case: plain_experts(*case) * (1 + scale * torch.randn(()))
+
+
+def mixing(scale):
+    """Experts of which a token's output leaks into the others."""
+
+    def experts(*case):
+        output = plain_experts(*case)
+        return output + scale * output.mean(0) * (len(output) > 1)
+
+    return experts
+
+
+def dropping(*case):
+    """Experts with a capacity: past 40 tokens they drop the rest."""
+    output = plain_experts(*case)
+    output[40:] = 0
+    return output
+
+
+def ungated(hidden_states, gate_up_proj, *rest):
+    return plain_experts(hidden_states, gate_up_proj, *rest, act=lambda gate, up: CANDIDATES["gelu_tanh"](gate, up**0))
+
+
+def erf(*case):
+    return plain_experts(*case, act=CANDIDATES["gelu"])
+
+
+def not_a_number(*case):
+    return plain_experts(*case) * float("nan")
+
+
+def wrong_shape(hidden_states, *rest):
+    return hidden_states[:, 1:]
+
+
+def refusing(*case):
+    raise RuntimeError("no kernel for this card")
+
+
+NOT_A_FUNCTION = 3
+
+
+def subject_of(experts, dtype=torch.float32, activation="gelu_tanh"):
+    return audit.Subject(audit.Target("under test", experts), activation, dtype, torch.device("cpu"))
+
+
+def findings_of(experts, dtype=torch.float32, activation="gelu_tanh"):
+    findings = list(audit.audit(subject_of(experts, dtype, activation)))
+    return {finding.name: finding for finding in findings}, audit.verdict(findings)
+
+
+def contradictions(findings):
+    return {name for name, finding in findings.items() if finding.status == "contradicts"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["audit", *arguments])

@@ -1,0 +1,119 @@
+"""Which activation it is, and where no guess is made."""
+
+import json
+
+import pytest
+import torch
+
+from cupymoe import MoEActivation, audit, reference
+from cupymoe.audit.measured import CANDIDATES
+from tests.audit.helpers import DTYPES, findings_of, invoke, not_a_number, plain_experts, with_activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_implementation_agrees(dtype):
+    findings, verdict = findings_of(plain_experts, dtype)
+    assert verdict == "agrees"
+    assert [finding.value for finding in findings.values()][:3] == ["gate first", "GELU (tanh)", "as given, once"]
+    assert {finding.status for finding in findings.values()} <= {"ok", "warn"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gelu", "GELU (erf)"),
+        ("silu", "SILU"),
+        ("quick_gelu", "quick GELU"),
+        ("relu", "ReLU"),
+        ("relu2", "ReLU2"),
+        ("swigluoai", "SWIGLUOAI"),
+        ("swiglustep", "SWIGLUSTEP"),
+    ],
+)
+def test_a_wrong_activation_is_named(name, value, dtype):
+    findings, verdict = findings_of(with_activation(name), dtype)
+    assert verdict == "contradicts"
+    assert findings["activation"].value == value
+    assert findings["activation"].status == "contradicts"
+    assert findings["gate order"].value == "gate first"
+    assert findings["rounding"].measured["error_from_found"] < torch.finfo(dtype).eps * 4
+
+
+@pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "swigluoai"])
+def test_each_candidate_agrees_where_the_config_asks_for_it(name):
+    findings, verdict = findings_of(with_activation(name), activation=name)
+    assert verdict == "agrees", findings
+
+
+def test_interleaved_swigluoai_agrees_where_the_config_asks_for_it():
+    def experts(*case):
+        return reference.experts(*case, MoEActivation.SWIGLUOAI)
+
+    findings, verdict = findings_of(experts, activation="swigluoai")
+    assert (verdict, findings["gate order"].value) == ("agrees", "interleaved")
+
+
+@pytest.mark.parametrize(
+    ("share", "status"), [(0.0, "contradicts"), (0.5, "unclear"), (1.0, "ok")], ids=["erf", "between", "tanh"]
+)
+def test_between_erf_and_tanh_is_no_guess(share, status):
+    def act(gate, up):
+        return share * CANDIDATES["gelu_tanh"](gate, up) + (1 - share) * CANDIDATES["gelu"](gate, up)
+
+    findings, verdict = findings_of(lambda *case: plain_experts(*case, act=act))
+    assert findings["activation"].status == status
+    if status == "unclear":
+        assert findings["activation"].value == "cannot tell: GELU (erf) or GELU (tanh)"
+        assert verdict == "unclear"
+
+
+def in_steps(name, size):
+    """An activation whose result is a multiple of size: noise of a known amplitude."""
+    return lambda *case: plain_experts(*case, act=lambda gate, up: (CANDIDATES[name](gate, up) / size).round() * size)
+
+
+def test_rounding_that_hides_the_difference_is_no_guess():
+    """Steps of 0.02 are forty times the largest difference of erf and tanh."""
+    findings, verdict = findings_of(in_steps("gelu_tanh", 0.02), torch.bfloat16)
+    assert findings["activation"].value == "cannot tell: GELU (erf) or GELU (tanh)"
+    assert verdict == "unclear"
+    findings, _ = findings_of(in_steps("silu", 0.02), torch.bfloat16)
+    assert findings["activation"].value == "SILU"
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_thousands_of_inputs_tell_what_no_single_one_does(name):
+    """Steps of 0.002 are four times the largest difference of erf and tanh."""
+    findings, _ = findings_of(in_steps(name, 0.002))
+    assert findings["activation"].measured["found"] == name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_sixteen_bits_tell_erf_from_tanh(name, dtype):
+    for seed in range(3):
+        subject = audit.Subject(
+            audit.Target("", with_activation(name)), "gelu_tanh", dtype, torch.device("cpu"), seed=seed
+        )
+        finding = audit.probes.activation(subject, "gate first")
+        assert finding.measured["found"] == name
+        assert min(finding.measured["sigmas"].values()) > 30
+
+
+def test_an_unknown_activation_is_not_forced_into_a_candidate():
+    findings, verdict = findings_of(lambda *case: plain_experts(*case, act=lambda gate, up: torch.tanh(gate) * up))
+    assert (findings["activation"].value, verdict) == ("unknown", "contradicts")
+
+
+def test_nan_is_unknown():
+    _, verdict = findings_of(not_a_number)
+    assert verdict == "contradicts"
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_json_has_no_infinity():
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads(invoke("tests.audit.helpers:not_a_number", "--json").output, parse_constant=refuse)

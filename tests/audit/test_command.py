@@ -1,0 +1,87 @@
+"""cupymoe audit: targets, exit codes and JSON."""
+
+import json
+
+import pytest
+
+from tests.audit.helpers import ASKED, invoke
+from tests.helpers import transformers_gemma4
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["cupymoe", "eager", "grouped_mm", "batched_mm", "cupymoe of transformers"])
+def test_what_runs_on_a_cpu_agrees(target, dtype):
+    if target != "cupymoe":
+        transformers_gemma4()
+        target = f"transformers:{target.removesuffix(' of transformers')}"
+    result = invoke(target, "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    assert f"{target} agrees" in result.output
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_exit_1_and_json_of_a_contradiction():
+    result = invoke("tests.audit.helpers:erf", "--json", "--seed", "3")
+    assert result.exit_code == 1
+    report = json.loads(result.output)
+    assert {key: report[key] for key in ("target", "activation", "dtype", "seed", "verdict")} == {
+        "target": "tests.audit.helpers:erf",
+        "activation": ASKED,
+        "dtype": "float32",
+        "seed": 3,
+        "verdict": "contradicts",
+    }
+    assert {"date", "device", "versions"} <= report.keys()
+    assert [finding["name"] for finding in report["findings"]] == [
+        "gate order",
+        "activation",
+        "routing weights",
+        "rounding",
+        "determinism",
+        "batch invariance",
+        "masked id 8 (num_experts)",
+        "masked id -1",
+    ]
+    for finding in report["findings"]:
+        assert finding.keys() == {"name", "value", "status", "detail", "expected", "measured"}
+    activation = report["findings"][1]
+    assert (activation["value"], activation["expected"]) == ("GELU (erf)", "GELU (tanh)")
+    assert 1.5e-4 < activation["measured"]["errors"]["gelu_tanh"] < 2.5e-4
+    assert invoke("tests.audit.helpers:erf", "--activation", "gelu").exit_code == 0
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nothing", "is not 'cupymoe', 'transformers:NAME' or"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+        ("tests.audit.helpers:no_such_function", "AttributeError"),
+        ("tests.audit.helpers:NOT_A_FUNCTION", "is a int, not a function"),
+        ("tests.audit.helpers:refusing", "RuntimeError: no kernel for this card"),
+        ("tests.audit.helpers:wrong_shape", "must return a tensor of shape [64, 256], got [64, 255]"),
+        ("transformers:no_such", "registered: ['eager', "),
+        ("transformers:deepgemm", "requires bfloat16"),
+        ("transformers:sonicmoe", "ImportError: sonic-moe requires"),
+    ],
+)
+def test_exit_2_says_why(target, reason):
+    if target.startswith("transformers"):
+        transformers_gemma4()
+    result = invoke(target)
+    assert result.exit_code == 2
+    assert reason in result.output
+    report = json.loads(invoke(target, "--json").output)
+    assert report["verdict"] == "cannot run"
+    assert reason in report["reason"]
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize(
+    ("activation", "reason"), [("gelu_so_fast", "Unknown MoE activation"), ("silu_no_mul", "has no gate")]
+)
+def test_exit_2_for_an_activation_that_cannot_be_asked_for(activation, reason):
+    result = invoke("cupymoe", "--activation", activation)
+    assert result.exit_code == 2
+    assert reason in result.output
