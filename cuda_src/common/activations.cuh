@@ -13,9 +13,10 @@ enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUOAI, SWIGLUSTEP };
 #define SWIGLUOAI_ALPHA 1.702f
 #define SWIGLU_LIMIT 7.0f  // SWIGLUOAI and SWIGLUSTEP
 
-// mantissa * 2^exponent, mantissa in [0.7, 1.5]: holds what is far below the fp32 range.
+// (mantissa + low) * 2^exponent, mantissa in [0.7, 1.5]: holds what is far below the fp32 range.
 struct Scaled {
     float mantissa;
+    float low;
     int exponent;
 };
 
@@ -49,7 +50,8 @@ __device__ __forceinline__ Scaled exp_of_minus(TwoFloats z) {
     p = fma_rn(p, r, 1.0f / 24);
     p = fma_rn(p, r, 1.0f / 6);
     p = fma_rn(p, r, 0.5f);
-    return {1.0f + fma_rn(p, r * r, r), (int)n};
+    float rest = fma_rn(p, r * r, r), mantissa = 1.0f + rest;
+    return {mantissa, rest - (mantissa - 1.0f), (int)n};
 }
 
 // value * 2^exponent, rounded once also where the result is subnormal: the first of the two steps is exact.
@@ -133,17 +135,21 @@ template <bool kPrecise> __device__ __forceinline__ float gelu_tanh(float x) {
 // x * Phi(x)
 template <bool kPrecise> __device__ __forceinline__ float gelu(float x) {
     const float cutoff = 15.0f;
-    if (x < -cutoff) return mul_rn(x, 0.0f);
-    float a = fminf(fabsf(x), cutoff), square = mul_rn(a, a);
+    if (fabsf(x) > cutoff) return x > 0.0f ? x : mul_rn(x, 0.0f);
+    float a = fabsf(x), square = mul_rn(a, a);
     float tail = scaled_normal_tail(a);
     if (!kPrecise) {
         float e = exp2_approx(square * -0.72134752f);
         return mul_rn(x, x < 0.0f ? mul_rn(tail, e) : fma_rn(-tail, e, 1.0f));
     }
     Scaled e = exp_of_minus({0.5f * square, 0.5f * fma_rn(a, a, -square)});
-    if (x >= 0.0f) return mul_rn(x, fma_rn(-tail, value_of(e), 1.0f));
-    float product = mul_rn(x, tail), product_low = fma_rn(x, tail, -product);
-    return scale(fma_rn(product, e.mantissa, product_low * e.mantissa), e.exponent);
+    if (x < 0.0f) {
+        // The excess is what the product was rounded up by. A negated product would be flushed where it is subnormal.
+        float product = mul_rn(x, tail), excess = fma_rn(-tail, x, product);
+        return scale(fma_rn(product, e.mantissa, fma_rn(excess, -1.0f, mul_rn(product, e.low))), e.exponent);
+    }
+    float below = value_of(e), probability = fma_rn(-tail, below, 1.0f);
+    return fma_rn(x, probability, x * fma_rn(-tail, below, 1.0f - probability));
 }
 
 template <int kActivation, bool kPrecise> __device__ __forceinline__ float activate(float gate, float up) {

@@ -7,7 +7,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels.combine import combine_workspace
-from cupymoe.kernels.expert_stream import MAX_EXPERTS, MAX_PAIRS, Shape, new_workspace, regime
+from cupymoe.kernels.expert_stream import MAX_EXPERTS, MAX_PAIRS, new_workspace, regime, shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.plan_experts import plan_experts
@@ -53,7 +53,7 @@ class FusedBackend:
         """See :class:`cupymoe.backends.Backend`."""
         num_tokens, top_k = top_k_index.shape
         num_experts, hidden_size, intermediate_size = down_proj.shape
-        shape = Shape(
+        shape = shape_of(
             regime(num_tokens, top_k, intermediate_size),
             hidden_states.dtype,
             top_k_index.dtype,
@@ -64,7 +64,7 @@ class FusedBackend:
             top_k,
         )
         workspace = new_workspace(hidden_states, shape, top_k_index.numel())
-        output = hidden_states.new_empty(hidden_states.shape)
+        output = torch.empty_like(hidden_states)
         if not shape.regime.inline_pairs:
             plan_experts(top_k_index, num_experts, shape.regime.tokens, workspace)
         experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace)

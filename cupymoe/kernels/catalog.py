@@ -20,7 +20,7 @@ from cupymoe.kernels import (
     sort_by_expert,
 )
 from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
-from cupymoe.kernels.expert_stream import Shape, regime
+from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
 # The fused backend serves Hopper alone (cupymoe/backends/fused.py).
@@ -65,7 +65,7 @@ def _fused_shapes() -> Iterator[Shape]:
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
         for num_tokens in (16, 64, 128, 256, 1024):
             for dtype in (torch.bfloat16, torch.float16):
-                yield Shape(
+                yield shape_of(
                     regime(num_tokens, sizes.top_k_experts, intermediate_size),
                     dtype,
                     torch.int64,

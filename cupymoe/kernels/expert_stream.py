@@ -51,7 +51,7 @@ class Tile:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Regime:
     """How a range of token counts is computed. Within one, a token's result depends on no other token of the call."""
 
@@ -65,25 +65,34 @@ class Regime:
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 
 
+_UP_TO_64_TOKENS = Regime(16, Tile(256, 5, k_warps=2), Tile(256, 5, k_warps=2), 0, fp32_slots=True)
+_UP_TO_128_TOKENS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
+_UP_TO_256_TOKENS = Regime(64, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
+_MORE_TOKENS = Regime(96, Tile(128, 3), Tile(128, 3), 0, fp32_slots=False)
+
+
 @functools.cache
+def _inline_regime(intermediate_size: int) -> Regime:
+    # Both rings fit a multiprocessor together, so that experts_down fills its own while experts_up still runs.
+    whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
+    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
+    return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
+
+
 def regime(num_tokens: int, top_k: int, intermediate_size: int) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
     if num_tokens * top_k <= _INLINE_PAIRS:
-        # Both rings fit a multiprocessor together, so that experts_down fills its own while experts_up still runs.
-        whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-        down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
-        return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
+        return _inline_regime(intermediate_size)
     if num_tokens <= 64:
-        return Regime(16, Tile(256, 5, k_warps=2), Tile(256, 5, k_warps=2), 0, fp32_slots=True)
+        return _UP_TO_64_TOKENS
     if num_tokens <= 128:
-        return Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
-    if num_tokens <= 256:
-        return Regime(64, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
-    return Regime(96, Tile(128, 3), Tile(128, 3), 0, fp32_slots=False)
+        return _UP_TO_128_TOKENS
+    return _UP_TO_256_TOKENS if num_tokens <= 256 else _MORE_TOKENS
 
 
-class Shape(NamedTuple):
-    """What the kernels of a call are compiled for."""
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What the kernels of a call are compiled for; :func:`shape_of` gives one object for one shape."""
 
     regime: Regime
     dtype: torch.dtype
@@ -113,6 +122,9 @@ class Shape(NamedTuple):
         )
 
 
+shape_of = functools.cache(Shape)
+
+
 class Workspace(NamedTuple):
     """Addresses in one allocation: what the launches of a call hand to each other."""
 
@@ -126,24 +138,25 @@ class Workspace(NamedTuple):
     expert_output: int
 
 
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: Shape, num_pairs: int) -> tuple[int, ...]:
+    """Offsets of the addresses of a :class:`Workspace`, and its size; rows start on 128 bytes."""
+    pair_of_slot = 16 * min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
+    num_chunks = pair_of_slot + 4 * num_pairs
+    slot_of_pair = num_chunks + 4
+    intermediate = -(-(slot_of_pair + 4 * num_pairs) // 128) * 128
+    intermediate_bytes = num_pairs * shape.intermediate_size * shape.dtype.itemsize
+    expert_output = -(-(intermediate + intermediate_bytes) // 128) * 128
+    size = expert_output + num_pairs * shape.hidden_size * shape.slot_dtype.itemsize
+    return 0, pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size
+
+
 def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace:
     """Memory for ``num_pairs`` pairs, uninitialised, on the device of ``like``."""
-    chunks = 16 * min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
-    slots = 4 * (2 * num_pairs + 1)
-    intermediate_offset = -(-(chunks + slots) // 128) * 128
-    intermediate = -(-num_pairs * shape.intermediate_size * shape.dtype.itemsize // 128) * 128
-    expert_output = num_pairs * shape.hidden_size * shape.slot_dtype.itemsize
-    memory = like.new_empty(intermediate_offset + intermediate + expert_output, dtype=torch.uint8)
+    *offsets, size = _layout(shape, num_pairs)
+    memory = like.new_empty(size, dtype=torch.uint8)
     base = memory.data_ptr()
-    return Workspace(
-        memory,
-        chunks=base,
-        pair_of_slot=base + chunks,
-        num_chunks=base + chunks + 4 * num_pairs,
-        slot_of_pair=base + chunks + 4 * (num_pairs + 1),
-        intermediate=base + intermediate_offset,
-        expert_output=base + intermediate_offset + intermediate,
-    )
+    return Workspace(memory, *(base + offset for offset in offsets))
 
 
 @functools.cache

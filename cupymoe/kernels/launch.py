@@ -52,13 +52,10 @@ def _driver() -> ctypes.CDLL:
 
 
 class _ThreadLaunch(threading.local):
-    """A thread's own launch configuration and parameters; the driver copies both before a launch returns."""
+    """A thread's own configuration and parameters of one kernel; the driver copies both before a launch returns."""
 
-    def __init__(self) -> None:
-        from cupymoe.kernels.jit import import_cupy
-
-        # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
-        import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
+    def __init__(self, shared_bytes: int, dependent: bool) -> None:
+        _make_context_current()
         self.values = (ctypes.c_uint64 * _MAX_PARAMETERS)()
         self.size = ctypes.c_size_t()
         self._extra = (ctypes.c_void_p * 5)(
@@ -70,11 +67,22 @@ class _ThreadLaunch(threading.local):
         )
         self.extra = ctypes.addressof(self._extra)
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self.config = _Config(grid_z=1, block_y=1, block_z=1, attributes=ctypes.addressof(self._attribute))
+        self.config = _Config(
+            grid_z=1,
+            block_y=1,
+            block_z=1,
+            shared_bytes=shared_bytes,
+            attributes=ctypes.addressof(self._attribute),
+            num_attributes=int(dependent),
+        )
         self.config_address = ctypes.addressof(self.config)
 
 
-_thread_launch = functools.cache(_ThreadLaunch)
+def _make_context_current() -> None:
+    # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
+    from cupymoe.kernels.jit import import_cupy
+
+    import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
 
 
 class Kernel:
@@ -92,9 +100,7 @@ class Kernel:
             raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
         self._raw_kernel = raw_kernel
         self._function = raw_kernel.kernel.ptr
-        self._shared_bytes = shared_bytes
-        self._num_attributes = int(dependent)
-        self._thread = _thread_launch()
+        self._thread = _ThreadLaunch(shared_bytes, dependent)
         self._launch = _driver().cuLaunchKernelEx
 
     def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
@@ -104,14 +110,12 @@ class Kernel:
             RuntimeError: the driver refused the launch.
         """
         thread = self._thread
-        thread.values[: len(arguments)] = list(arguments)
+        thread.values[: len(arguments)] = arguments  # type: ignore[call-overload]
         thread.size.value = 8 * len(arguments)
         config = thread.config
         config.grid_x, config.grid_y = grid
         config.block_x = block
-        config.shared_bytes = self._shared_bytes
         config.stream = stream
-        config.num_attributes = self._num_attributes
         if status := self._launch(thread.config_address, self._function, None, thread.extra):
             name = ctypes.c_char_p()
             _driver().cuGetErrorName(status, ctypes.byref(name))
