@@ -5,7 +5,7 @@
 //        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
-// Grid   any; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
+// Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
 // Needs  HIDDEN % 4 == 0, INTERMEDIATE % 32 == 0, 16-byte aligned rows, sm_80; INLINE_PAIRS as experts_up.cu.
 // Maths  fp32 sums over ascending k, rounded to SLOT_SCALAR.
 // Why    Launched as a programmatic dependent: its first stages of weights are under way while experts_up still runs,
@@ -14,8 +14,8 @@
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
-#error "define SCALAR, SLOT_SCALAR, INDEX, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
+#error "define SCALAR, SLOT_SCALAR, INDEX, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -49,7 +49,7 @@ struct DownGemm {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
              u64 num_pairs) {

@@ -6,7 +6,7 @@
 //        chunks        [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes intermediate  [slots, INTERMEDIATE] SCALAR   rows in slot order (common/expert_plan.cuh)
 //        slot_of_pair  [T * TOP_K] i32             only with INLINE_PAIRS; -1: masked
-// Grid   any; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
+// Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
 // Needs  HIDDEN % 32 == 0, INTERMEDIATE % 2 == 0, 16-byte aligned rows, sm_80; T * TOP_K <= INLINE_PAIRS <= BLOCK_THREADS, or INLINE_PAIRS 0.
 // Maths  fp32 sums over ascending k; activation in fp32; one rounding at the store.
 // Why    A unit is the gate row and the up row of one column: both are sums of the same thread, so the activation costs
@@ -15,8 +15,8 @@
 
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
-#error "define SCALAR, INDEX, ACTIVATION, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
+#error "define SCALAR, INDEX, ACTIVATION, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -52,10 +52,14 @@ struct UpGemm {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restrict__ gate_up_proj,
            const INDEX* __restrict__ top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs) {
+    UpGemm gemm = {hidden_states, gate_up_proj, intermediate};
+#if !INLINE_PAIRS
+    prefetch_first_tile(gemm);
+#endif
     wait_for_previous_grid();
     release_next_grid();
 #if INLINE_PAIRS
@@ -64,5 +68,5 @@ experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restric
 #else
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
-    stream_experts<false>(UpGemm{hidden_states, gate_up_proj, intermediate}, plan);
+    stream_experts<false>(gemm, plan);
 }

@@ -77,6 +77,13 @@ __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u
 #endif
 }
 
+// Fetches `bytes` into L2 (sm_90), for a kernel that will want them; bytes and source % 16 == 0.
+__device__ __forceinline__ void prefetch_bulk(const void* source, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+#endif
+}
+
 // Ordinary global writes seen so far are visible to this thread's bulk copies.
 __device__ __forceinline__ void order_writes_before_bulk_copies() {
 #if __CUDA_ARCH__ >= 900

@@ -34,12 +34,13 @@
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
+#define PREFETCH_BYTES 65536                                      // of a block: what memory gives in a few microseconds
 #define SUMS_PITCH (TILE_ROWS + 4)                               // no bank conflict between a warp's four token pairs
 #define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)      // after the ring
 
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0 && PRODUCER_THREADS % PACKS_PER_ROW == 0 && TILE_ROWS % ROWS_PER_PASS == 0, "BLOCK_K");
-static_assert(TOKENS % 8 == 0 && STAGES >= 2, "TOKENS, STAGES");
+static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
 
 // A tile and the k of the next stage; walks this block's tiles. Whole rounds of tiles are dealt to the blocks in turn, so
@@ -95,6 +96,15 @@ template <class Gemm> struct Cursor {
         return true;
     }
 };
+
+// Fetches the start of each row of the tile that this block gets first if every expert has one chunk, while the plan is
+// still being made; a wrong guess is another block's tile.
+template <class Gemm> __device__ __forceinline__ void prefetch_first_tile(const Gemm& gemm) {
+    u32 position = blockIdx.x * TILE_UNITS, expert = position / Gemm::kUnits, first_unit = position % Gemm::kUnits;
+    u32 row = threadIdx.x;
+    if (expert >= NUM_EXPERTS || row >= TILE_ROWS || first_unit + Gemm::unit_of_row(row) >= Gemm::kUnits) return;
+    prefetch_bulk(gemm.weight_row(expert, first_unit, row), min(PREFETCH_BYTES / TILE_ROWS, Gemm::kDepth * 2));
+}
 
 typedef float Sums[TOKEN_GROUPS][4];
 

@@ -14,7 +14,6 @@ from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
 MAX_PAIRS = 8192
 MAX_EXPERTS = 240
 
-_WARPS = 8
 _INLINE_PAIRS = 128
 
 
@@ -26,24 +25,28 @@ class Tile:
     stages: int
     k_warps: int = 1
     """Warps that share the rows and split the depth of a stage."""
+    warps: int = 8
+    """That consume the ring."""
+    blocks_per_sm: int = 1
     whole_rows: bool = False
     """``block_k`` is the whole depth: a stage is two bulk copies, ordered by one thread."""
 
     @property
     def threads(self) -> int:
         """Consumers, and one producer warp or four."""
-        return (_WARPS + (1 if self.whole_rows else 4)) * 32
+        return (self.warps + (1 if self.whole_rows else 4)) * 32
 
     def shared_bytes(self, tokens: int) -> int:
         """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
-        rows = _WARPS // self.k_warps * 16
+        rows = self.warps // self.k_warps * 16
         sums = self.k_warps * min(tokens, 16) * (rows + 4) * 4
         return self.stages * (rows + tokens) * self.block_k * 2 + sums
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tile."""
         return (
-            f"WARPS={_WARPS}",
+            f"WARPS={self.warps}",
+            f"BLOCKS_PER_SM={self.blocks_per_sm}",
             f"K_WARPS={self.k_warps}",
             f"BLOCK_K={self.block_k}",
             f"STAGES={self.stages}",
@@ -66,9 +69,11 @@ class Regime:
 
 
 _UP_TO_64_TOKENS = Regime(16, Tile(256, 5, k_warps=2), Tile(256, 5, k_warps=2), 0, fp32_slots=True)
-_UP_TO_128_TOKENS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
-_UP_TO_256_TOKENS = Regime(64, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
-_MORE_TOKENS = Regime(96, Tile(128, 3), Tile(128, 3), 0, fp32_slots=False)
+_UP_TO_256_TOKENS = Regime(
+    32, Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2), Tile(256, 4, k_warps=2), 0, fp32_slots=False
+)
+_UP_TO_512_TOKENS = Regime(48, Tile(256, 3, k_warps=2), Tile(256, 3, k_warps=2), 0, fp32_slots=False)
+_MORE_TOKENS = Regime(80, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
 
 
 @functools.cache
@@ -85,9 +90,9 @@ def regime(num_tokens: int, top_k: int, intermediate_size: int) -> Regime:
         return _inline_regime(intermediate_size)
     if num_tokens <= 64:
         return _UP_TO_64_TOKENS
-    if num_tokens <= 128:
-        return _UP_TO_128_TOKENS
-    return _UP_TO_256_TOKENS if num_tokens <= 256 else _MORE_TOKENS
+    if num_tokens <= 256:
+        return _UP_TO_256_TOKENS
+    return _UP_TO_512_TOKENS if num_tokens <= 512 else _MORE_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +161,9 @@ def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace
     *offsets, size = _layout(shape, num_pairs)
     memory = like.new_empty(size, dtype=torch.uint8)
     base = memory.data_ptr()
-    return Workspace(memory, *(base + offset for offset in offsets))
+    return Workspace(memory, *[base + offset for offset in offsets])
 
 
-@functools.cache
-def num_blocks(device: int) -> int:
-    """One block on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def grid(tile: Tile, device: int) -> tuple[int, int]:
+    """As many blocks as are resident at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count * tile.blocks_per_sm, 1

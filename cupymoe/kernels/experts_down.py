@@ -7,7 +7,7 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import SCALARS, current_stream
-from cupymoe.kernels.expert_stream import Shape, Workspace, num_blocks
+from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -21,17 +21,21 @@ def variant(shape: Shape) -> Variant:
 
 
 @functools.cache
-def _kernel(shape: Shape, device: int) -> Kernel:
-    shared_bytes = shape.regime.down.shared_bytes(shape.regime.tokens)
-    return kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True)
+def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
+    """The kernel, its grid and the threads of a block."""
+    tile = shape.regime.down
+    shared_bytes = tile.shared_bytes(shape.regime.tokens)
+    run = kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True)
+    return run, grid(tile, device), tile.threads
 
 
 def experts_down(down_proj: torch.Tensor, top_k_index: torch.Tensor, shape: Shape, workspace: Workspace) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace."""
-    device = down_proj.device.index
-    _kernel(shape, device)(
-        (num_blocks(device), 1),
-        shape.regime.down.threads,
+    device = down_proj.get_device()
+    run, blocks, threads = _plan(shape, device)
+    run(
+        blocks,
+        threads,
         current_stream(device),
         workspace.intermediate,
         down_proj.data_ptr(),

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_stream import Shape, Workspace, num_blocks
+from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -20,9 +20,12 @@ def variant(shape: Shape) -> Variant:
 
 
 @functools.cache
-def _kernel(shape: Shape, device: int) -> Kernel:
-    shared_bytes = shape.regime.up.shared_bytes(shape.regime.tokens)
-    return kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True)
+def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
+    """The kernel, its grid and the threads of a block."""
+    tile = shape.regime.up
+    shared_bytes = tile.shared_bytes(shape.regime.tokens)
+    run = kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True)
+    return run, grid(tile, device), tile.threads
 
 
 def experts_up(
@@ -33,10 +36,11 @@ def experts_up(
     workspace: Workspace,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace."""
-    device = hidden_states.device.index
-    _kernel(shape, device)(
-        (num_blocks(device), 1),
-        shape.regime.up.threads,
+    device = hidden_states.get_device()
+    run, blocks, threads = _plan(shape, device)
+    run(
+        blocks,
+        threads,
         current_stream(device),
         hidden_states.data_ptr(),
         gate_up_proj.data_ptr(),
