@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_peers import (
+    SKEWED,
     Case,
     Contender,
     Oracle,
@@ -41,6 +42,7 @@ from bench_timing import (
     Ceilings,
     capture,
     capture_read,
+    first_call_seconds,
     free_memory,
     issue_us,
     measure_ceilings,
@@ -48,7 +50,16 @@ from bench_timing import (
     time_in_turn,
     wall_us,
 )
-from readme_table import Report, experts_table, heading, host_table, percentiles_table, stages_table
+from readme_table import (
+    Report,
+    experts_table,
+    first_call_table,
+    heading,
+    host_table,
+    percentiles_table,
+    skewed_table,
+    stages_table,
+)
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig
@@ -94,9 +105,9 @@ class Bench:
             self.failures.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
         return float(f"{error:.4g}")
 
-    def experts_row(self, tokens: int, ceilings: Ceilings) -> dict[str, Any]:
-        """One of the ``"rows"`` of ``experts.json``."""
-        cases = make_cases(self.config, self.layers, tokens)
+    def experts_row(self, tokens: int, ceilings: Ceilings, routing: str | None = None) -> dict[str, Any]:
+        """One of the ``"rows"`` of ``experts.json``, or of ``"skewed"``."""
+        cases = make_cases(self.config, self.layers, tokens, routing)
         hit_experts = mean_hit_experts(cases)
         oracles = [Oracle.of(self.config, case) for case in cases]
         contenders = self.contenders(cases)
@@ -113,17 +124,20 @@ class Bench:
             "ms": ms,
         }
 
-    def experts(self, tokens: tuple[int, ...]) -> dict[str, Any]:
-        """What ``experts.json`` holds beside the heading."""
+    def experts(self, tokens: tuple[int, ...], skewed: tuple[int, ...] = ()) -> dict[str, Any]:
+        """What ``experts.json`` holds beside the heading; ``skewed`` counts are measured with each skewed routing."""
         ceilings = measure_ceilings(self.buffer, len(self.layers))
         click.echo(f"ceilings: raw read {ceilings.read_tbs} TB/s, bf16 product {ceilings.bf16_tflops} TFLOP/s")
         rows = []
         for count in tokens:
             rows.append(self.experts_row(count, ceilings))
-            free_memory()
-            medians = ", ".join(f"{name} {ms['p50']:.4f}" for name, ms in rows[-1]["ms"].items())
-            click.echo(f"T={count}: floor {rows[-1]['floor_ms']:.4f}, {medians} ms")
-        return {"ceilings": ceilings._asdict(), "rows": rows}
+            echo_row(rows[-1])
+        skewed_rows = []
+        for count in skewed:
+            for routing in SKEWED:
+                skewed_rows.append({"routing": routing, **self.experts_row(count, ceilings, routing)})
+                echo_row(skewed_rows[-1])
+        return {"ceilings": ceilings._asdict(), "rows": rows, **({"skewed": skewed_rows} if skewed else {})}
 
     def host(self) -> dict[str, Any]:
         """What ``host.json`` holds beside the heading: eager calls at one token."""
@@ -142,6 +156,7 @@ class Bench:
                 wall[name].append(wall_us(each, HOST_LOOPS))
         return {
             "tokens": 1,
+            "first_call_s": first_call_seconds(),
             "calls": [
                 {
                     "name": name,
@@ -152,6 +167,14 @@ class Bench:
                 for name, each in calls.items()
             ],
         }
+
+
+def echo_row(row: dict[str, Any]) -> None:
+    """Its medians, as soon as they are known; the memory of its cases goes back."""
+    free_memory()
+    medians = ", ".join(f"{name} {ms['p50']:.4f}" for name, ms in row["ms"].items())
+    routing = f" ({row['routing']})" if "routing" in row else ""
+    click.echo(f"T={row['tokens']}{routing}: floor {row['floor_ms']:.4f}, {medians} ms")
 
 
 def versions() -> dict[str, str]:
@@ -203,6 +226,7 @@ def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: st
 
 # Generation: where reading the hit experts' weights once is the floor.
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DECODE_SKEWED_TOKENS = (64, 1024)
 
 
 @click.command()
@@ -252,13 +276,17 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
         tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
     if regime in ("host", "all"):
         bench = Bench(config, device)
-        tables.append(host_table(keep("host", bench.host(), bench.failures)))
+        report = keep("host", bench.host(), bench.failures)
+        tables += [host_table(report), first_call_table(report)]
         del bench
         free_memory()
     if regime in ("experts", "decode", "all"):
         bench = Bench(config, device)
-        name = "decode" if regime == "decode" else "experts"
-        report = keep(name, bench.experts(DECODE_TOKENS if regime == "decode" else tokens), bench.failures)
+        if regime == "decode":
+            report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
+            tables.append(skewed_table(report))
+        else:
+            report = keep("experts", bench.experts(tokens), bench.failures)
         tables += [percentiles_table(report), experts_table(report)]
     for table in tables:
         click.echo(f"\n{table}")

@@ -68,21 +68,38 @@ def make_layers(config: Gemma4MoEConfig, device: torch.device | str) -> tuple[to
     return buffer.flatten(), layers
 
 
-def make_inputs(config: Gemma4MoEConfig, tokens: int, device: torch.device | str) -> Inputs:
-    """Normal hidden states; each token's experts distinct and uniform; float32 weights, as Gemma 4's router gives."""
+def _a_quarter_to_one(index: torch.Tensor) -> torch.Tensor:
+    index[:, : index.shape[1] // 4] = 0
+    return index
+
+
+SKEWED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "one expert has a quarter of the pairs": _a_quarter_to_one,
+    "all tokens to the same experts": lambda index: index[:1].expand(index.shape).contiguous(),
+    "four experts": lambda index: index % 4,
+}
+"""Routings that are not uniform, made from uniform ones."""
+
+
+def make_inputs(config: Gemma4MoEConfig, tokens: int, device: torch.device | str, routing: str | None = None) -> Inputs:
+    """Normal hidden states; float32 weights, as Gemma 4's router gives; distinct and uniform experts, or a skew."""
     shape = (tokens, config.top_k_experts)
+    index = torch.rand(tokens, config.num_experts, device=device).topk(config.top_k_experts).indices
     return Inputs(
         torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device),
-        torch.rand(tokens, config.num_experts, device=device).topk(config.top_k_experts).indices,
+        SKEWED[routing](index) if routing else index,
         torch.randn(shape, device=device).softmax(dim=-1),
     )
 
 
-def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int) -> list[Case]:
+def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int, routing: str | None = None) -> list[Case]:
     """Enough calls that no weights stay cached and a graph's start does not count; the layers take turns."""
     count = next(count for limit, count in CASES_UP_TO.items() if tokens <= limit)
     device = layers[0].down_proj.device
-    return [Case(i % len(layers), layers[i % len(layers)], make_inputs(config, tokens, device)) for i in range(count)]
+    return [
+        Case(i % len(layers), layers[i % len(layers)], make_inputs(config, tokens, device, routing))
+        for i in range(count)
+    ]
 
 
 def mean_hit_experts(cases: list[Case]) -> float:

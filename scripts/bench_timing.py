@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +133,40 @@ def issue_us(call: Call) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e6
+
+
+_FIRST_CALL = """
+import time, torch
+from cupymoe import Gemma4MoEConfig
+from cupymoe.kernels.jit import import_cupy
+from cupymoe.warmup import NUM_TOKENS, warmup
+torch.zeros(1, device="cuda")
+seconds = [time.perf_counter()]
+import_cupy()
+seconds.append(time.perf_counter())
+for tokens in (1,), NUM_TOKENS:
+    warmup(Gemma4MoEConfig.gemma4_26b_a4b(), tokens)
+    torch.cuda.synchronize()
+    seconds.append(time.perf_counter())
+print(*(later - sooner for sooner, later in zip(seconds, seconds[1:])))
+"""
+
+
+def first_call_seconds() -> dict[str, dict[str, float]]:
+    """What a fresh process waits for, at Gemma 4's sizes: with an empty kernel cache, then with the kernels on disk."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("compiling", "from_disk"):
+            run = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL],
+                env={**os.environ, "CUPY_CACHE_DIR": folder, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+                capture_output=True,
+                encoding="utf-8",
+                check=True,
+            )
+            seconds = [float(f"{float(part):.3g}") for part in run.stdout.split()]
+            found[name] = dict(zip(("import_cupy", "one_token", "every_regime"), seconds, strict=True))
+    return found
 
 
 def free_memory() -> None:

@@ -81,6 +81,36 @@ def percentiles_table(report: Report) -> str:
     return markdown(["tokens", "name", "us p20", "p50", "p80", "x floor", "x cupymoe", "error"], rows)
 
 
+def first_call_table(report: Report) -> str:
+    """Seconds of a fresh process: CuPy's import, then the kernels of one token, then those of every other regime."""
+    names = {"import_cupy": "import cupy", "one_token": "one token", "every_regime": "other regimes"}
+    return markdown(
+        ["kernels", *(f"{name} s" for name in names.values())],
+        [
+            [kernels.replace("_", " "), *(f"{seconds[name]:.2f}" for name in names)]
+            for kernels, seconds in report["first_call_s"].items()
+        ],
+    )
+
+
+def skewed_table(report: Report) -> str:
+    """The ``"skewed"`` rows of ``decode.json``, each beside its own floor."""
+    return markdown(
+        ["tokens", "routing", "hit experts", "floor us", "cupymoe us", "x floor"],
+        [
+            [
+                str(row["tokens"]),
+                row["routing"],
+                f"{row['hit_experts']:.0f}",
+                microseconds(row["floor_ms"]),
+                microseconds(row["ms"]["cupymoe"]["p50"]),
+                f"{row['ms']['cupymoe']['p50'] / row['floor_ms']:.2f}",
+            ]
+            for row in report["skewed"]
+        ],
+    )
+
+
 def stages_table(report: Report) -> str:
     """The table of ``stages.json``: bytes moved and their rate, beside the device copy's."""
     return markdown(
@@ -143,7 +173,13 @@ def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> Non
         for line in stale_reports(benchmarks):
             click.echo(line)
         return
-    tables = {"rows": experts_table, "stages": stages_table, "calls": host_table}
+    tables = {
+        "rows": experts_table,
+        "skewed": skewed_table,
+        "stages": stages_table,
+        "calls": host_table,
+        "first_call_s": first_call_table,
+    }
     for path in reports or sorted(benchmarks.glob("*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         for key, table in tables.items():
