@@ -5,6 +5,7 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import apply_moe_activation, fused_experts, gelu_tanh_and_mul, moe_activation, route
 from cupymoe.kernels.bridge import as_cupy, as_torch
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
+from cupymoe.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "gelu_tanh_and_mul",
     "moe_activation",
     "route",
+    "warmup",
 ]
