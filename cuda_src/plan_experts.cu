@@ -17,8 +17,8 @@
 #endif
 #define INLINE_PAIRS 0
 #include "common/expert_plan.cuh"
+#include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
-#define FULL_WARP 0xffffffffu
 static_assert(NUM_EXPERTS <= BLOCK_THREADS && BLOCK_THREADS * PAIRS_PER_LANE <= 65536, "a thread owns an expert; pairs fit 16 bits");
 
 // The sum of value over the threads before this one.

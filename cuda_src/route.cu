@@ -8,20 +8,14 @@
 // Maths  fp32 in transformers' order: p = exp(l - max) / sum, w = p / sum of the chosen p (a true division), w * scale.
 //        A row with a NaN or +inf logit has NaN weights, as softmax has.
 // Source transformers Gemma4TextRouter; ranks by logit, which orders as the probabilities do and cannot tie by rounding.
-#include "common/dtypes.cuh"
+#include "common/async_copy.cuh"
+#include "common/warp.cuh"
 
 #if !defined(SCALAR) || !defined(SCALE_SCALAR) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(RENORMALIZE)
 #error "define SCALAR, SCALE_SCALAR, NUM_EXPERTS, TOP_K and RENORMALIZE"
 #endif
 #define WARPS 4
 #define PER_LANE ((NUM_EXPERTS + 31) / 32)
-#define FULL_WARP 0xffffffffu
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(FULL_WARP, value, offset);
-    return value;
-}
 
 // Unsigned integers in the order of the floats: NaN above all, -0 as +0; 0 is left for "no candidate".
 __device__ __forceinline__ u32 order_key(float value) {
@@ -31,17 +25,13 @@ __device__ __forceinline__ u32 order_key(float value) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ u32 warp_max(u32 value) {
-    u32 result;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(result) : "r"(value));
-    return result;
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-route(const SCALAR* __restrict__ router_logits, const SCALE_SCALAR* __restrict__ per_expert_scale,
+route(const SCALAR* router_logits, const SCALE_SCALAR* __restrict__ per_expert_scale,
       float* __restrict__ top_k_weights, long long* __restrict__ top_k_index, u64 num_tokens) {
     u64 token = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
+    wait_for_previous_grid();
+    release_next_grid();
     if (token >= num_tokens) return;
 
     float logits[PER_LANE];

@@ -14,7 +14,7 @@
 #error "define INDEX, NUM_EXPERTS, TOP_K, WARPS and PAIRS_PER_BLOCK"
 #endif
 #include "common/pairs.cuh"
-#define FULL_WARP 0xffffffffu
+#include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
 #define PAIRS_PER_WARP (PAIRS_PER_BLOCK / WARPS)
 

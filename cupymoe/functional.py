@@ -27,7 +27,8 @@ class _Description(NamedTuple):
 def _describe(name: str, tensor: torch.Tensor) -> _Description:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return _Description(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+    # As a plain tuple: the constructor of a NamedTuple costs as much as all that it is given.
+    return tuple.__new__(_Description, (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()))
 
 
 def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
@@ -230,7 +231,8 @@ def fused_experts(
         member,
         backend,
     )
-    top_k_weights = top_k_weights.to(work_dtype(hidden_states.dtype))
+    if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
+        top_k_weights = top_k_weights.to(work)
     output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
     )

@@ -73,6 +73,26 @@ def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoE
     return joined.to(input.dtype)
 
 
+def router_logits_backward(
+    grad: torch.Tensor, hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`reference.router_logits` with respect to its three tensors, without its roundings."""
+    hidden_size = hidden_states.shape[-1]
+    work = work_dtype(hidden_states.dtype)
+    states, wide_scale, grad = hidden_states.to(work), scale.to(work) * hidden_size**-0.5, grad.to(work)
+    norm = torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
+    normed = states * norm
+    grad_input = grad @ projection.to(work)
+    grad_normed = grad_input * wide_scale
+    # d(x norm)/dx: norm is a function of the whole row.
+    along = (grad_normed * normed).mean(-1, keepdim=True)
+    return (
+        ((grad_normed - normed * along) * norm).to(hidden_states.dtype),
+        ((grad_input * normed).sum(0) * hidden_size**-0.5).to(scale.dtype),
+        (grad.T @ (normed * wide_scale)).to(projection.dtype),
+    )
+
+
 def route_backward(
     grad_weights: torch.Tensor,
     router_logits: torch.Tensor,

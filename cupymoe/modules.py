@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from cupymoe import reference
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts, route
 
@@ -28,11 +29,25 @@ class Gemma4Router(nn.Module):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Router logits ``[..., E]`` of ``[..., H]``: RMSNorm without a weight, times ``scale * H^-0.5``, projected."""
-        states = hidden_states.float()
-        mean_square = states.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps
-        normed = (states * torch.pow(mean_square, -0.5)).type_as(hidden_states)
-        logits: torch.Tensor = self.proj(normed * self.scale * self.config.hidden_size**-0.5)
-        return logits
+        eps, size = self.config.rms_norm_eps, self.config.hidden_size
+        if self._is_plain(hidden_states):
+            logits = torch.ops.cupymoe.router_logits(
+                hidden_states.reshape(-1, size), self.scale, self.proj.weight, eps
+            ).reshape(*hidden_states.shape[:-1], self.config.num_experts)
+        else:
+            logits = self.proj(reference.router_input(hidden_states, self.scale, eps))
+        return cast(torch.Tensor, logits)
+
+    def _is_plain(self, hidden_states: torch.Tensor) -> bool:
+        """Whether ``proj`` is a product with its weight and nothing else: no adapter, no hook, no autocast."""
+        proj = self.proj
+        return (
+            type(proj) is nn.Linear
+            and not (proj._forward_hooks or proj._forward_pre_hooks or "forward" in vars(proj))
+            and hidden_states.dtype == self.scale.dtype == proj.weight.dtype
+            and hidden_states.shape[-1] == self.config.hidden_size
+            and not torch.is_autocast_enabled(hidden_states.device.type)
+        )
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(top_k_weights, top_k_index)``, ``[T, K]`` float32 and int64, of ``hidden_states`` ``[T, H]``."""

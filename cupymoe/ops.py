@@ -34,11 +34,14 @@ def _register(
         torch.library.register_autograd(f"cupymoe::{name}", backward, setup_context=setup_context, lib=_library)
 
 
+_as_is = nullcontext()
+
+
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes a CUDA tensor's device the current one, where it isn't."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _as_is
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -111,6 +114,54 @@ _register(
 # --- routing ----------------------------------------------------------------------------------------------------------
 
 
+def _router_logits(
+    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+) -> torch.Tensor:
+    if hidden_states.device.type != "cuda":
+        return reference.router_logits(hidden_states, scale, projection, eps)
+    from cupymoe.kernels.router_logits import router_logits, serves
+
+    with on_device_of(hidden_states):
+        compute = router_logits if serves(hidden_states, scale, projection) else reference.router_logits
+        return compute(hidden_states, scale, projection, eps)
+
+
+def _router_logits_fake(
+    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+) -> torch.Tensor:
+    return hidden_states.new_empty((hidden_states.shape[0], projection.shape[0]))
+
+
+def _router_logits_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _router_logits_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return *torch.ops.cupymoe.router_logits_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+def _router_logits_backward_fake(
+    grad: torch.Tensor, hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (hidden_states, scale, projection))
+
+
+_register(
+    "router_logits(Tensor hidden_states, Tensor scale, Tensor projection, float eps) -> Tensor",
+    _router_logits,
+    _router_logits_fake,
+    _router_logits_grad,
+    _router_logits_setup,
+)
+_register(
+    "router_logits_backward(Tensor grad, Tensor hidden_states, Tensor scale, Tensor projection, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    gradients.router_logits_backward,
+    _router_logits_backward_fake,
+)
+
+
 def _route(
     router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,6 +228,9 @@ _register(
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
+_MEMBERS = {member.value: member for member in MoEActivation}
+
+
 def experts_call(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -187,17 +241,18 @@ def experts_call(
     """What the backends are asked about."""
     num_tokens, top_k = top_k_index.shape
     num_experts, hidden_size, intermediate_size = down_proj.shape
+    # By position: names cost 1 us.
     return ExpertsCall(
-        device=hidden_states.device,
-        dtype=hidden_states.dtype,
-        activation=activation,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        aligned_hidden_states=hidden_states.data_ptr() % 16 == 0,
-        aligned_weights=(gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
+        hidden_states.device,
+        hidden_states.dtype,
+        activation,
+        num_tokens,
+        top_k,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        hidden_states.data_ptr() % 16 == 0,
+        (gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
     )
 
 
@@ -210,7 +265,7 @@ def _fused_experts(
     activation: str,
     backend: str,
 ) -> torch.Tensor:
-    member = MoEActivation(activation)
+    member = _MEMBERS[activation]
     chosen = select(backend, experts_call(hidden_states, gate_up_proj, down_proj, top_k_index, member))
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape)

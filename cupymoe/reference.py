@@ -58,6 +58,25 @@ def activate(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
             raise AssertionError(activation)
 
 
+def router_input(hidden_states: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """What Gemma 4's router projects: RMSNorm without a weight, times ``scale * H^-0.5``.
+
+    Rounded to the dtype of ``hidden_states`` where transformers rounds, so that the logits are the same bits.
+    """
+    states = hidden_states.to(work_dtype(hidden_states.dtype))
+    mean_square = states.pow(2).mean(-1, keepdim=True) + eps
+    normed = (states * torch.pow(mean_square, -0.5)).type_as(hidden_states)
+    return normed * scale * math.pow(hidden_states.shape[-1], -0.5)
+
+
+def router_logits(
+    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Gemma 4's router logits, ``[..., E]`` of ``[..., H]``."""
+    logits: torch.Tensor = router_input(hidden_states, scale, eps) @ projection.T
+    return logits
+
+
 def route(
     router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None = None, renormalize: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:

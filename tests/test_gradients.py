@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
-from cupymoe.gradients import route_backward
+from cupymoe.gradients import route_backward, router_logits_backward
 from tests.helpers import random_experts
 
 
@@ -40,6 +40,15 @@ def test_activation_of_a_strided_input():
     input = torch.randn(8, 6, dtype=torch.float64).T.requires_grad_()
     assert not input.is_contiguous()
     assert torch.autograd.gradcheck(lambda input: moe_activation("gelu_tanh", input), input)
+
+
+def test_router_logits_backward_is_autograd_through_the_reference():
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 16), (16,), (7, 16))]
+    logits = reference.router_logits(*tensors, 1e-3)
+    grad = torch.randn_like(logits)
+    expected = torch.autograd.grad(logits, tensors, grad)
+    got = router_logits_backward(grad, *(tensor.detach() for tensor in tensors), 1e-3)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

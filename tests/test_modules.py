@@ -141,6 +141,31 @@ def test_router_differs_from_transformers_in_exact_ties_only(device, capsys):
     torch.testing.assert_close(weights[~differs], their_weights[~differs].float(), rtol=1e-6, atol=0)
 
 
+class Doubled(torch.nn.Linear):
+    """What an adapter around a projection may be."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_router_calls_a_projection_that_is_more_than_its_weight(device):
+    router, states = randomize(Gemma4Router(CONFIG)).to(device), torch.randn(4, 32, device=device)
+    plain = router.logits(states)
+    handle = router.proj.register_forward_hook(lambda module, inputs, output: 3 * output)
+    torch.testing.assert_close(router.logits(states), 3 * plain)
+    handle.remove()
+    wrapped = Doubled(32, 6, bias=False).to(device)
+    wrapped.weight = router.proj.weight
+    router.proj = wrapped
+    torch.testing.assert_close(router.logits(states), 2 * plain)
+
+
+def test_router_under_autocast(device):
+    router, states = randomize(Gemma4Router(CONFIG)).to(device), torch.randn(4, 32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert router.logits(states).dtype == torch.bfloat16
+
+
 def test_experts_call_is_transformers(device):
     layer = decoder_layer().to(device)
     experts = Gemma4MoE.from_transformers(layer).experts

@@ -38,6 +38,7 @@ def test_every_op_is_checked_here():
         if name.startswith("cupymoe::")
     }
     checked = {"apply_moe_activation", "activation_backward", "route", "route_backward"}
+    checked |= {"router_logits", "router_logits_backward"}
     checked |= {"fused_experts", "fused_experts_backward"} | {member.custom_op_name for member in MoEActivation}
     assert registered == checked
 
@@ -54,6 +55,18 @@ def test_opcheck_activation_writes_and_backward(device, activation):
     input = torch.randn(3, activation.input_size(8), device=device)
     opcheck("apply_moe_activation", activation.value, torch.empty(3, 8, device=device), input)
     opcheck("activation_backward", torch.randn(3, 8, device=device), input, activation.value)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_router_logits(device, dtype, requires_grad):
+    states, scale, projection = (
+        torch.randn(shape, device=device, dtype=dtype, requires_grad=requires_grad)
+        for shape in ((5, 16), (16,), (7, 16))
+    )
+    opcheck("router_logits", states, scale, projection, 1e-6)
+    tensors = [tensor.detach() for tensor in (states, scale, projection)]
+    opcheck("router_logits_backward", torch.randn(5, 7, device=device, dtype=dtype), *tensors, 1e-6)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

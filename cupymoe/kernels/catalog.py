@@ -17,6 +17,7 @@ from cupymoe.kernels import (
     plan_experts,
     raw_read,
     route,
+    router_logits,
     sort_by_expert,
 )
 from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
@@ -45,6 +46,7 @@ def _variants() -> Iterator[Variant]:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
             yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
+        yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
     for index_dtype in INDEX_TYPES:
@@ -63,7 +65,7 @@ def _fused_shapes() -> Iterator[Shape]:
     """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
-        for num_tokens in (16, 64, 128, 256, 1024):
+        for num_tokens in (16, 64, 256, 512, 1024):
             for dtype in (torch.bfloat16, torch.float16):
                 yield shape_of(
                     regime(num_tokens, sizes.top_k_experts, intermediate_size),

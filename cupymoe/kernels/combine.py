@@ -95,7 +95,7 @@ def combine_workspace(
         top_k_weights: ``[T, K]`` float32, contiguous, at least one token.
         output: ``[T, H]``, contiguous, 16-byte aligned; written and returned.
     """
-    device = output.device.index
+    device = output.get_device()
     run, blocks = _workspace_plan(shape, device)
     run(
         (output.shape[0], blocks),

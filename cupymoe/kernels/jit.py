@@ -163,6 +163,7 @@ def _load(variant: Variant, device: int) -> Any:
 @functools.cache
 def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool) -> Kernel:
     module = _load(variant, device)
+    dependent = dependent and torch.cuda.get_device_capability(device) >= (9, 0)
     with import_cupy().cuda.Device(device):
         return Kernel(module.get_function(entry), shared_bytes, dependent)
 

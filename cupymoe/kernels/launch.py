@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from typing import Any
 
 import torch
 
 _MAX_PARAMETERS = 16
+_PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_PARAMETERS + 1)]
 # enum values of cuda.h
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
@@ -110,7 +112,7 @@ class Kernel:
             RuntimeError: the driver refused the launch.
         """
         thread = self._thread
-        thread.values[: len(arguments)] = arguments  # type: ignore[call-overload]
+        _PACK[len(arguments)](thread.values, 0, *arguments)
         thread.size.value = 8 * len(arguments)
         config = thread.config
         config.grid_x, config.grid_y = grid

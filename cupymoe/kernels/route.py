@@ -32,7 +32,7 @@ def variant(dtype: torch.dtype, scale_dtype: torch.dtype, num_experts: int, top_
 def _kernel(
     dtype: torch.dtype, scale_dtype: torch.dtype, num_experts: int, top_k: int, renormalize: bool, device: int
 ) -> Kernel:
-    return kernel(variant(dtype, scale_dtype, num_experts, top_k, renormalize), "route", device)
+    return kernel(variant(dtype, scale_dtype, num_experts, top_k, renormalize), "route", device, dependent=True)
 
 
 def route(
