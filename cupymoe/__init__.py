@@ -2,8 +2,16 @@
 
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.functional import apply_moe_activation, fused_experts, gelu_tanh_and_mul, moe_activation, route
+from cupymoe.functional import (
+    apply_moe_activation,
+    fused_experts,
+    gelu_tanh_and_mul,
+    lora_experts,
+    moe_activation,
+    route,
+)
 from cupymoe.kernels.bridge import as_cupy, as_torch
+from cupymoe.lora import LowRank
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 from cupymoe.warmup import warmup
 
@@ -14,12 +22,14 @@ __all__ = [
     "Gemma4MoE",
     "Gemma4MoEConfig",
     "Gemma4Router",
+    "LowRank",
     "MoEActivation",
     "apply_moe_activation",
     "as_cupy",
     "as_torch",
     "fused_experts",
     "gelu_tanh_and_mul",
+    "lora_experts",
     "moe_activation",
     "route",
     "warmup",

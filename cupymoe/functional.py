@@ -12,6 +12,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
 from cupymoe.kernels.bridge import SCALARS
 from cupymoe.kernels.route import MAX_EXPERTS
+from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
 
 
@@ -220,6 +221,74 @@ def fused_experts(
             not serve the call.
     """
     member = _member(activation)
+    _describe_and_check_experts(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=member, backend=backend
+    )
+    if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
+        top_k_weights = top_k_weights.to(work)
+    output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
+    )
+    return output
+
+
+def lora_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_adapter: LowRank | None,
+    down_adapter: LowRank | None,
+    *,
+    activation: MoEActivation | str,
+) -> torch.Tensor:
+    """:func:`fused_experts` on ``gate_up_proj + b @ a`` and ``down_proj + b @ a``, which are never formed.
+
+    Args:
+        gate_up_adapter: ``a`` ``[E, r, H]`` and ``b`` ``[E, 2I, r]`` of :class:`cupymoe.LowRank`, any rank and strides,
+            dtype and device of ``hidden_states``; None: no adapter.
+        down_adapter: the same for ``down_proj``: ``[E, r, I]`` and ``[E, H, r]``.
+
+    Other arguments, result and errors are as of :func:`fused_experts`. Differentiable with respect to the adapters too;
+    the gradients of the weights are computed only where they are asked for. On CUDA in bfloat16 the kernels of the
+    ``grouped`` backend compute it, where it serves the call; else plain torch, one expert after the other.
+    """
+    member = _member(activation)
+    experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    _describe_and_check_experts(*experts, activation=member, backend="auto")
+    adapters: list[torch.Tensor | None] = []
+    for name, adapter, weight in (
+        ("gate_up_adapter", gate_up_adapter, gate_up_proj),
+        ("down_adapter", down_adapter, down_proj),
+    ):
+        if adapter is not None:
+            _check_adapter(name, adapter, weight)
+        adapters += (None, None) if adapter is None else adapter.prepared()
+    weights = top_k_weights.to(work_dtype(hidden_states.dtype))
+    output: torch.Tensor = torch.ops.cupymoe.lora_experts.default(*experts[:4], weights, *adapters, member.value)
+    return output
+
+
+def _check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
+    a, b, base = _describe(f"{name}.a", adapter.a), _describe(f"{name}.b", adapter.b), _describe("weight", weight)
+    num_experts, out_size, in_size = weight.shape
+    _check_shape(f"{name}.a", a, (num_experts, None, in_size))
+    _check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
+    for part, given in (("a", a), ("b", b)):
+        _check_same(f"{name}.{part}", given, "hidden_states", base, dtype=True)
+
+
+def _describe_and_check_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    activation: MoEActivation,
+    backend: str,
+) -> None:
     # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 3.
     check = _check_experts if torch.compiler.is_compiling() else _check_experts_cached
     check(
@@ -228,15 +297,9 @@ def fused_experts(
         _describe("down_proj", down_proj),
         _describe("top_k_index", top_k_index),
         _describe("top_k_weights", top_k_weights),
-        member,
+        activation,
         backend,
     )
-    if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
-        top_k_weights = top_k_weights.to(work)
-    output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
-    )
-    return output
 
 
 def _check_experts(

@@ -19,13 +19,14 @@ from cupymoe.backends import ExpertsCall, select
 _library = torch.library.Library("cupymoe", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _register(
+def register(
     schema: str,
     forward: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
+    """Define ``torch.ops.cupymoe.<name of schema>`` for every device."""
     name = schema.partition("(")[0]
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -78,7 +79,7 @@ def _register_activation(activation: MoEActivation) -> None:
         gradient: torch.Tensor = torch.ops.cupymoe.activation_backward(grad, ctx.saved_tensors[0], activation.value)
         return gradient
 
-    _register(f"{activation.custom_op_name}(Tensor input) -> Tensor", forward, fake, backward, setup_context)
+    register(f"{activation.custom_op_name}(Tensor input) -> Tensor", forward, fake, backward, setup_context)
 
 
 for _activation in MoEActivation:
@@ -93,7 +94,7 @@ def _activation_backward_fake(grad: torch.Tensor, input: torch.Tensor, activatio
     return input.new_empty(input.shape)
 
 
-_register(
+register(
     "activation_backward(Tensor grad, Tensor input, str activation) -> Tensor",
     _activation_backward,
     _activation_backward_fake,
@@ -104,7 +105,7 @@ def _apply_moe_activation(activation: str, output: torch.Tensor, input: torch.Te
     _activate_into(input, output, MoEActivation(activation))
 
 
-_register(
+register(
     "apply_moe_activation(str activation, Tensor(a!) output, Tensor input) -> ()",
     _apply_moe_activation,
     lambda activation, output, input: None,
@@ -147,14 +148,14 @@ def _router_logits_backward_fake(
     return tuple(tensor.new_empty(tensor.shape) for tensor in (hidden_states, scale, projection))
 
 
-_register(
+register(
     "router_logits(Tensor hidden_states, Tensor scale, Tensor projection, float eps) -> Tensor",
     _router_logits,
     _router_logits_fake,
     _router_logits_grad,
     _router_logits_setup,
 )
-_register(
+register(
     "router_logits_backward(Tensor grad, Tensor hidden_states, Tensor scale, Tensor projection, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     gradients.router_logits_backward,
@@ -210,14 +211,14 @@ def _route_backward_fake(
     )
 
 
-_register(
+register(
     "route(Tensor router_logits, int top_k, Tensor? per_expert_scale, bool renormalize) -> (Tensor, Tensor)",
     _route,
     _route_fake,
     _route_grad,
     _route_setup,
 )
-_register(
+register(
     "route_backward(Tensor grad_weights, Tensor router_logits, Tensor top_k_index, Tensor? per_expert_scale, "
     "bool renormalize) -> (Tensor, Tensor)",
     gradients.route_backward,
@@ -323,7 +324,7 @@ def _fused_experts_backward_fake(
     return tuple(tensor.new_empty(tensor.shape) for tensor in differentiable)
 
 
-_register(
+register(
     "fused_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor top_k_index, "
     "Tensor top_k_weights, str activation, str backend) -> Tensor",
     _fused_experts,
@@ -331,7 +332,7 @@ _register(
     _fused_experts_grad,
     _fused_experts_setup,
 )
-_register(
+register(
     "fused_experts_backward(Tensor grad, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
     "Tensor top_k_index, Tensor top_k_weights, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     _fused_experts_backward,

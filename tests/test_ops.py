@@ -39,7 +39,8 @@ def test_every_op_is_checked_here():
     }
     checked = {"apply_moe_activation", "activation_backward", "route", "route_backward"}
     checked |= {"router_logits", "router_logits_backward"}
-    checked |= {"fused_experts", "fused_experts_backward"} | {member.custom_op_name for member in MoEActivation}
+    checked |= {"fused_experts", "fused_experts_backward", "lora_experts", "lora_experts_backward"}
+    checked |= {member.custom_op_name for member in MoEActivation}
     assert registered == checked
 
 
@@ -91,6 +92,22 @@ def test_opcheck_experts(device, dtype, requires_grad):
     for tensor in (*case[:3], case.top_k_weights):
         tensor.requires_grad_(requires_grad)
     opcheck("fused_experts", *case, "gelu_tanh", "auto")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters", [(True, True), (True, False)])
+def test_opcheck_lora_experts(device, dtype, requires_grad, adapters):
+    case = random_experts(5, 4, 32, 24, 2, dtype=dtype, device=device)
+    parts = []
+    for adapted, weight in zip(adapters, (case.gate_up_proj, case.down_proj), strict=True):
+        shapes = (4, 8, weight.shape[2]), (4, weight.shape[1], 8)
+        parts += [torch.randn(shape, dtype=dtype, device=device) if adapted else None for shape in shapes]
+    needed = [True, True, False, False, True, *(part is not None for part in parts)]
+    opcheck("lora_experts_backward", torch.randn_like(case.hidden_states), *case, *parts, "gelu_tanh", needed)
+    for tensor in (*case[:3], case.top_k_weights, *(part for part in parts if part is not None)):
+        tensor.requires_grad_(requires_grad)
+    opcheck("lora_experts", *case, *parts, "gelu_tanh")
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,266 @@
+"""lora_experts: what float64 gives on merged weights, forward and backward, without merging."""
+
+import pytest
+import torch
+
+from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
+from cupymoe.kernels.gated_activation import gated_activation
+from tests.helpers import GATED, no_host_sync, random_experts, relative_error
+
+NAMES = ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights", "gate_up a", "gate_up b", "down a", "down b")
+EXPERTS, RANK = 6, 5
+
+
+def random_adapter(weight, rank=RANK):
+    """As large as the weight's own part, so that a missing term shows."""
+    num_experts, out_size, in_size = weight.shape
+    return LowRank(
+        weight.new_empty(num_experts, rank, in_size).normal_(std=in_size**-0.5),
+        weight.new_empty(num_experts, out_size, rank).normal_(std=rank**-0.5),
+    )
+
+
+def random_case(num_tokens=16, activation=MoEActivation.GELU_TANH, masked=True, rank=RANK, **kwargs):
+    """Experts and both adapters; some pairs are masked, and expert 2 has no token."""
+    case = random_experts(num_tokens, EXPERTS, 32, 24, 2, activation=activation, **kwargs)
+    case.top_k_index[case.top_k_index == 2] = 3
+    if masked:
+        case.top_k_index[::3, 0], case.top_k_index[1::4, 1] = -1, EXPERTS
+    return case, random_adapter(case.gate_up_proj, rank), random_adapter(case.down_proj, rank)
+
+
+def merged_oracle(case, gate_up, down, activation=MoEActivation.GELU_TANH):
+    """float64 on merged weights; differentiable with respect to every float64 argument."""
+    weights = [
+        weight.double() if adapter is None else weight.double() + adapter.b.double() @ adapter.a.double()
+        for weight, adapter in ((case.gate_up_proj, gate_up), (case.down_proj, down))
+    ]
+    return reference.experts(
+        case.hidden_states.double(), *weights, case.top_k_index, case.top_k_weights.double(), activation
+    )
+
+
+def differentiable(case, gate_up, down):
+    """The arguments as leaves, in the order of NAMES, and the case and adapters made of them."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*case[:3], case.top_k_weights, *gate_up, *down)]
+    hidden_states, gate_up_proj, down_proj, weights, *adapters = leaves
+    case = case._replace(
+        hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj, top_k_weights=weights
+    )
+    return leaves, case, LowRank(*adapters[:2]), LowRank(*adapters[2:])
+
+
+# bfloat16 and float16 are computed in float32 on the CPU and rounded once; CUDA's bfloat16 rounds after every product.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+CUDA_BFLOAT16 = 1.2e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_is_the_experts_on_merged_weights(device, dtype):
+    case, gate_up, down = random_case(dtype=dtype, device=device)
+    output = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+    on_kernels = (device.type, dtype) == ("cuda", torch.bfloat16)
+    assert output.dtype == dtype
+    assert relative_error(output, merged_oracle(case, gate_up, down)) < (
+        CUDA_BFLOAT16 if on_kernels else TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_every_activation(activation):
+    case, gate_up, down = random_case(activation=activation, dtype=torch.float64)
+    output = lora_experts(*case, gate_up, down, activation=activation)
+    torch.testing.assert_close(output, merged_oracle(case, gate_up, down, activation))
+
+
+def test_tanh_gelu_not_erf(device):
+    """In float32 a swapped formula is 40 times outside of what rounding leaves."""
+    case, gate_up, down = random_case(dtype=torch.float32, device=device)
+    output = lora_experts(*case, gate_up, down, activation="gelu_pytorch_tanh")
+    assert relative_error(output, merged_oracle(case, gate_up, down)) < 1e-6
+    assert relative_error(output, merged_oracle(case, gate_up, down, MoEActivation.GELU)) > 4e-5
+
+
+@pytest.mark.parametrize("adapted", ["gate_up", "down"])
+def test_one_adapter_alone(adapted):
+    case, gate_up, down = random_case(dtype=torch.float64)
+    pair = (gate_up, None) if adapted == "gate_up" else (None, down)
+    torch.testing.assert_close(lora_experts(*case, *pair, activation="gelu_tanh"), merged_oracle(case, *pair))
+
+
+def test_no_adapter_and_a_zero_one_are_the_experts():
+    case, gate_up, down = random_case(dtype=torch.float64)
+    expected = fused_experts(*case, activation="gelu_tanh")
+    fresh = [LowRank(adapter.a, torch.zeros_like(adapter.b)) for adapter in (gate_up, down)]
+    torch.testing.assert_close(lora_experts(*case, None, None, activation="gelu_tanh"), expected)
+    torch.testing.assert_close(lora_experts(*case, *fresh, activation="gelu_tanh"), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_ranks(device, rank):
+    case, gate_up, down = random_case(dtype=torch.bfloat16, rank=rank, device=device)
+    output = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+    assert relative_error(output, merged_oracle(case, gate_up, down)) < CUDA_BFLOAT16
+
+
+def test_adapters_of_any_strides(device):
+    """PEFT keeps b as [out, r * E], rank before expert."""
+    case, gate_up, down = random_case(dtype=torch.bfloat16, device=device)
+    rank_major = LowRank(down.a.mT.contiguous().mT, down.b.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    assert not rank_major.b.is_contiguous()
+    expected = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+    assert torch.equal(lora_experts(*case, gate_up, rank_major, activation="gelu_tanh"), expected)
+
+
+@pytest.mark.parametrize("activation", GATED)
+def test_gradients_are_autograd_s_through_the_oracle(activation):
+    leaves, *ours = differentiable(*random_case(activation=activation, dtype=torch.float64))
+    leaves[3].data = leaves[3].data.double()
+    output = lora_experts(*ours[0], *ours[1:], activation=activation)
+    grad = torch.randn_like(output)
+    got = torch.autograd.grad(output, leaves, grad)
+    expected = torch.autograd.grad(merged_oracle(*ours, activation), leaves, grad)
+    for name, gradient, truth in zip(NAMES, got, expected, strict=True):
+        assert truth.any(), name
+        torch.testing.assert_close(gradient, truth, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients(device, dtype):
+    """On CUDA in bfloat16 by grouped GEMMs; masked pairs and an expert without tokens get zeros, not old memory."""
+    leaves, *ours = differentiable(*random_case(64, dtype=dtype, device=device))
+    output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+    grad = torch.randn_like(output)
+    got = torch.autograd.grad(output, leaves, grad)
+    expected = torch.autograd.grad(merged_oracle(*ours), leaves, grad.double())
+    limit = 1e-5 if dtype == torch.float32 else 2e-2 if device.type == "cuda" else 4e-3
+    for name, gradient, leaf, truth in zip(NAMES, got, leaves, expected, strict=True):
+        assert gradient.dtype == leaf.dtype, name
+        assert relative_error(gradient, truth.double()) < limit, name
+    assert not any(got[i][2].any() for i in (1, 2, 4, 5, 6, 7))
+    assert not got[3][ours[0].top_k_index < 0].any()
+
+
+def test_frozen_weights_get_no_gradient():
+    case, gate_up, down = random_case()
+    gate_up.a.requires_grad_()
+    lora_experts(*case, gate_up, down, activation="gelu_tanh").sum().backward()
+    assert gate_up.a.grad.any()
+    assert case.gate_up_proj.grad is None
+    assert gate_up.b.grad is None
+
+
+def test_gradients_do_not_form_the_weights(monkeypatch):
+    """Frozen weights cost the backward no tensor of their size."""
+    case, gate_up, down = random_case(rank=8)
+    gate_up.a.requires_grad_()
+    sizes = []
+    kept = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: sizes.append(tensors[0].shape) or kept(tensors))
+    lora_experts(*case, gate_up, down, activation="gelu_tanh").sum().backward()
+    assert sizes == [gate_up.a.shape[1:]]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_few_tokens(device, num_tokens):
+    leaves, *ours = differentiable(*random_case(num_tokens, masked=False, dtype=torch.bfloat16, device=device))
+    output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+    output.float().sum().backward()
+    assert output.shape == (num_tokens, 32)
+    assert all(bool(leaf.grad.any()) == bool(num_tokens) for leaf in leaves)
+
+
+def test_everything_masked(device):
+    case, gate_up, down = random_case(dtype=torch.bfloat16, device=device)
+    case.top_k_index.fill_(-1)
+    leaves, *ours = differentiable(case, gate_up, down)
+    output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+    output.backward(torch.ones_like(output))
+    assert not output.any()
+    assert not any(leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: LowRank(a.a[:-1], a.b), r"gate_up_adapter.a must have shape \[6, \*, 32\], got \[5, 5, 32\]"),
+        (lambda a: LowRank(a.a, a.b[:, :-1]), r"gate_up_adapter.b must have shape \[6, 48, 5\], got \[6, 47, 5\]"),
+        (lambda a: LowRank(a.a[:, 1:], a.b), r"gate_up_adapter.b must have shape \[6, 48, 4\], got \[6, 48, 5\]"),
+        (lambda a: LowRank(a.a.double(), a.b), "gate_up_adapter.a must have hidden_states's dtype torch.float32"),
+        (lambda a: LowRank(a.a, None), "gate_up_adapter.b must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_a_wrong_adapter_is_named(change, message):
+    case, gate_up, down = random_case()
+    with pytest.raises((TypeError, ValueError), match=message):
+        lora_experts(*case, change(gate_up), down, activation="gelu_tanh")
+
+
+def test_wrong_experts_are_named():
+    case, gate_up, down = random_case()
+    with pytest.raises(ValueError, match=r"down_proj must have shape \[\*, 32, \*\]"):
+        lora_experts(*case._replace(down_proj=case.down_proj[0]), gate_up, down, activation="gelu_tanh")
+
+
+@pytest.mark.gpu
+def test_the_kernels_compute_it_without_waiting(monkeypatch):
+    """bfloat16 on CUDA, forward and backward."""
+    calls = []
+    import cupymoe.kernels.gated_activation as module
+
+    monkeypatch.setattr(module, "gated_activation", lambda *a, **k: calls.append(a) or gated_activation(*a, **k))
+    leaves, *ours = differentiable(*random_case(64, dtype=torch.bfloat16, device="cuda"))
+
+    def step():
+        output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    first = step()
+    calls.clear()
+    with no_host_sync():
+        second = step()
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph():
+    case, gate_up, down = random_case(64, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        eager = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+        output.zero_()
+        graph.replay()
+    assert torch.equal(output, eager)
+
+
+@pytest.mark.gpu
+def test_error_at_gemma_s_shape():
+    """No worse than 1.5 times what plain torch makes of bfloat16 with the same products."""
+    case = random_experts(256, 128, 2816, 704, 8, dtype=torch.bfloat16, device="cuda")
+    gate_up, down = random_adapter(case.gate_up_proj, 16), random_adapter(case.down_proj, 16)
+    truth = merged_oracle_by_expert(case, gate_up, down)
+    ours = relative_error(lora_experts(*case, gate_up, down, activation="gelu_tanh"), truth)
+    merged = case._replace(
+        gate_up_proj=torch.baddbmm(case.gate_up_proj, gate_up.b, gate_up.a),
+        down_proj=torch.baddbmm(case.down_proj, down.b, down.a),
+    )
+    dense = relative_error(fused_experts(*merged, activation="gelu_tanh", backend="grouped"), truth)
+    assert ours < 1.5 * dense, (ours, dense)
+
+
+def merged_oracle_by_expert(case, gate_up, down):
+    """As merged_oracle, one expert's float64 weights at a time."""
+    output = torch.zeros_like(case.hidden_states, dtype=torch.float64)
+    for expert in range(case.down_proj.shape[0]):
+        one = case._replace(
+            gate_up_proj=case.gate_up_proj[expert : expert + 1],
+            down_proj=case.down_proj[expert : expert + 1],
+            top_k_index=torch.where(case.top_k_index == expert, 0, -1),
+        )
+        adapters = [LowRank(a[expert : expert + 1], b[expert : expert + 1]) for a, b in (gate_up, down)]
+        output += merged_oracle(one, *adapters)
+    return output
