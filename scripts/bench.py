@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
 
-Three regimes. ``experts``: the whole experts call for each number of tokens, against transformers and the floor.
+Four regimes. ``experts``: the whole experts call for each number of tokens, against transformers and the floor.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
+``lora``: what an unmerged adapter costs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_lora import measure_lora
 from bench_peers import (
     SKEWED,
     Case,
@@ -56,6 +58,7 @@ from readme_table import (
     first_call_table,
     heading,
     host_table,
+    lora_table,
     percentiles_table,
     skewed_table,
     stages_table,
@@ -238,7 +241,10 @@ DECODE_SKEWED_TOKENS = (64, 1024)
     help="Numbers of tokens of the experts regime. The report holds these rows and no others.",
 )
 @click.option(
-    "--regime", type=click.Choice(["experts", "decode", "stages", "host", "all"]), default="experts", show_default=True
+    "--regime",
+    type=click.Choice(["experts", "decode", "stages", "host", "lora", "all"]),
+    default="experts",
+    show_default=True,
 )
 @click.option(
     "--output",
@@ -278,6 +284,11 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
         bench = Bench(config, device)
         report = keep("host", bench.host(), bench.failures)
         tables += [host_table(report), first_call_table(report)]
+        del bench
+        free_memory()
+    if regime in ("lora", "all"):
+        bench = Bench(config, device)
+        tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
         del bench
         free_memory()
     if regime in ("experts", "decode", "all"):

@@ -144,6 +144,17 @@ def host_table(report: Report) -> str:
     )
 
 
+def lora_table(report: Report) -> str:
+    """The table of ``lora.json``: medians in microseconds, their ratio to merged weights, and errors."""
+    ways = ("merged", "unmerged", "merging")
+    rows = []
+    for row in report["adapted"]:
+        merged = row["ms"]["merged"]["p50"]
+        times = [f"{microseconds(row['ms'][way]['p50'])} ({row['ms'][way]['p50'] / merged:.2f}x)" for way in ways]
+        rows.append([str(row["tokens"]), str(report["rank"]), *times, *(f"{row['error'][way]:.5f}" for way in ways)])
+    return markdown(["tokens", "rank", *(f"{way} us" for way in ways), *(f"error {way}" for way in ways)], rows)
+
+
 def stale_reports(benchmarks: Path) -> list[str]:
     """A line for each report made from other CUDA sources than the present ones, or that is no report."""
     present, lines = cuda_sources.sha256(), []
@@ -168,7 +179,7 @@ def stale_reports(benchmarks: Path) -> list[str]:
     help="Folder of the committed reports.",
 )
 def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> None:
-    """Print the markdown tables of REPORTS, experts.json, stages.json or host.json (default: all committed)."""
+    """Print the markdown tables of REPORTS, which bench.py and bench_model.py write (default: all committed)."""
     if check_report:
         for line in stale_reports(benchmarks):
             click.echo(line)
@@ -179,6 +190,7 @@ def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> Non
         "stages": stages_table,
         "calls": host_table,
         "first_call_s": first_call_table,
+        "adapted": lora_table,
     }
     for path in reports or sorted(benchmarks.glob("*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
