@@ -155,6 +155,34 @@ def lora_table(report: Report) -> str:
     return markdown(["tokens", "rank", *(f"{way} us" for way in ways), *(f"error {way}" for way in ways)], rows)
 
 
+def model_table(report: Report) -> str:
+    """The table of ``model.json``: medians in milliseconds, a token where decoding, and the peer's over each."""
+    names = list(report["cells"][0]["ms"])
+    peer = names[0]
+    rows = []
+    for cell in report["cells"]:
+        medians = {name: cell["ms"][name]["p50"] for name in names}
+        times = [f"{medians[name]:.2f} ({medians[peer] / medians[name]:.2f}x)" for name in names[1:]]
+        rows.append([cell["what"], f"{medians[peer]:.2f}", *times])
+    return markdown([f"{report['layers']} layers", *(f"{name} ms" for name in names)], rows)
+
+
+def greedy_table(report: Report) -> str:
+    """The other table of ``model.json``: greedy choices and logits, compared with the peer's at the same tokens."""
+    peer = next(iter(report["cells"][0]["ms"]))
+    return markdown(
+        [f"beside {peer}", "steps", "same token", "margin beyond difference", "of these wrong", "largest difference"],
+        [
+            [
+                row["name"],
+                *(str(row[key]) for key in ("steps", "same", "decided", "wrong")),
+                f"{row['largest_difference']:.3f} (std of logits {row['std_of_logits']:.2f})",
+            ]
+            for row in report["greedy"]
+        ],
+    )
+
+
 def stale_reports(benchmarks: Path) -> list[str]:
     """A line for each report made from other CUDA sources than the present ones, or that is no report."""
     present, lines = cuda_sources.sha256(), []
@@ -191,6 +219,8 @@ def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> Non
         "calls": host_table,
         "first_call_s": first_call_table,
         "adapted": lora_table,
+        "cells": model_table,
+        "greedy": greedy_table,
     }
     for path in reports or sorted(benchmarks.glob("*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))

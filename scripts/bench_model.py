@@ -1,0 +1,383 @@
+#!/usr/bin/env python
+"""A whole Gemma 4 26B-A4B text model with random weights: cupymoe's experts beside transformers' ``grouped_mm``.
+
+Decoding by ``generate()`` and as a captured CUDA graph of one step, at batch 1 and 32; prefill of 2048 and 8192 tokens;
+and whether both choose the same tokens. The bfloat16 weights are made on the GPU. Prints tables, writes model.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import report_folder, report_heading, write_report
+from bench_timing import capture, free_memory, percentiles
+from readme_table import greedy_table, heading, model_table
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
+
+from cupymoe import Gemma4MoEConfig
+from cupymoe.integrations.transformers import replace_routers
+
+PEER, OURS, ROUTED = "grouped_mm", "cupymoe", "cupymoe + router"
+CONTENDERS = (PEER, OURS, ROUTED)
+YARDSTICK = "eager"
+"""transformers' loop over the experts: how far its own two implementations are apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    config: Gemma4TextConfig
+    prompt: int = 128
+    greedy_steps: int = 64
+    batches: tuple[int, ...] = (1, 32)
+    generated: tuple[int, ...] = (63, 16)
+    """New tokens of a timed ``generate()``, for each batch."""
+    prefills: tuple[int, ...] = (2048, 8192)
+    samples: int = 10
+    replays: int = 8
+    """Steps of one sample of the graph."""
+
+    @property
+    def cache_length(self) -> int:
+        """Of the static cache; below the sliding window, so that one mask serves every layer."""
+        return self.prompt + max(self.greedy_steps, self.replays) + 8
+
+
+def gemma4_26b_a4b(layers: int = 30) -> Gemma4TextConfig:
+    """The text model of ``google/gemma-4-26B-A4B``: five layers with a sliding window, one without, and so on."""
+    moe = Gemma4MoEConfig.gemma4_26b_a4b()
+    return Gemma4TextConfig(
+        **{name: getattr(moe, name) for name in Gemma4MoEConfig.__dataclass_fields__},
+        enable_moe_block=True,
+        hidden_size_per_layer_input=0,
+        intermediate_size=2112,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_global_key_value_heads=2,
+        head_dim=256,
+        global_head_dim=512,
+        attention_k_eq_v=True,
+        sliding_window=1024,
+        final_logit_softcapping=30.0,
+    )
+
+
+def small_plan() -> Plan:
+    """The same on a model that a CPU runs in seconds."""
+    config = Gemma4TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=32,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    )
+    return Plan(config, 6, 8, (1, 2), (4, 2), (12,), samples=2, replays=2)
+
+
+def build(config: Gemma4TextConfig, device: torch.device) -> Gemma4ForCausalLM:
+    """The model in bfloat16, every weight made at random on the device."""
+    config._attn_implementation = "sdpa"
+    with device:
+        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None  # a random model would end at random
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        # Router logits get a deviation of one; of ones, their rounding would choose the experts.
+        layer.router.scale.fill_(1 / config.initializer_range)
+    return model
+
+
+class Contenders:
+    """One model, whose experts and routers are those of the contender that runs."""
+
+    def __init__(self, model: Gemma4ForCausalLM) -> None:
+        self.model = model
+        self._theirs = [layer.router for layer in model.model.layers]
+        replace_routers(model)
+        self._ours = [layer.router for layer in model.model.layers]
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Gemma4ForCausalLM]:
+        """The model as a contender."""
+        self.model.set_experts_implementation(OURS if name == ROUTED else name)
+        for layer, router in zip(self.model.model.layers, self._ours if name == ROUTED else self._theirs, strict=True):
+            layer.router = router
+        yield self.model
+
+
+class Decoder:
+    """One greedy step over a static cache; token and position stay on the device, so that it can be captured."""
+
+    def __init__(self, model: Gemma4ForCausalLM, prompt: torch.Tensor, cache_length: int) -> None:
+        self.model, self.prompt = model, prompt
+        self.cache = StaticCache(config=model.config, max_cache_len=cache_length)
+        self.token = prompt.new_zeros((prompt.shape[0], 1))
+        self.position = prompt.new_zeros((1, 1))
+        self._slots = torch.arange(cache_length, device=prompt.device)
+
+    def prefill(self) -> None:
+        """The prompt into the cache, the first token chosen."""
+        self.cache.reset()
+        logits = self.model(self.prompt, past_key_values=self.cache, logits_to_keep=1).logits
+        self._first = logits.argmax(-1)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt."""
+        length = self.prompt.shape[1]
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
+            if layer.is_sliding:
+                layer.cumulative_length_int = length
+        self.position.fill_(length)
+        self.token.copy_(self._first)
+
+    def step(self) -> torch.Tensor:
+        """Logits ``[B, V]`` of the token, and the next token in its place."""
+        mask = (self._slots <= self.position).view(1, 1, 1, -1)
+        logits: torch.Tensor = self.model(
+            self.token,
+            position_ids=self.position,
+            # Made by the model, it would be a constant of the graph.
+            attention_mask={"full_attention": mask, "sliding_attention": mask},
+            past_key_values=self.cache,
+        ).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.position += 1
+        return logits
+
+
+def synchronized_ms(call: Callable[[], Any]) -> float:
+    """Wall clock of a call to the end of its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def random_tokens(config: Gemma4TextConfig, *shape: int, device: torch.device) -> torch.Tensor:
+    """Token ids, none of them special."""
+    return torch.randint(16, config.vocab_size, shape, device=device)
+
+
+class ModelBench:
+    """The model and what is found about it."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.contenders = Contenders(build(plan.config, device))
+
+    def _cell(self, what: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+        cell = {"what": what, "ms": {name: percentiles(times) for name, times in samples.items()}}
+        click.echo(f"{what}: " + ", ".join(f"{name} {ms['p50']:.2f} ms" for name, ms in cell["ms"].items()))
+        return cell
+
+    def _in_turn(self, measure: Callable[[str], float], repeats: int) -> dict[str, list[float]]:
+        """Samples of each contender, after one that does not count."""
+        for name in CONTENDERS:
+            measure(name)
+        samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for _ in range(repeats):
+            for name in CONTENDERS:
+                samples[name].append(measure(name))
+        return samples
+
+    def _captured(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """A step's CUDA graph as a call that returns its output; on the CPU the step itself."""
+        if self.device.type != "cuda":
+            return step
+        captured = capture([step])
+
+        def replay() -> torch.Tensor:
+            captured.graph.replay()
+            output: torch.Tensor = captured.outputs[0]
+            return output
+
+        return replay
+
+    def decode_graph(self, batch: int) -> dict[str, Any]:
+        """A cell of captured steps."""
+        plan = self.plan
+        prompt = random_tokens(plan.config, batch, plan.prompt, device=self.device)
+        decoder = Decoder(self.contenders.model, prompt, plan.cache_length)
+        decoder.prefill()
+        steps = {}
+        for name in CONTENDERS:
+            with self.contenders.running(name):
+                steps[name] = self._captured(decoder.step)
+
+        def measure(name: str) -> float:
+            decoder.rewind()
+            return synchronized_ms(lambda: [steps[name]() for _ in range(plan.replays)]) / plan.replays
+
+        how = "graph" if self.device.type == "cuda" else "step"
+        return self._cell(f"decode, {how}, batch {batch}", self._in_turn(measure, plan.samples))
+
+    def generate(self, batch: int, new_tokens: int) -> dict[str, Any]:
+        """A cell of ``generate()``: milliseconds of each token after the first."""
+        prompt = random_tokens(self.plan.config, batch, self.plan.prompt, device=self.device)
+
+        def run(model: Gemma4ForCausalLM, count: int) -> float:
+            settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+            return synchronized_ms(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings))
+
+        def measure(name: str) -> float:
+            with self.contenders.running(name) as model:
+                first = run(model, 1)
+                return (run(model, 1 + new_tokens) - first) / new_tokens
+
+        return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, 2))
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """A cell of one forward over a prompt, to its last logits."""
+        prompt = random_tokens(self.plan.config, 1, tokens, device=self.device)
+
+        def measure(name: str) -> float:
+            with self.contenders.running(name) as model:
+                return synchronized_ms(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+
+        return self._cell(f"prefill of {tokens}", self._in_turn(measure, 4))
+
+    def greedy(self) -> list[dict[str, Any]]:
+        """Each implementation's logits while it is fed the peer's greedy tokens, compared with the peer's.
+
+        Both choose the same token wherever the margin between the peer's best two logits exceeds the largest difference
+        of their logits; a step where they don't is ``wrong``. CUDA graphs where the implementation can be captured.
+        """
+        plan = self.plan
+        prompt = random_tokens(plan.config, 1, plan.prompt, device=self.device)
+        decoder = Decoder(self.contenders.model, prompt, plan.cache_length)
+
+        def logits(name: str, forced: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            with self.contenders.running(name):
+                decoder.prefill()
+                step = decoder.step if name == YARDSTICK else self._captured(decoder.step)
+                decoder.rewind()
+                found, tokens = [], []
+                for i in range(plan.greedy_steps):
+                    if forced is not None:
+                        decoder.token.copy_(forced[i])
+                    tokens.append(decoder.token.clone())
+                    found.append(step()[0].float())
+            return torch.stack(found), torch.stack(tokens)
+
+        expected, tokens = logits(PEER, None)
+        return [self._agreement(name, expected, logits(name, tokens)[0]) for name in (OURS, ROUTED, YARDSTICK)]
+
+    def _agreement(self, name: str, expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
+        difference = (got - expected).abs().amax(-1)
+        best = expected.topk(2).values
+        same = got.argmax(-1) == expected.argmax(-1)
+        decided = best[:, 0] - best[:, 1] > difference
+        return {
+            "name": name,
+            "steps": len(expected),
+            "same": int(same.sum()),
+            "decided": int(decided.sum()),
+            "wrong": int((decided & ~same).sum()),
+            "largest_difference": float(f"{difference.max().item():.4g}"),
+            "std_of_logits": float(f"{expected.std().item():.4g}"),
+            "finite": bool(got.isfinite().all() and expected.isfinite().all()),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """What ``model.json`` holds beside the heading."""
+        plan = self.plan
+        greedy = self.greedy()
+        cells = []
+        for batch in plan.batches:
+            free_memory()
+            cells.append(self.decode_graph(batch))
+        for batch, new_tokens in zip(plan.batches, plan.generated, strict=True):
+            cells.append(self.generate(batch, new_tokens))
+        for tokens in plan.prefills:
+            free_memory()
+            cells.append(self.prefill(tokens))
+        parameters = sum(parameter.numel() for parameter in self.contenders.model.parameters())
+        return {
+            "layers": plan.config.num_hidden_layers,
+            "parameters": parameters,
+            "prompt": plan.prompt,
+            "cells": cells,
+            "greedy": greedy,
+        }
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """What was wrong with the tokens."""
+    lines = []
+    for row in found["greedy"]:
+        if not row["finite"]:
+            lines.append(f"{row['name']} gave logits that are not finite")
+        if row["wrong"] and row["name"] != YARDSTICK:
+            lines.append(f"{row['name']} chose another token than {PEER} at {row['wrong']} steps beyond rounding")
+    return lines
+
+
+@click.command()
+@click.option("--layers", default=30, show_default=True, help="Fewer fit a smaller GPU: 1.6 GB each, and 1.5 GB.")
+@click.option("--small", is_flag=True, help="A tiny model, on the CPU too: runs the same code, writes no report.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="benchmarks",
+    show_default=True,
+    help="The report goes to <output>/<device>/model.json, if all 30 layers ran.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of weights and prompts.")
+@torch.inference_mode()
+def main(layers: int, small: bool, output: Path, seed: int) -> None:
+    """Time a whole model on this machine's GPU.
+
+    Exits with 1, and writes no report, if a logit is not finite or a token differs beyond rounding.
+    """
+    warnings.simplefilter("ignore")  # transformers' own
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda and not small:
+        raise click.ClickException("bench_model.py measures a CUDA GPU, and torch sees none on this machine")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    torch.manual_seed(seed)
+    start = report_heading(torch.cuda.get_device_name(device) if on_cuda else "cpu")
+    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    plan = small_plan() if small else Plan(gemma4_26b_a4b(layers))
+    began = time.perf_counter()
+    bench = ModelBench(plan, device)
+    click.echo(f"built in {time.perf_counter() - began:.0f} s")
+    found = bench.run()
+    report = {**start, **found}
+    click.echo(f"\n{model_table(report)}\n\n{greedy_table(report)}\n\n{time.perf_counter() - began:.0f} s in all")
+    if failed := failures(found):
+        raise click.ClickException("\n".join(failed))
+    if not small and layers == gemma4_26b_a4b().num_hidden_layers:
+        write_report(report_folder(output, start["device"]) / "model.json", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""bench_model.py's logic on a tiny model: what it builds, what a step computes, what counts as a wrong token."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.helpers import transformers_gemma4
+
+pytest.importorskip("transformers", minversion="5.17")
+transformers_gemma4()
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+
+
+@pytest.fixture(scope="module")
+def bench_model():
+    import bench_model
+
+    return bench_model
+
+
+@pytest.fixture
+def bench(bench_model):
+    torch.manual_seed(0)
+    return bench_model.ModelBench(bench_model.small_plan(), torch.device("cpu"))
+
+
+def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
+    result = CliRunner().invoke(bench_model.main, ["--small", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for cell in ("decode, generate(), batch 1", "decode, generate(), batch 2", "prefill of 12"):
+        assert f"{cell}: grouped_mm" in result.output
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_without_a_gpu_it_says_so(bench_model):
+    result = CliRunner().invoke(bench_model.main, [])
+    assert result.exit_code == 1
+    assert "measures a CUDA GPU" in result.output
+
+
+def test_the_model_is_gemma_4_26b_a4b_s_text_part(bench_model):
+    config = bench_model.gemma4_26b_a4b()
+    model = bench_model.build(config, torch.device("meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 25.1e9 < parameters < 25.4e9
+    assert config.layer_types.count("full_attention") == 5
+    experts = model.model.layers[29].experts
+    assert experts.gate_up_proj.shape == (128, 1408, 2816)
+    assert experts.gate_up_proj.dtype == torch.bfloat16
+    assert bench_model.Plan(config).cache_length <= config.sliding_window
+
+
+def test_weights_are_random(bench):
+    for name, parameter in bench.contenders.model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if parameter.dim() > 1:
+            assert parameter.float().std() == pytest.approx(0.02, rel=0.2), name
+
+
+def test_steps_are_what_generate_does(bench_model, bench):
+    """Position, mask and rewinding of the static cache."""
+    plan = bench.plan
+    prompt = bench_model.random_tokens(plan.config, 2, plan.prompt, device="cpu")
+    with bench.contenders.running("cupymoe") as model, torch.inference_mode():
+        expected = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
+        decoder = bench_model.Decoder(model, prompt, plan.cache_length)
+        decoder.prefill()
+        for _ in range(2):
+            decoder.rewind()
+            tokens = []
+            for _ in range(6):
+                tokens.append(decoder.token.clone())
+                decoder.step()
+            assert torch.equal(torch.cat(tokens, 1), expected[:, plan.prompt :])
+
+
+def test_contenders_run_what_they_are_named_for(bench_model, bench):
+    from cupymoe import Gemma4Router
+
+    layer = bench.contenders.model.model.layers[1]
+    for name, implementation, ours in (
+        ("cupymoe + router", "cupymoe", True),
+        ("grouped_mm", "grouped_mm", False),
+        ("cupymoe", "cupymoe", False),
+        ("eager", "eager", False),
+    ):
+        with bench.contenders.running(name) as model:
+            assert model.config._experts_implementation == implementation
+            assert isinstance(layer.router, Gemma4Router) == ours
+
+
+@pytest.mark.parametrize(
+    ("margin", "shift", "same", "decided", "wrong"),
+    [
+        (0.5, 0.0, 1, 1, 0),  # equal
+        (0.5, 0.3, 1, 1, 0),  # moved, and no other choice
+        (0.1, 0.3, 0, 0, 0),  # another choice within the difference
+        (0.4, 0.3, 1, 1, 0),
+    ],
+)
+def test_a_step_within_rounding(bench, margin, shift, same, decided, wrong):
+    expected = torch.tensor([[1.0, 1.0 - margin, -1.0]])
+    got = expected + torch.tensor([[0.0, shift, 0.0]])
+    found = bench._agreement("x", expected, got)
+    assert (found["same"], found["decided"], found["wrong"]) == (same, decided, wrong)
+
+
+def test_a_wrong_token_fails(bench_model, bench):
+    expected, got = torch.tensor([[1.0, 0.6, 0.0]]), torch.tensor([[0.7, 0.9, 0.0]])
+    row = bench._agreement("cupymoe", expected, got)
+    assert row["wrong"] == 1
+    assert bench_model.failures({"greedy": [row]}) == [
+        "cupymoe chose another token than grouped_mm at 1 steps beyond rounding"
+    ]
+    assert bench_model.failures({"greedy": [{**row, "name": "eager"}]}) == []
+    row = bench._agreement("cupymoe", expected, torch.full_like(expected, torch.nan))
+    assert "cupymoe gave logits that are not finite" in bench_model.failures({"greedy": [row]})
+
+
+def test_tables_of_a_report(bench, tmp_path):
+    """readme_table.py renders model.json."""
+    import readme_table
+
+    report = {"device": "x", "date": "y", "versions": {}, "cuda_src_sha256": "z", **bench.run()}
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(report))
+    result = CliRunner().invoke(readme_table.main, [str(path)])
+    assert result.exit_code == 0, result.output
+    assert "decode, step, batch 1" in result.output
+    assert "| cupymoe + router ms |" in result.output
+    assert "largest difference |" in result.output
