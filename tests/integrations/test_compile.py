@@ -114,7 +114,7 @@ def test_export_for_any_number_of_tokens(device):
     shapes = {"hidden_states": {0: length}, "router_hidden_states": {0: length}}
     program = torch.export.export(module, (states(5, module), states(5, module)), dynamic_shapes=shapes)
     called = {str(node.target) for node in program.graph.nodes if "cupymoe" in str(node.target)}
-    assert called == {"cupymoe.route.default", "cupymoe.fused_experts.default"}
+    assert called >= {"cupymoe.route.default", "cupymoe.fused_experts.default"}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
