@@ -1,9 +1,11 @@
 """lora_experts: what float64 gives on merged weights, forward and backward, without merging."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
+from cupymoe import LowRank, MoEActivation, fused_experts, lora, lora_experts, reference
 from cupymoe.kernels.gated_activation import gated_activation
 from tests.helpers import GATED, no_host_sync, random_experts, relative_error
 
@@ -159,6 +161,36 @@ def test_gradients_do_not_form_the_weights(monkeypatch):
     monkeypatch.setattr(torch, "stack", lambda tensors: sizes.append(tensors[0].shape) or kept(tensors))
     lora_experts(*case, gate_up, down, activation="gelu_tanh").sum().backward()
     assert sizes == [gate_up.a.shape[1:]]
+
+
+def test_grouped_gemms_are_the_loop_s():
+    """What CUDA computes with in bfloat16, here on the CPU: same rows, same transpositions, same sums."""
+    case, gate_up, _ = random_case(24, dtype=torch.bfloat16, rank=8)
+    loop = lora._Loop(case.top_k_index, EXPERTS)
+    grouped = SimpleNamespace(ends=loop.ends.int())
+    kept = int(loop.ends[-1])
+    rows, others = (torch.randn(48, size).bfloat16() for size in (32, 48))
+    for weight in (case.gate_up_proj, gate_up.a, gate_up.b.transpose(1, 2)):
+        input = rows if weight.shape[2] == 32 else others
+        got, expected = (
+            each.linear(order, input, weight) for each, order in ((lora._Kernels, grouped), (lora._Loop, loop))
+        )
+        torch.testing.assert_close(got[:kept], expected[:kept], rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(
+        lora._Kernels.outer(grouped, others, rows), loop.outer(others, rows), rtol=2**-7, atol=1e-2
+    )
+
+
+def test_compiles_without_a_graph_break(device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    leaves, *ours = differentiable(*random_case(dtype=dtype, device=device))
+
+    def gradients(function):
+        output = function(*ours[0], *ours[1:], activation="gelu_tanh")
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    got = gradients(torch.compile(lora_experts, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(got, gradients(lora_experts), strict=True))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])

@@ -49,7 +49,6 @@ def logits(function, length, device):
 
 
 def assert_same(got, expected):
-    # Inductor keeps float32 between bfloat16 operations, so the residual that the experts read is not eager's bits.
     assert relative_error(got, expected.double()) < (1e-5 if expected.dtype == torch.float32 else 5e-2)
 
 
@@ -64,8 +63,10 @@ def test_model(device, mode, routers):
     eager = model(device, routers=routers)
     compiled = torch.compile(eager, fullgraph=True, mode=mode)
     expected = logits(eager, 5, device)
-    for _ in range(3):
-        assert_same(logits(compiled, 5, device), expected)
+    # Inductor keeps float32 between bfloat16 operations; a router might then choose another expert than in eager mode.
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        for _ in range(3):
+            assert_same(logits(compiled, 5, device), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
 
