@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Plan:
     prompt: int = 128
     greedy_steps: int = 64
     batches: tuple[int, ...] = (1, 32)
-    generated: tuple[int, ...] = (63, 16)
+    generated: tuple[int, ...] = (31, 16)
     """New tokens of a timed ``generate()``, for each batch."""
     prefills: tuple[int, ...] = (2048, 8192)
     samples: int = 10
@@ -120,13 +119,12 @@ class Contenders:
         replace_routers(model)
         self._ours = [layer.router for layer in model.model.layers]
 
-    @contextmanager
-    def running(self, name: str) -> Iterator[Gemma4ForCausalLM]:
-        """The model as a contender."""
+    def become(self, name: str) -> Gemma4ForCausalLM:
+        """The model as a contender, until it becomes another."""
         self.model.set_experts_implementation(OURS if name == ROUTED else name)
         for layer, router in zip(self.model.model.layers, self._ours if name == ROUTED else self._theirs, strict=True):
             layer.router = router
-        yield self.model
+        return self.model
 
 
 class Decoder:
@@ -230,8 +228,8 @@ class ModelBench:
         decoder.prefill()
         steps = {}
         for name in CONTENDERS:
-            with self.contenders.running(name):
-                steps[name] = self._captured(decoder.step)
+            self.contenders.become(name)
+            steps[name] = self._captured(decoder.step)
 
         def measure(name: str) -> float:
             decoder.rewind()
@@ -249,9 +247,9 @@ class ModelBench:
             return synchronized_ms(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings))
 
         def measure(name: str) -> float:
-            with self.contenders.running(name) as model:
-                first = run(model, 1)
-                return (run(model, 1 + new_tokens) - first) / new_tokens
+            model = self.contenders.become(name)
+            first = run(model, 1)
+            return (run(model, 1 + new_tokens) - first) / new_tokens
 
         return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, 2))
 
@@ -260,8 +258,8 @@ class ModelBench:
         prompt = random_tokens(self.plan.config, 1, tokens, device=self.device)
 
         def measure(name: str) -> float:
-            with self.contenders.running(name) as model:
-                return synchronized_ms(lambda: model(prompt, use_cache=True, logits_to_keep=1))
+            model = self.contenders.become(name)
+            return synchronized_ms(lambda: model(prompt, use_cache=True, logits_to_keep=1))
 
         return self._cell(f"prefill of {tokens}", self._in_turn(measure, 4))
 
@@ -276,16 +274,16 @@ class ModelBench:
         decoder = Decoder(self.contenders.model, prompt, plan.cache_length)
 
         def logits(name: str, forced: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            with self.contenders.running(name):
-                decoder.prefill()
-                step = decoder.step if name == YARDSTICK else self._captured(decoder.step)
-                decoder.rewind()
-                found, tokens = [], []
-                for i in range(plan.greedy_steps):
-                    if forced is not None:
-                        decoder.token.copy_(forced[i])
-                    tokens.append(decoder.token.clone())
-                    found.append(step()[0].float())
+            self.contenders.become(name)
+            decoder.prefill()
+            step = decoder.step if name == YARDSTICK else self._captured(decoder.step)
+            decoder.rewind()
+            found, tokens = [], []
+            for i in range(plan.greedy_steps):
+                if forced is not None:
+                    decoder.token.copy_(forced[i])
+                tokens.append(decoder.token.clone())
+                found.append(step()[0].float())
             return torch.stack(found), torch.stack(tokens)
 
         expected, tokens = logits(PEER, None)

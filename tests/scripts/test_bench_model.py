@@ -64,7 +64,8 @@ def test_steps_are_what_generate_does(bench_model, bench):
     """Position, mask and rewinding of the static cache."""
     plan = bench.plan
     prompt = bench_model.random_tokens(plan.config, 2, plan.prompt, device="cpu")
-    with bench.contenders.running("cupymoe") as model, torch.inference_mode():
+    model = bench.contenders.become("cupymoe")
+    with torch.inference_mode():
         expected = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False
         )
@@ -89,9 +90,8 @@ def test_contenders_run_what_they_are_named_for(bench_model, bench):
         ("cupymoe", "cupymoe", False),
         ("eager", "eager", False),
     ):
-        with bench.contenders.running(name) as model:
-            assert model.config._experts_implementation == implementation
-            assert isinstance(layer.router, Gemma4Router) == ours
+        assert bench.contenders.become(name).config._experts_implementation == implementation
+        assert isinstance(layer.router, Gemma4Router) == ours
 
 
 @pytest.mark.parametrize(
