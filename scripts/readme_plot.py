@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""The README's plot, made from a report that ``bench.py`` writes: time over the floor, by number of tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from readme_table import Report, peers
+
+matplotlib.rcParams["svg.hashsalt"] = "cupymoe"  # the same report gives the same file
+
+
+def figure(report: Report) -> Figure:
+    """Both axes logarithmic; a line for cupymoe and one for each peer of the report."""
+    rows = report["rows"]
+    result, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for name in ("cupymoe", *peers(report)):
+        measured = [row for row in rows if name in row["ms"]]
+        axes.plot(
+            [row["tokens"] for row in measured],
+            [row["ms"][name]["p50"] / row["floor_ms"] for row in measured],
+            marker="o",
+            markersize=3.5 if name == "cupymoe" else 2.5,
+            linewidth=2.2 if name == "cupymoe" else 1.2,
+            label=name,
+            zorder=3 if name == "cupymoe" else 2,
+        )
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    ticks = [1, 1.25, 1.5, 2, 3, 4, 5]
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.set_xticks([row["tokens"] for row in rows if (row["tokens"] & (row["tokens"] - 1)) == 0])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("time over the floor")
+    axes.set_title(f"Gemma 4 26B-A4B experts, bfloat16, {report['device']}, {report['date']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return result
+
+
+@click.command()
+@click.argument("report", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(report: Path) -> None:
+    """Draw REPORT, sweep.json or experts.json, into <its name>.svg beside it."""
+    target = report.with_suffix(".svg")
+    figure(json.loads(report.read_text(encoding="utf-8"))).savefig(target, metadata={"Date": None})
+    click.echo(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()
