@@ -4,15 +4,18 @@
 // Writes expert_offsets [NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of pairs kept
 //        token_of_slot  [P] i32           token of each slot; slots past the last offset stay as they are
 //        slot_of_pair   [P] i32           slot of each pair; -1: masked
+//        tickets        [2] u32           zeros: counters for two kernels that hand out work
 // Uses   block_counts   [blocks, NUM_EXPERTS] i32   only with more than one block
 // Grid   ceil(P / PAIRS_PER_BLOCK). One block owns PAIRS_PER_BLOCK neighbouring pairs, each of its warps a neighbouring part.
-//        One block is one launch of sort_by_expert; more need count_by_expert before it, over the same grid.
+//        One block is one launch of sort_by_expert; more need count_by_expert before it, over the same grid. While that still
+//        runs, sort_by_expert may count its own pairs (programmatic dependent launch).
 // Smem   WARPS * NUM_EXPERTS counters.
 // Why    A slot is (pairs of lower experts) + (the expert's pairs in earlier blocks, warps and lanes): sums of counts, so
 //        the same bits every run. A token may name an expert twice; both pairs get a slot.
 #if !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(WARPS) || !defined(PAIRS_PER_BLOCK)
 #error "define INDEX, NUM_EXPERTS, TOP_K, WARPS and PAIRS_PER_BLOCK"
 #endif
+#include "common/async_copy.cuh"
 #include "common/pairs.cuh"
 #include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
@@ -34,6 +37,8 @@ __device__ __forceinline__ void count_pairs(const INDEX* top_k_index, u32 num_pa
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 count_by_expert(const INDEX* __restrict__ top_k_index, int* __restrict__ block_counts, u64 num_pairs) {
     __shared__ int counts[WARPS][NUM_EXPERTS];
+    wait_for_previous_grid();
+    release_next_grid();
     count_pairs(top_k_index, num_pairs, counts);
     for (int expert = threadIdx.x; expert < NUM_EXPERTS; expert += BLOCK_THREADS) {
         int total = 0;
@@ -43,13 +48,15 @@ count_by_expert(const INDEX* __restrict__ top_k_index, int* __restrict__ block_c
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-sort_by_expert(const INDEX* __restrict__ top_k_index, const int* __restrict__ block_counts,
-               int* __restrict__ expert_offsets, int* __restrict__ token_of_slot, int* __restrict__ slot_of_pair,
-               u64 num_pairs) {
+sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, int* expert_offsets, int* token_of_slot,
+               int* slot_of_pair, u32* tickets, u64 num_pairs) {
     __shared__ int counts[WARPS][NUM_EXPERTS];  // then the next slot of each warp and expert
     __shared__ int offsets[NUM_EXPERTS];        // pairs of each expert, then of all lower ones
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     count_pairs(top_k_index, num_pairs, counts);
+    wait_for_previous_grid();
+    release_next_grid();
+    if (blockIdx.x == 0 && threadIdx.x < 2) tickets[threadIdx.x] = 0;
 
     // Each warp's pairs come after those of earlier blocks and warps.
     for (int expert = threadIdx.x; expert < NUM_EXPERTS; expert += BLOCK_THREADS) {

@@ -26,8 +26,8 @@ from cupymoe.kernels.router_logits import router_logits
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Tokens of every regime of the fused backend and of grouped, and around their bounds, at TOP_K choices of NUM_EXPERTS.
-TOKENS = (1, 3, 32, 33, 64, 65, 128, 129, 256, 257, 700)
-NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 6, 4, 64
+TOKENS = (1, 3, 32, 33, 64, 65, 128, 129, 256, 257, 700, 800, 3100)
+NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 64, 4, 64
 
 
 def run_activations() -> None:

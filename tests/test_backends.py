@@ -80,14 +80,23 @@ def test_grouped_says_why(hopper, change, reason):
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
-        ({"num_experts": 241}, r"counters for 240 experts, not 241"),
-        ({"num_tokens": 1025}, r"holds 8192 \(token, k\) pairs, not 8200"),
+        ({"num_experts": 1025}, r"counters for 240 experts, not 1025, and its sort has counters for 1024 experts"),
+        (
+            {"num_tokens": 1025, "hidden_size": 2824},
+            r"holds 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
+        ),
+        ({"num_tokens": 2**28}, r"holds 8192 \(token, k\) pairs, not 2147483648, and its sort holds \d+ pairs"),
     ],
 )
 def test_fused_says_why(hopper, change, reason):
     with pytest.raises(ValueError, match=rf"backend 'fused' does not serve this call: .*{reason}"):
         select("fused", CALL._replace(**change))
     assert select("auto", CALL._replace(**change)).name != "fused"
+
+
+@pytest.mark.parametrize("change", [{"num_tokens": 32768}, {"num_experts": 241}, {"hidden_size": 2824}])
+def test_fused_serves_what_one_of_its_ways_serves(hopper, change):
+    assert registry()["fused"].unsupported_reason(CALL._replace(**change)) is None
 
 
 def test_fused_was_run_on_hopper_only(monkeypatch):

@@ -102,7 +102,35 @@ def gemma_peers(gemma_weights):
 
 
 @pytest.mark.parametrize(
-    "num_tokens", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1000, 1024, 4096]
+    "num_tokens",
+    [
+        1,
+        2,
+        3,
+        7,
+        8,
+        9,
+        15,
+        16,
+        17,
+        31,
+        33,
+        63,
+        64,
+        65,
+        127,
+        129,
+        255,
+        257,
+        700,
+        1000,
+        1024,
+        2049,
+        3071,
+        3073,
+        4096,
+        4999,
+    ],
 )
 def test_gemma_4_is_at_least_as_right_as_transformers(run, gemma_weights, gemma_peers, num_tokens, capsys):
     # The error of a single token scatters by a tenth: 64 tokens at least, in calls of num_tokens, are judged together.
@@ -239,7 +267,7 @@ def reroute(case, kind):
 
 
 @pytest.mark.parametrize("kind", ["hot", "same", "masked"])
-@pytest.mark.parametrize("num_tokens", [1, 7, 16, 17, 65, 129, 300, 600, 1024])
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 17, 65, 129, 300, 600, 1024, 3100])
 def test_skewed_and_masked_routing_of_gemma_4(run, gemma_weights, num_tokens, kind):
     case = reroute(gemma_case(gemma_weights, num_tokens), kind)
     output, truth = run(case), oracle(case)
@@ -259,22 +287,48 @@ def test_skewed_and_masked_routing_of_gemma_4(run, gemma_weights, num_tokens, ki
         (128, 2816, 176, 8, MoEActivation.GELU_TANH),
     ],
 )
-@pytest.mark.parametrize("num_tokens", [1, 9, 64, 128, 300])
+@pytest.mark.parametrize("num_tokens", [1, 9, 64, 128, 300, 801])
 def test_other_models(run, num_tokens, num_experts, hidden, intermediate, top_k, activation):
     case = random_experts(num_tokens, num_experts, hidden, intermediate, top_k, dtype=torch.bfloat16, device="cuda")
     check(run, case, activation)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 40, 100, 200, 300])
+@pytest.mark.parametrize("num_tokens", [1, 16, 40, 100, 200, 300, 1001, 3100])
 def test_float16(run, num_tokens):
     """Three more bits than bfloat16."""
     case = random_experts(num_tokens, 128, 2816, 704, 8, dtype=torch.float16, device="cuda")
     assert check(run, case) <= 0.0029 / 7
 
 
-@pytest.mark.parametrize(("few", "many"), [(2, 16), (17, 64), (65, 512), (513, 1024)])
+@pytest.mark.parametrize(("few", "many"), [(2, 16), (17, 64), (65, 512), (513, 767), (768, 3071), (3072, 4000)])
 def test_a_token_does_not_depend_on_the_others_of_its_regime(gemma_weights, few, many):
     case = gemma_case(gemma_weights, many)
     (first, *_) = calls(case, few)
     outputs = [fused_experts(*each, activation="gelu_tanh", backend="fused") for each in (first, case)]
     assert torch.equal(outputs[0], outputs[1][:few])
+
+
+def test_slots_of_more_than_2_31_bytes(gemma_weights):
+    """Each token is right on its own; the last ones have the slots that are furthest from the start."""
+    num_tokens = 49152
+    assert num_tokens * GEMMA.top_k_experts * GEMMA.hidden_size * 2 > 2**31
+    case = gemma_case(gemma_weights, num_tokens)
+    output = fused_experts(*case, activation="gelu_tanh", backend="fused")
+    assert output.isfinite().all()
+    rows = torch.tensor([*range(0, num_tokens, 769), num_tokens - 1], device="cuda")
+    some = Experts(case.hidden_states[rows], *gemma_weights, case.top_k_index[rows], case.top_k_weights[rows])
+    assert relative_error(output[rows], oracle(some)) <= BOUND["fused"]
+
+
+@pytest.mark.parametrize("num_tokens", [1024, 8192])
+def test_memory_is_that_of_the_slots(gemma_weights, num_tokens):
+    """At most a quarter more than the rows of both projections take."""
+    case = gemma_case(gemma_weights, num_tokens)
+    fused_experts(*case, activation="gelu_tanh", backend="fused")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = fused_experts(*case, activation="gelu_tanh", backend="fused")
+    peak = torch.cuda.max_memory_allocated() - before - output.nbytes
+    columns = GEMMA.hidden_size + GEMMA.moe_intermediate_size
+    assert peak <= 1.25 * 2 * num_tokens * GEMMA.top_k_experts * columns

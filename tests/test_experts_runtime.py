@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 BACKENDS = [name for name in registry() if name != "reference"]
 REPLAYS = 1000
-NUM_TOKENS = [1, 7, 64, 1000]  # 1000 tokens of 6 choices are more than one block of the sort
+NUM_TOKENS = [1, 7, 64, 1000, 3001]  # 1000 tokens of 6 choices are more than one block of the sort; 3001 fill clusters
 
 
 def random_case(num_tokens):

@@ -26,6 +26,22 @@ __device__ __forceinline__ void copy_16(bool wanted, u32 destination, const void
                  ::"r"((u32)wanted), "r"(destination), "l"(source), "r"(bytes), "l"(policy) : "memory");
 }
 
+// 16 bytes; zeros where bytes is 0.
+__device__ __forceinline__ void copy_pack(u32 destination, const void* source, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes) : "memory");
+}
+
+// The same for four sources, to places kDistance bytes apart. One statement, so that each address gets registers of its own:
+// a copy holds its address until it leaves the queue, and in shared registers the next would wait for that.
+template <int kDistance> __device__ __forceinline__ void copy_4_packs(u32 destination, const void* const (&sources)[4], u32 bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %5;\n"
+                 "cp.async.cg.shared.global.L2::128B [%0 + %6], [%2], 16, %5;\n"
+                 "cp.async.cg.shared.global.L2::128B [%0 + %7], [%3], 16, %5;\n"
+                 "cp.async.cg.shared.global.L2::128B [%0 + %8], [%4], 16, %5;"
+                 ::"r"(destination), "l"(sources[0]), "l"(sources[1]), "l"(sources[2]), "l"(sources[3]), "r"(bytes),
+                   "n"(kDistance), "n"(2 * kDistance), "n"(3 * kDistance) : "memory");
+}
+
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // mbarrier: a phase ends when all its arrivals are in and all its expected bytes have landed.

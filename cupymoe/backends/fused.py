@@ -1,4 +1,4 @@
-"""Our own expert GEMMs for up to a thousand tokens, at the speed of reading the hit experts' weights once."""
+"""Our own expert GEMMs: at the speed of reading the weights for few tokens, of the tensor cores for many."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, row_packs_reason
-from cupymoe.kernels.combine import combine_workspace
-from cupymoe.kernels.expert_stream import MAX_EXPERTS, MAX_PAIRS, new_workspace, regime, shape_of
+from cupymoe.kernels import expert_stream, sort_by_expert
+from cupymoe.kernels.combine import combine, combine_workspace
+from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
+from cupymoe.kernels.expert_tiles import blocks_of_a_cluster, prefers_tiles, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
+from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
+from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.plan_experts import plan_experts
 
 
 class FusedBackend:
-    """Three launches up to 128 pairs, four beyond, each begun while the one before still runs.
+    """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
+    cores, in five launches, from 48 pairs an expert on. Each launch begins while the one before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -22,7 +27,7 @@ class FusedBackend:
     name = "fused"
 
     def unsupported_reason(self, call: ExpertsCall) -> str | None:
-        """What the weight stream was not built or not run for."""
+        """What its kernels were not built or not run for."""
         if call.device.type != "cuda":
             return f"it runs on CUDA devices of compute capability 9.0, not on {call.device.type}"
         if torch.cuda.get_device_capability(call.device) != (9, 0):
@@ -35,11 +40,12 @@ class FusedBackend:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        if call.num_experts > MAX_EXPERTS:
-            return f"its plan has counters for {MAX_EXPERTS} experts, not {call.num_experts}"
-        if call.num_tokens * call.top_k > MAX_PAIRS:
-            return f"its plan holds {MAX_PAIRS} (token, k) pairs, not {call.num_tokens * call.top_k}"
-        return None
+        num_pairs = call.num_tokens * call.top_k
+        stream_reason = _stream_reason(num_pairs, call.num_experts)
+        if stream_reason is None:
+            return None
+        tiles_reason = _tiles_reason(num_pairs, call.num_experts, call.hidden_size)
+        return None if tiles_reason is None else f"{stream_reason}, and {tiles_reason}"
 
     def __call__(
         self,
@@ -51,22 +57,74 @@ class FusedBackend:
         activation: MoEActivation,
     ) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        num_tokens, top_k = top_k_index.shape
-        num_experts, hidden_size, intermediate_size = down_proj.shape
-        shape = shape_of(
-            regime(num_tokens, top_k, intermediate_size),
-            hidden_states.dtype,
-            top_k_index.dtype,
-            activation,
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            top_k,
-        )
-        workspace = new_workspace(hidden_states, shape, top_k_index.numel())
-        output = torch.empty_like(hidden_states)
-        if not shape.regime.inline_pairs:
-            plan_experts(top_k_index, num_experts, shape.regime.tokens, workspace)
-        experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace)
-        experts_down(down_proj, top_k_index, shape, workspace)
-        return combine_workspace(shape, workspace, top_k_weights, output)
+        num_experts, hidden_size, _ = down_proj.shape
+        num_pairs = top_k_index.numel()
+        preferred = prefers_tiles(num_pairs, num_experts) or _stream_reason(num_pairs, num_experts) is not None
+        compute = _tiles if preferred and _tiles_reason(num_pairs, num_experts, hidden_size) is None else _stream
+        return compute(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+
+
+def _stream_reason(num_pairs: int, num_experts: int) -> str | None:
+    """Why the weight stream does not serve a call; None if it does."""
+    if num_experts > expert_stream.MAX_EXPERTS:
+        return f"its plan has counters for {expert_stream.MAX_EXPERTS} experts, not {num_experts}"
+    if num_pairs > expert_stream.MAX_PAIRS:
+        return f"its plan holds {expert_stream.MAX_PAIRS} (token, k) pairs, not {num_pairs}"
+    return None
+
+
+def _tiles_reason(num_pairs: int, num_experts: int, hidden_size: int) -> str | None:
+    """Why the tiles don't serve a call; None if they do."""
+    if hidden_size % 16:
+        return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
+    if num_experts > sort_by_expert.MAX_EXPERTS:
+        return f"its sort has counters for {sort_by_expert.MAX_EXPERTS} experts"
+    if num_pairs > sort_by_expert.MAX_PAIRS:
+        return f"its sort holds {sort_by_expert.MAX_PAIRS} pairs"
+    return None
+
+
+def _stream(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: MoEActivation,
+) -> torch.Tensor:
+    num_tokens, top_k = top_k_index.shape
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    shape = shape_of(
+        regime(num_tokens, top_k, intermediate_size),
+        hidden_states.dtype,
+        top_k_index.dtype,
+        activation,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        top_k,
+    )
+    workspace = new_workspace(hidden_states, shape, top_k_index.numel())
+    output = torch.empty_like(hidden_states)
+    if not shape.regime.inline_pairs:
+        plan_experts(top_k_index, num_experts, shape.regime.tokens, workspace)
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace)
+    experts_down(down_proj, top_k_index, shape, workspace)
+    return combine_workspace(shape, workspace, top_k_weights, output)
+
+
+def _tiles(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: MoEActivation,
+) -> torch.Tensor:
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    blocks = blocks_of_a_cluster(top_k_index.numel(), num_experts)
+    shape = tile_shape_of(blocks, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size)
+    pairs = sort_by_expert.sort_by_expert(top_k_index, num_experts)
+    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape)
+    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape)
+    return combine(expert_output, pairs.slot_of_pair, top_k_weights)

@@ -11,7 +11,9 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import (
     combine,
     experts_down,
+    experts_down_wgmma,
     experts_up,
+    experts_up_wgmma,
     gated_activation,
     gather,
     plan_experts,
@@ -22,10 +24,11 @@ from cupymoe.kernels import (
 )
 from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
+from cupymoe.kernels.expert_tiles import TileShape, tile_shape_of
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
 # The fused backend serves Hopper alone (cupymoe/backends/fused.py).
-_HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down")
+_HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
 
 
 def architectures(source: str) -> tuple[str, ...]:
@@ -59,6 +62,9 @@ def _variants() -> Iterator[Variant]:
             yield combine.workspace_variant(shape)[0]
         yield experts_up.variant(shape)
         yield experts_down.variant(shape)
+    for tile_shape in _tile_shapes():
+        yield experts_up_wgmma.variant(tile_shape)
+        yield experts_down_wgmma.variant(tile_shape)
 
 
 def _fused_shapes() -> Iterator[Shape]:
@@ -76,4 +82,15 @@ def _fused_shapes() -> Iterator[Shape]:
                     sizes.hidden_size,
                     intermediate_size,
                     sizes.top_k_experts,
+                )
+
+
+def _tile_shapes() -> Iterator[TileShape]:
+    """Both sizes of a cluster at Gemma 4's sizes, whole and in four tensor-parallel slices."""
+    sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+    for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
+        for blocks in (1, 2):
+            for dtype in (torch.bfloat16, torch.float16):
+                yield tile_shape_of(
+                    blocks, dtype, sizes.activation, sizes.num_experts, sizes.hidden_size, intermediate_size
                 )

@@ -34,7 +34,8 @@ def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Va
 def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
     """The kernel, and the blocks and threads of a row."""
     width = vector_width(dtype, columns, aligned)
-    return kernel(rows_variant(dtype, columns, width, top_k), "combine", device), *row_geometry(columns, width)
+    run = kernel(rows_variant(dtype, columns, width, top_k), "combine", device, dependent=True)
+    return run, *row_geometry(columns, width)
 
 
 def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -161,14 +161,22 @@ def _load(variant: Variant, device: int) -> Any:
 
 
 @functools.cache
-def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool) -> Kernel:
+def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool, tensor_maps: int) -> Kernel:
     module = _load(variant, device)
     dependent = dependent and torch.cuda.get_device_capability(device) >= (9, 0)
     with import_cupy().cuda.Device(device):
-        return Kernel(module.get_function(entry), shared_bytes, dependent)
+        return Kernel(module.get_function(entry), shared_bytes, dependent, tensor_maps)
 
 
-def kernel(variant: Variant, entry: str, device: int, *, shared_bytes: int = 0, dependent: bool = False) -> Kernel:
+def kernel(
+    variant: Variant,
+    entry: str,
+    device: int,
+    *,
+    shared_bytes: int = 0,
+    dependent: bool = False,
+    tensor_maps: int = 0,
+) -> Kernel:
     """The entry point of a variant on a device, compiled and loaded when first asked for; see :class:`Kernel`.
 
     Raises:
@@ -176,7 +184,7 @@ def kernel(variant: Variant, entry: str, device: int, *, shared_bytes: int = 0, 
         ImportError: see :func:`import_cupy`.
     """
     with _lock:
-        return _kernel(variant, entry, device, shared_bytes, dependent)
+        return _kernel(variant, entry, device, shared_bytes, dependent, tensor_maps)
 
 
 def compiled_variants() -> int:

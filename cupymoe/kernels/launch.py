@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-_MAX_PARAMETERS = 16
-_PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_PARAMETERS + 1)]
+_MAX_WORDS = 48
+_MAP_BYTES = 128
+_PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_WORDS + 1)]
 # enum values of cuda.h
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
@@ -46,19 +47,27 @@ class _Config(ctypes.Structure):
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The CUDA driver."""
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
     library.cuGetErrorName.argtypes = (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
     return library
 
 
+def error_name(status: int) -> str:
+    """The driver's name of an error."""
+    name = ctypes.c_char_p()
+    driver().cuGetErrorName(status, ctypes.byref(name))
+    return (name.value or b"?").decode()
+
+
 class _ThreadLaunch(threading.local):
     """A thread's own configuration and parameters of one kernel; the driver copies both before a launch returns."""
 
-    def __init__(self, shared_bytes: int, dependent: bool) -> None:
+    def __init__(self, shared_bytes: int, dependent: bool, tensor_maps: int) -> None:
         _make_context_current()
-        self.values = (ctypes.c_uint64 * _MAX_PARAMETERS)()
+        self.values = (ctypes.c_uint64 * _MAX_WORDS)()
         self.size = ctypes.c_size_t()
         self._extra = (ctypes.c_void_p * 5)(
             _PARAM_BUFFER_POINTER,
@@ -67,7 +76,15 @@ class _ThreadLaunch(threading.local):
             ctypes.addressof(self.size),
             _PARAM_END,
         )
-        self.extra = ctypes.addressof(self._extra)
+        self.extra: int | None = ctypes.addressof(self._extra)
+        self.parameters: int | None = None
+        if tensor_maps:
+            # Where a map, which is aligned to 64 bytes, lies among the parameters is the driver's to know.
+            starts = [*range(0, _MAP_BYTES * tensor_maps, _MAP_BYTES)]
+            starts += range(_MAP_BYTES * tensor_maps, 8 * _MAX_WORDS, 8)
+            base = ctypes.addressof(self.values)
+            self._parameters = (ctypes.c_void_p * len(starts))(*[base + start for start in starts])
+            self.parameters, self.extra = ctypes.addressof(self._parameters), None
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         self.config = _Config(
             grid_z=1,
@@ -88,22 +105,23 @@ def _make_context_current() -> None:
 
 
 class Kernel:
-    """A compiled entry point on one device. Every parameter is 8 bytes wide: a pointer or a u64.
+    """A compiled entry point on one device. Every parameter is 8 bytes wide, a pointer or a u64, but tensor maps.
 
     Args:
         raw_kernel: CuPy's ``RawKernel``; it keeps the module loaded.
         shared_bytes: dynamic shared memory of a block.
         dependent: whether a launch may begin before the kernel before it has ended (programmatic dependent launch,
             sm_90 and newer); the source then waits for it where it must.
+        tensor_maps: how many of the first parameters are tensor maps; each is given as its words.
     """
 
-    def __init__(self, raw_kernel: Any, shared_bytes: int = 0, dependent: bool = False) -> None:
+    def __init__(self, raw_kernel: Any, shared_bytes: int = 0, dependent: bool = False, tensor_maps: int = 0) -> None:
         if shared_bytes:
             raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
         self._raw_kernel = raw_kernel
         self._function = raw_kernel.kernel.ptr
-        self._thread = _ThreadLaunch(shared_bytes, dependent)
-        self._launch = _driver().cuLaunchKernelEx
+        self._thread = _ThreadLaunch(shared_bytes, dependent, tensor_maps)
+        self._launch = driver().cuLaunchKernelEx
 
     def __call__(self, grid: tuple[int, int], block: int, stream: int, *arguments: int) -> None:
         """Launch; the tensors behind the pointers must live until the stream has passed the kernel.
@@ -118,7 +136,5 @@ class Kernel:
         config.grid_x, config.grid_y = grid
         config.block_x = block
         config.stream = stream
-        if status := self._launch(thread.config_address, self._function, None, thread.extra):
-            name = ctypes.c_char_p()
-            _driver().cuGetErrorName(status, ctypes.byref(name))
-            raise RuntimeError(f"launch of {self._raw_kernel.name} failed: {(name.value or b'?').decode()}")
+        if status := self._launch(thread.config_address, self._function, thread.parameters, thread.extra):
+            raise RuntimeError(f"launch of {self._raw_kernel.name} failed: {error_name(status)}")

@@ -11,7 +11,7 @@ from cupymoe.kernels.bridge import INDEX_TYPES, current_stream
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
-PAIRS_PER_BLOCK = 4096
+PAIRS_PER_BLOCK = 1024
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
 
@@ -25,11 +25,13 @@ class SortedPairs(NamedTuple):
     """``[T * K]`` int32; undefined from ``expert_offsets[E]`` on."""
     slot_of_pair: torch.Tensor
     """``[T, K]`` int32; -1 for a masked pair."""
+    tickets: torch.Tensor
+    """``[2]`` int32 zeros, from which two later kernels count the work that they hand out."""
 
 
 def warps(num_experts: int) -> int:
     """Warps of a block: each has a counter per expert, in at most 48 KB."""
-    return 32 if num_experts <= 256 else 8
+    return 16 if num_experts <= 256 else 8
 
 
 def variant(index_dtype: torch.dtype, num_experts: int, top_k: int) -> Variant:
@@ -47,12 +49,12 @@ def variant(index_dtype: torch.dtype, num_experts: int, top_k: int) -> Variant:
 
 
 @functools.cache
-def _kernel(entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, device: int) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, top_k), entry, device)
+def _kernel(entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, device: int, dependent: bool) -> Kernel:
+    return kernel(variant(index_dtype, num_experts, top_k), entry, device, dependent=dependent)
 
 
 def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
-    """Stable order of the pairs by expert. One launch up to 4096 pairs, two beyond.
+    """Stable order of the pairs by expert. One launch up to 1024 pairs, two beyond.
 
     Args:
         top_k_index: ``[T, K]`` int32 or int64, contiguous, at least one pair; an index outside ``[0, num_experts)``
@@ -60,18 +62,19 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
-    # One allocation for the three: they live and die together.
-    buffer = top_k_index.new_empty(num_experts + 1 + 2 * num_pairs, dtype=torch.int32)
-    expert_offsets, token_of_slot, slot_of_pair = buffer.split_with_sizes([num_experts + 1, num_pairs, num_pairs])
+    # One allocation for the four: they live and die together.
+    sizes = [num_experts + 1, num_pairs, num_pairs, 2]
+    buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
+    expert_offsets, token_of_slot, slot_of_pair, tickets = buffer.split_with_sizes(sizes)
     blocks, threads = -(-num_pairs // PAIRS_PER_BLOCK), warps(num_experts) * 32
     block_counts = 0
     if blocks > 1:
         counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device)(
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device, False)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, device)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, device, blocks > 1)(
         (blocks, 1),
         threads,
         stream,
@@ -80,6 +83,7 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
         expert_offsets.data_ptr(),
         token_of_slot.data_ptr(),
         slot_of_pair.data_ptr(),
+        tickets.data_ptr(),
         num_pairs,
     )
-    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape))
+    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets)

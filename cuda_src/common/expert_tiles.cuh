@@ -1,0 +1,339 @@
+// The main loop of both expert GEMMs for many tokens: [slots of an expert, k] x [weight rows, k]^T, one tile after the other.
+//
+// A tile is up to TILE_SLOTS slots of one expert x TILE_ROWS weight rows, the work of a cluster of BLOCKS blocks, one on a
+// multiprocessor. Each block has its part of the slots and multiplies it with all of the tile's weights; it loads its part of
+// them, into the shared memory of every block. What limits the loop is what L2 gives to the multiprocessors, and for two blocks
+// that is 30% less a product than for one; one block has shorter ways and a deeper ring, which wins where weights have to
+// come from memory.
+//
+// Four producer warps fill a ring of STAGES stages of BLOCK_K k: token rows, wherever they lie, by 16-byte copies, or by the
+// copy engine where they are neighbours; weights by the copy engine. Two consumer warpgroups multiply: with one block each
+// has half of the slots, with two blocks half of the weight rows. Slots past the expert's last are left out 64 at a time.
+//
+// Order  Tiles are taken from a counter: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
+//        weights. So clusters at work together share weights and tokens in L2, and device memory gives each about once.
+//
+// A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens, where a slot's token row is, where the map has a
+// block's part of a tile's weights, and store(), which gets the sums of 16 slots a warp.
+#pragma once
+#include "cluster.cuh"
+#include "tensor_copy.cuh"
+#include "warp.cuh"
+#include "wgmma.cuh"
+
+#define BLOCK_K 64
+#define TILE_SLOTS 256
+#define TILE_ROWS (BLOCKS * BLOCK_N)
+#define BLOCK_SLOTS (TILE_SLOTS / BLOCKS)
+#define SLOT_GROUPS (2 / BLOCKS)  // warpgroups that share the slots; those that share the weight rows are BLOCKS
+#define GROUP_TILES 8
+#define CONSUMER_THREADS 256
+#define PRODUCER_THREADS 128
+#define BLOCK_THREADS (CONSUMER_THREADS + PRODUCER_THREADS)
+#define CONSUMER_REGISTERS 224
+#define PRODUCER_REGISTERS 56
+#define TOKEN_BYTES (BLOCK_SLOTS * ROW_BYTES)
+#define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
+#define STAGE_BYTES (TOKEN_BYTES + WEIGHT_BYTES)
+#define ROWS_PER_PASS (PRODUCER_THREADS / 8)
+#define PASSES (BLOCK_SLOTS / ROWS_PER_PASS)
+static_assert(BLOCKS == 1 || BLOCKS == 2, "a cluster is one block or two");
+
+// What a block has of a tile.
+struct alignas(16) Tile {
+    int expert;      // -1: no more tiles
+    int first_slot;
+    int slots;       // none, where the tile has too few for two blocks
+    int column;      // times TILE_ROWS: the first weight row
+};
+
+struct Schedule {
+    const int* expert_offsets;  // [NUM_EXPERTS + 1]
+    u32* ticket;                // zero before the launch
+};
+
+// The stages of the ring in turn, and the parity to wait for. A fresh barrier counts as past its phase of parity 1.
+struct Turn {
+    u32 stage, parity;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+struct Shared {
+    u64 filled[STAGES], emptied[STAGES];
+    u64 tile_ready[2], tile_read[2];
+    Tile tiles[2];
+    int first_tile[NUM_EXPERTS + 1];  // tiles of slots that the lower experts have
+    int first_slot[NUM_EXPERTS + 1];
+};
+static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1) * 8 + 15, "cupymoe/kernels/expert_tiles.py counts so much");
+
+extern __shared__ __align__(1024) unsigned char block_memory[];  // the ring, then Shared
+
+struct Pipeline {
+    Shared& shared;
+    u32 ring;  // shared address
+
+    __device__ __forceinline__ u32 tokens(u32 stage) const { return ring + stage * STAGE_BYTES; }
+    __device__ __forceinline__ u32 weights(u32 stage) const { return tokens(stage) + TOKEN_BYTES; }
+    __device__ __forceinline__ u32 filled(u32 stage) const { return shared_address(shared.filled) + stage * 8; }
+    __device__ __forceinline__ u32 emptied(u32 stage) const { return shared_address(shared.emptied) + stage * 8; }
+    __device__ __forceinline__ u32 tile_ready(u32 index) const { return shared_address(shared.tile_ready) + index % 2 * 8; }
+    __device__ __forceinline__ u32 tile_read(u32 index) const { return shared_address(shared.tile_read) + index % 2 * 8; }
+
+    // The cluster's index-th tile; for whole warps.
+    __device__ __forceinline__ Tile tile(u32 index) const {
+        wait_barrier(tile_ready(index), index / 2 % 2);
+        Tile tile = shared.tiles[index % 2];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive_in_block(tile_read(index), 0);
+        return tile;
+    }
+};
+
+// Past the first-level cache, which may hold what lay at the address before the previous grid wrote there.
+__device__ __forceinline__ int load_from_l2(const int* address) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// Fills first_slot and first_tile. One warp.
+__device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& shared) {
+    u32 lane = threadIdx.x % 32;
+    for (int expert = lane; expert <= NUM_EXPERTS; expert += 32) shared.first_slot[expert] = load_from_l2(expert_offsets + expert);
+    __syncwarp();
+    int carry = 0;
+    for (int base = 0; base < NUM_EXPERTS; base += 32) {
+        int expert = base + lane;
+        int slots = expert < NUM_EXPERTS ? shared.first_slot[expert + 1] - shared.first_slot[expert] : 0;
+        int tiles = (slots + TILE_SLOTS - 1) / TILE_SLOTS, inclusive = tiles;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset <<= 1) {
+            int below = __shfl_up_sync(FULL_WARP, inclusive, offset);
+            if (lane >= offset) inclusive += below;
+        }
+        if (expert < NUM_EXPERTS) shared.first_tile[expert] = carry + inclusive - tiles;
+        carry += __shfl_sync(FULL_WARP, inclusive, 31);
+    }
+    if (lane == 0) shared.first_tile[NUM_EXPERTS] = carry;
+}
+
+// Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. One warp
+// of the cluster's first block.
+template <class Gemm>
+__device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& schedule, const Pipeline& pipeline, u32 index, u32& next_ticket) {
+    constexpr u32 kColumns = (Gemm::kRows + TILE_ROWS - 1) / TILE_ROWS;
+    const Shared& shared = pipeline.shared;
+    u32 lane = threadIdx.x % 32, ticket = __shfl_sync(FULL_WARP, next_ticket, 0), expert = 0;
+    if (lane == 0) next_ticket = atomicAdd(schedule.ticket, 1u);
+#pragma unroll 8
+    for (u32 base = 1; base <= NUM_EXPERTS; base += 32) {
+        bool before = base + lane <= NUM_EXPERTS && shared.first_tile[base + lane] * kColumns <= ticket;
+        expert += __popc(__ballot_sync(FULL_WARP, before));
+    }
+    u32 words[4] = {~0u, 0, 0, 0};
+    if (expert < NUM_EXPERTS) {
+        u32 tiles = shared.first_tile[expert + 1] - shared.first_tile[expert];
+        u32 of_expert = ticket - shared.first_tile[expert] * kColumns;
+        u32 group = of_expert / (GROUP_TILES * kColumns), of_group = of_expert % (GROUP_TILES * kColumns);
+        u32 height = min(tiles - group * GROUP_TILES, (u32)GROUP_TILES);
+        u32 first = shared.first_slot[expert] + (group * GROUP_TILES + of_group % height) * TILE_SLOTS;
+        u32 slots = min(shared.first_slot[expert + 1] - first, (u32)TILE_SLOTS);
+        gemm.prefetch_rows(first, slots);
+        u32 of_first_block = min((slots + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64, slots);
+        if (BLOCKS == 1) of_first_block = slots;
+        words[0] = expert;
+        words[1] = lane == 0 ? first : first + of_first_block;
+        words[2] = lane == 0 ? of_first_block : slots - of_first_block;
+        words[3] = of_group / height;
+    }
+    if (lane < BLOCKS) {
+        wait_barrier(pipeline.tile_read(index), index / 2 % 2 ^ 1);
+        store_in_block(shared_address(&shared.tiles[index % 2]), words, pipeline.tile_ready(index), lane);
+    }
+    __syncwarp();
+}
+
+// The token rows of a tile, each thread one 16-byte pack of every ROWS_PER_PASS-th row.
+template <class Gemm> struct RowLoader {
+    u32 rows[PASSES], passes, offset;
+    const unsigned char* source;
+
+    // A pass that starts before the last slot is done in full: its rows past that one repeat it.
+    __device__ __forceinline__ RowLoader(const Gemm& gemm, const Tile& tile, u32 thread) {
+        u32 row = thread / 8, pack = thread % 8;
+        passes = (tile.slots + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+        offset = row * ROW_BYTES + (pack ^ row % 8) * 16;
+        source = reinterpret_cast<const unsigned char*>(gemm.tokens + pack * 8);
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            rows[i] = i < passes ? gemm.row(tile.first_slot + min((int)row + i * ROWS_PER_PASS, tile.slots - 1)) : 0;
+        }
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 step) const {
+        const unsigned char* step_source = source + step * ROW_BYTES;
+        u32 bytes = Gemm::kDepth % BLOCK_K == 0 || step * BLOCK_K + threadIdx.x % 8 * 8 < Gemm::kDepth ? 16 : 0;
+        u32 to = stage + offset;
+#pragma unroll
+        for (int i = 0; i < PASSES; i += 4, to += 4 * ROWS_PER_PASS * ROW_BYTES) {
+            const void* sources[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) sources[j] = step_source + (u64)rows[i + j] * (Gemm::kDepth * sizeof(SCALAR));
+            if (i + 4 <= passes) {
+                copy_4_packs<ROWS_PER_PASS * ROW_BYTES>(to, sources, bytes);
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 3; j++) {
+                if (i + j < passes) copy_pack(to + j * ROWS_PER_PASS * ROW_BYTES, sources[j], bytes);
+            }
+            break;
+        }
+    }
+};
+
+// kTokensAreNew: the previous grid writes the token rows, but not weights and offsets, so the first weights come before its end.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule, const Pipeline& pipeline) {
+    constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
+    u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
+    bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
+    auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
+        u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
+        arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
+        copy_box_to_blocks<BLOCKS>(pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), weights, step * BLOCK_K,
+                                   gemm.third_coordinate(tile, rank), gemm.fourth_coordinate(tile, rank), pipeline.filled(stage));
+    };
+    u32 ticket = 0;
+    if (scheduler) {
+        if (leader) ticket = atomicAdd(schedule.ticket, 1u);
+        take_tile(gemm, schedule, pipeline, 0, ticket);
+    }
+    Turn turn = {0, 1};
+    u32 ahead = 0;  // steps of the first tile whose weights are under way
+    for (u32 index = 0;; index++) {
+        if (leader) arrive_expecting(pipeline.tile_ready(index), sizeof(Tile));
+        __syncwarp();
+        Tile tile = pipeline.tile(index);
+        if (kTokensAreNew && index == 0) {
+            if (leader && tile.expert >= 0) {
+                for (; ahead < min((u32)STAGES, kSteps); ahead++) load_weights(tile, ahead, ahead);
+            }
+            wait_for_previous_grid();
+            order_writes_before_bulk_copies();
+        }
+        if (tile.expert < 0) break;
+        if (scheduler) take_tile(gemm, schedule, pipeline, index + 1, ticket);
+        if constexpr (Gemm::kDenseTokens) {
+            for (u32 step = 0; leader && step < kSteps; step++, turn.next()) {
+                wait_barrier(pipeline.emptied(turn.stage), turn.parity);
+                if (step >= ahead) load_weights(tile, step, turn.stage);
+                for (int slot = 0; slot < tile.slots; slot += 64) {
+                    copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K, tile.first_slot + slot,
+                             pipeline.filled(turn.stage));
+                }
+            }
+            __syncwarp();
+        } else {
+            RowLoader<Gemm> loader(gemm, tile, thread);
+            for (u32 step = 0; step < kSteps; step++, turn.next()) {
+                wait_barrier(pipeline.emptied(turn.stage), turn.parity);
+                if (leader && step >= ahead) load_weights(tile, step, turn.stage);
+                loader.load(pipeline.tokens(turn.stage), step);
+                arrive_after_copies(pipeline.filled(turn.stage));
+            }
+        }
+        ahead = 0;
+    }
+    wait_for_copies();
+}
+
+typedef float TileSums[2][SUMS];
+
+// sums = kProducts times 64 slots of this warpgroup x its weight rows, over all k; a stage is free as soon as it is multiplied.
+template <int kProducts, class Gemm>
+__device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pipeline, Turn& turn, u32 slot_group, u32 row_group) {
+    constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
+    u32 lane = threadIdx.x % 32;
+    for (u32 step = 0; step < kSteps; step++, turn.next()) {
+        wait_barrier(pipeline.filled(turn.stage), turn.parity);
+        if (kProducts > 0) {
+            if (!Gemm::kDenseTokens) order_copies_before_products();
+            u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
+            u64 b = tile_descriptor(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; k++) {
+#pragma unroll
+                for (int i = 0; i < kProducts; i++) {
+                    multiply_tiles(sums[i], a + k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16), b + k * 2, k > 0 || step > 0, SCALAR());
+                }
+            }
+            commit_products();
+            wait_for_products();
+        }
+        if (lane < BLOCKS) arrive_in_block(pipeline.emptied(turn.stage), lane);
+    }
+}
+
+template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Pipeline& pipeline) {
+    // A shuffle, so that the compiler knows it is one value for the warp, as the products want.
+    u32 warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
+    u32 slot_group = warpgroup % SLOT_GROUPS, row_group = warpgroup / SLOT_GROUPS;
+    TileSums sums;
+    Turn turn = {0, 0};
+    for (u32 index = 0;; index++) {
+        Tile tile = pipeline.tile(index);
+        if (tile.expert < 0) return;
+        int products = ((tile.slots + 63) / 64 + SLOT_GROUPS - 1 - (int)slot_group) / SLOT_GROUPS;
+        if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        else if (products == 1) multiply_tile<1, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        else multiply_tile<0, Gemm>(sums, pipeline, turn, slot_group, row_group);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (i >= products) continue;
+            int slot = (i * SLOT_GROUPS + slot_group) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+            gemm.store(tile, slot, tile.column * BLOCKS + row_group, sums[i]);
+        }
+    }
+}
+
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule) {
+    Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
+    Pipeline pipeline = {shared, shared_address(block_memory)};
+    if (threadIdx.x == 0) {
+        prefetch_map(weights);
+        for (int s = 0; s < STAGES; s++) {
+            init_barrier(pipeline.filled(s), Gemm::kDenseTokens ? 1 : 1 + PRODUCER_THREADS);
+            init_barrier(pipeline.emptied(s), BLOCKS * CONSUMER_THREADS / 32);
+        }
+        for (int i = 0; i < 2; i++) {
+            init_barrier(pipeline.tile_ready(i), 1);
+            init_barrier(pipeline.tile_read(i), BLOCKS * BLOCK_THREADS / 32);
+        }
+        publish_barriers();
+    }
+    if (!kTokensAreNew) {
+        wait_for_previous_grid();
+        release_next_grid();
+    }
+    if (threadIdx.x / 32 == CONSUMER_THREADS / 32) count_tiles(schedule.expert_offsets, shared);
+    sync_cluster();
+    if (threadIdx.x < CONSUMER_THREADS) {
+        grow_registers<CONSUMER_REGISTERS>();
+        if (kTokensAreNew) {
+            wait_for_previous_grid();
+            release_next_grid();
+        }
+        consume_ring(gemm, pipeline);
+    } else {
+        shrink_registers<PRODUCER_REGISTERS>();
+        fill_ring<kTokensAreNew>(gemm, weights, schedule, pipeline);
+    }
+    sync_cluster();  // a block's memory must not go while the other may write there
+}

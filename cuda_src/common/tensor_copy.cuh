@@ -1,0 +1,34 @@
+// The copy engine's boxes of a tensor (sm_90), which a map describes that the host encoded (cupymoe/kernels/tensor_map.py).
+// Rows of 128 bytes arrive with their eight 16-byte packs swapped as wgmma.cuh wants them; out of bounds are zeros.
+#pragma once
+#include "async_copy.cuh"
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// The box of a two-dimensional tensor that starts at these coordinates, innermost first.
+__device__ __forceinline__ void copy_box(u32 destination, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(destination), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The box at {column, 0, 0, third, fourth} of a five-dimensional tensor, into the same place of the first kBlocks blocks of the
+// cluster; its bytes arrive at the same barrier of each.
+template <int kBlocks>
+__device__ __forceinline__ void copy_box_to_blocks(u32 destination, const TensorMap& map, int column, int third, int fourth, u32 barrier) {
+    if constexpr (kBlocks == 1) {
+        asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                     "[%0], [%1, {%2, %3, %3, %4, %5}], [%6];"
+                     ::"r"(destination), "l"(&map), "r"(column), "r"(0), "r"(third), "r"(fourth), "r"(barrier) : "memory");
+    } else {
+        asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7;"
+                     ::"r"(destination), "l"(&map), "r"(column), "r"(0), "r"(third), "r"(fourth), "r"(barrier),
+                       "h"((unsigned short)((1 << kBlocks) - 1)) : "memory");
+    }
+}

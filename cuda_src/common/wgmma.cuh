@@ -1,0 +1,63 @@
+// Hopper's warpgroup products (sm_90a): a warpgroup multiplies 64 rows of A with BLOCK_N rows of B, 16 k at a time, both
+// operands in shared memory, sums in registers. Includers define SCALAR and BLOCK_N.
+//
+// A tile in shared memory: rows of 128 bytes (64 k), the eight 16-byte packs of row r at pack ^ (r % 8); starts on 1024 bytes.
+// sums[4 j + i] of lane l of warp w: row 16 w + l / 4 (+ 8 for i >= 2) of A, row 8 j + l % 4 * 2 + i % 2 of B.
+#pragma once
+#include "dtypes.cuh"
+
+#define ROW_BYTES 128
+#define SUMS (BLOCK_N / 2)
+
+// Address, 1024 bytes from a group of eight rows to the next, 128-byte swizzle; the other fields don't matter to it.
+__device__ __forceinline__ u64 tile_descriptor(u32 address) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | address >> 4; }
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Copies landed in shared memory come before this thread's products, which read through another proxy.
+__device__ __forceinline__ void order_copies_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int kRegisters> __device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters> __device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#define EIGHT(I) "+f"(sums[I]), "+f"(sums[I + 1]), "+f"(sums[I + 2]), "+f"(sums[I + 3]), "+f"(sums[I + 4]), "+f"(sums[I + 5]), "+f"(sums[I + 6]), "+f"(sums[I + 7])
+#define SUMS_64 EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
+#define NAMES_64                                                                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "    \
+    "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "    \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_88 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+
+#if BLOCK_N == 128
+#define WGMMA_SHAPE "m64n128k16"
+#define WGMMA_SUMS SUMS_64
+#define WGMMA_OPERANDS(ADD) "setp.ne.u32 p, %66, 0;\n" ADD " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;"
+#elif BLOCK_N == 176
+#define WGMMA_SHAPE "m64n176k16"
+#define WGMMA_SUMS SUMS_64, EIGHT(64), EIGHT(72), EIGHT(80)
+#define WGMMA_OPERANDS(ADD) "setp.ne.u32 p, %90, 0;\n" ADD " {" NAMES_88 "}, %88, %89, p, 1, 1, 0, 0;"
+#elif BLOCK_N == 192
+#define WGMMA_SHAPE "m64n192k16"
+#define WGMMA_SUMS SUMS_64, EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88)
+#define WGMMA_OPERANDS(ADD)                                                                                          \
+    "setp.ne.u32 p, %98, 0;\n" ADD " {" NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95}, %96, %97, p, 1, 1, 0, 0;"
+#else
+#error "BLOCK_N must be 128, 176 or 192"
+#endif
+#define WGMMA(TYPE)                                                                                                          \
+    asm volatile("{\n.reg .pred p;\n" WGMMA_OPERANDS("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." TYPE "." TYPE) "\n}" \
+                 : WGMMA_SUMS : "l"(a), "l"(b), "r"((u32)add) : "memory")
+
+// sums = (add ? sums : 0) + A B^T over 16 k.
+__device__ __forceinline__ void multiply_tiles(float (&sums)[SUMS], u64 a, u64 b, bool add, bf16) { WGMMA("bf16"); }
+
+__device__ __forceinline__ void multiply_tiles(float (&sums)[SUMS], u64 a, u64 b, bool add, fp16) { WGMMA("f16"); }

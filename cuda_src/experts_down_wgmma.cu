@@ -1,0 +1,80 @@
+// experts_down_wgmma: the down projection of every slot's intermediate row, not yet weighted; companion of experts_up_wgmma.cu.
+//
+// Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py)
+//        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, written by the grid before this one
+//        expert_offsets   [NUM_EXPERTS + 1] i32
+//        ticket           u32                      0; counts the tiles that are taken
+// Writes expert_output    [slots, HIDDEN] SCALAR
+// Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
+// Needs  HIDDEN % 16 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
+// Maths  fp32 sums over ascending k, rounded to SCALAR.
+// Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
+#include "common/dtypes.cuh"
+
+#if !defined(SCALAR) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCKS) || \
+    !defined(BLOCK_N) || !defined(STAGES)
+#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, BLOCK_N and STAGES"
+#endif
+typedef SCALAR scalar_t;
+#include "common/expert_tiles.cuh"
+
+struct DownGemm {
+    static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN;
+    static constexpr bool kDenseTokens = true;
+    const TensorMap& token_map;
+    scalar_t* expert_output;
+
+    __device__ __forceinline__ void prefetch_rows(int, int) const {}
+
+    // The map is {k, 2 rows, every 4th such pair, the 2nd of a pair of pairs, sixteens of rows over all experts}: it orders
+    // sixteen rows so that a lane's sums of two products' columns are 4 neighbours.
+    static __device__ __forceinline__ int third_coordinate(const Tile&, u32) { return 0; }
+
+    static __device__ __forceinline__ int fourth_coordinate(const Tile& tile, u32 rank) {
+        return tile.expert * (HIDDEN / 16) + (tile.column * BLOCKS + rank) * (BLOCK_N / 16);
+    }
+
+    // Columns [part * BLOCK_N, ...) of rows slot and slot + 8. Two lanes swap, so that each stores 8 neighbours.
+    __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
+        constexpr bool kWholeTiles = kRows % TILE_ROWS == 0;
+        u32 quad = threadIdx.x % 4;
+        bool odd = quad % 2;
+        // The lane's place among the columns of two sixteens, and how many are left from there on.
+        int first = part * BLOCK_N + odd * 16 + quad / 2 * 8, left = HIDDEN - first;
+        scalar_t* to = expert_output + (u64)(tile.first_slot + slot) * HIDDEN + first;
+#pragma unroll
+        for (int half = 0; half < 2; half++, to += 8 * HIDDEN) {
+            bool wanted = slot + half * 8 < tile.slots;
+#pragma unroll
+            for (int sixteen = 0; sixteen < BLOCK_N / 16; sixteen += 2) {
+                bool inside = wanted && (kWholeTiles || sixteen * 16 < left);
+                Pack<u32, 2> own = rounded(sums, sixteen, half);
+                if (sixteen + 1 == BLOCK_N / 16) {
+                    scalar_t* alone = to + sixteen * 16 - odd * 12;
+                    if (wanted && (kWholeTiles || sixteen * 16 - odd * 12 < left)) store_pack(reinterpret_cast<u32*>(alone), own);
+                    break;
+                }
+                Pack<u32, 2> next = rounded(sums, sixteen + 1, half), got;
+#pragma unroll
+                for (int i = 0; i < 2; i++) got.values[i] = __shfl_xor_sync(FULL_WARP, odd ? own.values[i] : next.values[i], 1);
+                Pack<u32, 4> both = odd ? Pack<u32, 4>{got.values[0], got.values[1], next.values[0], next.values[1]}
+                                        : Pack<u32, 4>{own.values[0], own.values[1], got.values[0], got.values[1]};
+                if (inside) store_pack(reinterpret_cast<u32*>(to + sixteen * 16), both);
+            }
+        }
+    }
+
+    // Four neighbouring columns of a row, as two words.
+    static __device__ __forceinline__ Pack<u32, 2> rounded(const float (&sums)[SUMS], int sixteen, int half) {
+        Pack<scalar_t, 4> outputs;
+#pragma unroll
+        for (int i = 0; i < 4; i++) outputs.values[i] = from_float<scalar_t>(sums[8 * sixteen + i / 2 * 4 + half * 2 + i % 2]);
+        return *reinterpret_cast<Pack<u32, 2>*>(&outputs);
+    }
+};
+
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
+experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
+                   const int* expert_offsets, u32* ticket, scalar_t* expert_output) {
+    multiply_experts<true>(DownGemm{intermediate_map, expert_output}, down_map, Schedule{expert_offsets, ticket});
+}

@@ -1,0 +1,109 @@
+"""How ``cuda_src/common/expert_tiles.cuh`` is cut for a call: clusters, tiles and the rings of both GEMMs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from cupymoe.activation import MoEActivation
+from cupymoe.kernels.bridge import SCALARS
+
+THREADS = 384
+BLOCK_K = 64
+"""Elements of k in a stage: rows of 128 bytes."""
+
+_TILE_SLOTS = 256
+_ROW_BYTES = 128
+_SHARED_BYTES = 227 * 1024  # of a block on Hopper
+# Weight rows of a warpgroup's products, and the time that a padded row of each takes: with 128 the operands' way from
+# shared memory is the limit.
+_ROW_COSTS = {192: 0.99, 176: 1.0, 128: 1.15}
+# From so many slots an expert on average, tiles beat the weight stream. At Gemma 4's sizes on an H100 the stream takes
+# 560 us for 32 slots and 632 for 64, tiles 578 for 64 and no more for fewer.
+_TILES_FROM = 48
+# From so many on, clusters of two blocks beat single blocks: 686 and 648 us for 128 slots, 993 and 1020 for 256, 3005 and
+# 3082 for 1024.
+_CLUSTERS_FROM = 192
+
+
+def prefers_tiles(num_pairs: int, num_experts: int) -> bool:
+    """Whether a call of so many (token, k) pairs is faster here than in :mod:`cupymoe.kernels.expert_stream`."""
+    return num_pairs >= _TILES_FROM * num_experts
+
+
+def blocks_of_a_cluster(num_pairs: int, num_experts: int) -> int:
+    """One or two, whichever was measured to be faster."""
+    return 2 if num_pairs >= _CLUSTERS_FROM * num_experts else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """The tiles of one GEMM."""
+
+    blocks: int
+    """Of a cluster."""
+    block_n: int
+    """Weight rows that a block loads of a tile, and that each product multiplies."""
+    stages: int
+    shared_bytes: int
+
+    def defines(self) -> tuple[str, ...]:
+        """The macros of this tiling."""
+        return (f"BLOCKS={self.blocks}", f"BLOCK_N={self.block_n}", f"STAGES={self.stages}")
+
+
+@functools.cache
+def tiling(blocks: int, rows: int, num_experts: int) -> Tiling:
+    """Tiles for ``rows`` weight rows of each expert: the width that pads least, and as many stages as fit."""
+
+    def cost(block_n: int) -> float:
+        tile_rows = blocks * block_n
+        return -(-rows // tile_rows) * tile_rows * _ROW_COSTS[block_n]
+
+    block_n = min(_ROW_COSTS, key=cost)
+    stage_bytes = (_TILE_SLOTS // blocks + blocks * block_n) * _ROW_BYTES
+    tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
+    stages = (_SHARED_BYTES - tile_bytes - 16) // (stage_bytes + 16)
+    return Tiling(blocks, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
+
+
+@dataclass(frozen=True, eq=False)
+class TileShape:
+    """What the kernels of a call are compiled for; :func:`tile_shape_of` gives one object for one shape."""
+
+    blocks: int
+    dtype: torch.dtype
+    activation: MoEActivation
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def up(self) -> Tiling:
+        """Of the gate_up projection."""
+        return tiling(self.blocks, 2 * self.intermediate_size, self.num_experts)
+
+    @property
+    def down(self) -> Tiling:
+        """Of the down projection."""
+        return tiling(self.blocks, self.hidden_size, self.num_experts)
+
+    def defines(self) -> tuple[str, ...]:
+        """The macros that both GEMMs share."""
+        return (
+            f"SCALAR={SCALARS[self.dtype]}",
+            f"NUM_EXPERTS={self.num_experts}",
+            f"HIDDEN={self.hidden_size}",
+            f"INTERMEDIATE={self.intermediate_size}",
+        )
+
+
+tile_shape_of = functools.cache(TileShape)
+
+
+def grid(tiling: Tiling, device: int) -> tuple[int, int]:
+    """One block on each multiprocessor, in whole clusters."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count // tiling.blocks * tiling.blocks, 1

@@ -1,0 +1,78 @@
+"""Launcher of ``cuda_src/experts_down_wgmma.cu``: down projection of every slot, for many tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.tensor_map import tensor_map
+
+
+def variant(shape: TileShape) -> Variant:
+    """The compilation for one shape."""
+    return Variant("experts_down_wgmma", (*shape.defines(), *shape.down.defines()))
+
+
+@functools.cache
+def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+    """The kernel and its grid."""
+    run = kernel(
+        variant(shape),
+        "experts_down_wgmma",
+        device,
+        shared_bytes=shape.down.shared_bytes,
+        dependent=True,
+        tensor_maps=2,
+    )
+    return run, grid(shape.down, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _down_map(address: int, shape: TileShape) -> tuple[int, ...]:
+    """Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source."""
+    row = shape.intermediate_size * shape.dtype.itemsize
+    return tensor_map(
+        address,
+        shape.dtype,
+        sizes=(shape.intermediate_size, 2, 4, 2, shape.num_experts * shape.hidden_size // 16),
+        strides=(row, 4 * row, 2 * row, 16 * row),
+        box=(BLOCK_K, 2, 4, 2, shape.down.block_n // 16),
+    )
+
+
+def _intermediate_map(intermediate: torch.Tensor) -> tuple[int, ...]:
+    slots, columns = intermediate.shape
+    row = columns * intermediate.element_size()
+    return tensor_map(intermediate.data_ptr(), intermediate.dtype, (columns, slots), (row,), (BLOCK_K, 64))
+
+
+def experts_down_wgmma(
+    intermediate: torch.Tensor, down_proj: torch.Tensor, pairs: SortedPairs, shape: TileShape
+) -> torch.Tensor:
+    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
+
+    Args:
+        intermediate: ``[T * K, I]`` that ``experts_up_wgmma`` gave, in the launch just before this one.
+        down_proj: ``[E, H, I]``, contiguous, 16-byte aligned.
+        pairs: the sorted pairs; takes its second ticket counter.
+    """
+    device = intermediate.device.index
+    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
+    run, blocks = _plan(shape, device)
+    run(
+        blocks,
+        THREADS,
+        current_stream(device),
+        *_down_map(down_proj.data_ptr(), shape),
+        *_intermediate_map(intermediate),
+        pairs.expert_offsets.data_ptr(),
+        pairs.tickets.data_ptr() + 4,
+        expert_output.data_ptr(),
+    )
+    return expert_output

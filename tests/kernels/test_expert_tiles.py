@@ -1,0 +1,131 @@
+"""The tiles without a GPU: rings, bounds, and the order in which the maps bring weight rows."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from cupymoe import MoEActivation
+from cupymoe.kernels import experts_down_wgmma, experts_up_wgmma
+from cupymoe.kernels.expert_tiles import blocks_of_a_cluster, prefers_tiles, tile_shape_of
+from cupymoe.kernels.jit import compile_offline
+
+SHARED_BYTES_OF_HOPPER = 227 * 1024
+STAGES_AT_LEAST = 3
+
+# (experts, hidden, intermediate): Gemma 4 and its slices, Qwen3, Mixtral, many experts, and sizes that divide badly.
+SIZES = [
+    (128, 2816, 704),
+    (128, 2816, 352),
+    (128, 2816, 176),
+    (128, 2048, 768),
+    (8, 4096, 14336),
+    (1024, 2048, 512),
+    (60, 256, 88),
+    (5, 272, 72),
+    (3, 16, 8),
+]
+
+
+def shape(blocks, num_experts, hidden, intermediate, dtype=torch.bfloat16):
+    return tile_shape_of(blocks, dtype, MoEActivation.SILU, num_experts, hidden, intermediate)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_rings_fit_a_multiprocessor(blocks, sizes):
+    for tiling in (shape(blocks, *sizes).up, shape(blocks, *sizes).down):
+        assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
+        assert tiling.stages >= STAGES_AT_LEAST
+        stage_bytes = (256 // blocks + blocks * tiling.block_n) * 128
+        assert stage_bytes % 1024 == 0
+        assert tiling.shared_bytes >= tiling.stages * stage_bytes
+
+
+@pytest.mark.parametrize(("blocks", "sizes"), [*product([1, 2], SIZES)])
+def test_compiles_for_other_models(blocks, sizes):
+    """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for source in (experts_up_wgmma, experts_down_wgmma):
+            report = compile_offline(source.variant(shape(blocks, *sizes, dtype)), "sm_90a")
+            assert report.spill_bytes <= 64, report.log
+            assert "warning" not in report.log, report.log
+            assert "C75" not in report.log, report.log
+
+
+def test_gemma_4_pads_nothing():
+    for blocks in (1, 2):
+        gemma = shape(blocks, 128, 2816, 704)
+        assert 2 * 704 % (blocks * gemma.up.block_n) == 0
+        assert 2816 % (blocks * gemma.down.block_n) == 0
+
+
+def test_bounds_are_those_that_were_measured():
+    """At 128 experts and 8 choices."""
+    assert [prefers_tiles(8 * tokens, 128) for tokens in (512, 767, 768, 1024)] == [False, False, True, True]
+    assert [blocks_of_a_cluster(8 * tokens, 128) for tokens in (1024, 2048, 3071, 3072, 4096)] == [1, 1, 1, 2, 2]
+
+
+def rows_of_box(tensor_map, start, row_bytes):
+    """The tensor's rows in the order in which the box at these coordinates, but for the innermost, brings them."""
+    sizes, strides, box = tensor_map
+    rows = []
+    for indices in product(*map(range, reversed(box[1:]))):
+        coordinates = [first + index for first, index in zip(start, reversed(indices), strict=True)]
+        inside = all(coordinate < size for coordinate, size in zip(coordinates, sizes[1:], strict=True))
+        offset = sum(coordinate * stride for coordinate, stride in zip(coordinates, strides, strict=True))
+        assert offset % row_bytes == 0
+        rows.append(offset // row_bytes if inside else None)
+    return rows
+
+
+@pytest.fixture
+def maps(monkeypatch):
+    """What the launchers ask of the driver, which is not there."""
+
+    def described(address, dtype, sizes, strides, box):
+        assert all(stride % 16 == 0 for stride in strides)
+        assert max(box) <= 256
+        assert box[0] * dtype.itemsize == 128
+        return sizes, strides, box
+
+    for module in (experts_up_wgmma, experts_down_wgmma):
+        monkeypatch.setattr(module, "tensor_map", described)
+    return {
+        "up": experts_up_wgmma._gate_up_map.__wrapped__,
+        "down": experts_down_wgmma._down_map.__wrapped__,
+    }
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_gate_and_up_rows_come_in_turn(maps, blocks, sizes):
+    its_shape = shape(blocks, *sizes)
+    _, hidden, intermediate = sizes
+    block_n, expert = its_shape.up.block_n, sizes[0] - 1
+    for part in range(-(-2 * intermediate // block_n)):
+        rows = rows_of_box(maps["up"](0, its_shape), (0, 0, part * (block_n // 16), expert), 2 * hidden)
+        expected = []
+        for eight in range(part * (block_n // 16), (part + 1) * (block_n // 16)):
+            for half in range(2):
+                first = (2 * expert + half) * intermediate + 8 * eight
+                expected += [first + i if 8 * eight < intermediate else None for i in range(8)]
+        assert rows == expected
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_down_rows_come_so_that_a_lane_has_four_neighbours(maps, blocks, sizes):
+    """A lane q has the sums of rows 8 j + 2 q and the next of each product j = 0, 1 of sixteen rows."""
+    its_shape = shape(blocks, *sizes)
+    num_experts, hidden, intermediate = sizes
+    block_n, expert = its_shape.down.block_n, num_experts - 1
+    for part in range(-(-hidden // block_n)):
+        start = (0, 0, 0, expert * (hidden // 16) + part * (block_n // 16))
+        rows = rows_of_box(maps["down"](0, its_shape), start, 2 * intermediate)
+        for sixteen in range(block_n // 16):
+            first = expert * hidden + part * block_n + 16 * sixteen
+            for quad in range(4):
+                of_lane = [rows[16 * sixteen + 8 * j + 2 * quad + i] for j in range(2) for i in range(2)]
+                inside = first < num_experts * hidden
+                assert of_lane == [first + 4 * quad + i if inside else None for i in range(4)]
