@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
 
-Four regimes. ``experts``: the whole experts call for each number of tokens, against transformers and the floor.
+``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against transformers and the floor.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs.
 """
@@ -59,6 +59,7 @@ from readme_table import (
     heading,
     host_table,
     lora_table,
+    memory_table,
     percentiles_table,
     skewed_table,
     stages_table,
@@ -141,6 +142,24 @@ class Bench:
                 skewed_rows.append({"routing": routing, **self.experts_row(count, ceilings, routing)})
                 echo_row(skewed_rows[-1])
         return {"ceilings": ceilings._asdict(), "rows": rows, **({"skewed": skewed_rows} if skewed else {})}
+
+    def memory(self, tokens: tuple[int, ...]) -> list[dict[str, int]]:
+        """Peak bytes of a call over its inputs and output, and those of the rows of both projections of every pair."""
+        rows = []
+        for count in tokens:
+            (case, *_) = make_cases(self.config, self.layers, count)
+            call = cupymoe_contenders(self.config, case)[0]["cupymoe"].bind(case)
+            call()
+            torch.cuda.synchronize()
+            free_memory()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            output = call()
+            peak = torch.cuda.max_memory_allocated() - before - output.nbytes
+            columns = self.config.hidden_size + self.config.moe_intermediate_size
+            slots = count * self.config.top_k_experts * columns * output.element_size()
+            rows.append({"tokens": count, "peak_bytes": peak, "slots_bytes": slots})
+        return rows
 
     def host(self) -> dict[str, Any]:
         """What ``host.json`` holds beside the heading: eager calls at one token."""
@@ -230,6 +249,9 @@ def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: st
 # Generation: where reading the hit experts' weights once is the floor.
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DECODE_SKEWED_TOKENS = (64, 1024)
+# Prompts: from where the weights are the floor to where the products are.
+PREFILL_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+PREFILL_SKEWED_TOKENS = (8192,)
 
 
 @click.command()
@@ -242,7 +264,7 @@ DECODE_SKEWED_TOKENS = (64, 1024)
 )
 @click.option(
     "--regime",
-    type=click.Choice(["experts", "decode", "stages", "host", "lora", "all"]),
+    type=click.Choice(["experts", "decode", "prefill", "stages", "host", "lora", "all"]),
     default="experts",
     show_default=True,
 )
@@ -291,11 +313,15 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
         tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
         del bench
         free_memory()
-    if regime in ("experts", "decode", "all"):
+    if regime in ("experts", "decode", "prefill", "all"):
         bench = Bench(config, device)
         if regime == "decode":
             report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
             tables.append(skewed_table(report))
+        elif regime == "prefill":
+            found = {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}
+            report = keep("prefill", found, bench.failures)
+            tables += [skewed_table(report), memory_table(report)]
         else:
             report = keep("experts", bench.experts(tokens), bench.failures)
         tables += [percentiles_table(report), experts_table(report)]

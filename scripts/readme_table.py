@@ -111,6 +111,21 @@ def skewed_table(report: Report) -> str:
     )
 
 
+def memory_table(report: Report) -> str:
+    """The ``"memory"`` rows of ``prefill.json``."""
+    return markdown(
+        ["tokens", "peak MB over inputs and output", "x rows of both projections"],
+        [
+            [
+                str(row["tokens"]),
+                f"{row['peak_bytes'] / 1e6:.1f}",
+                f"{row['peak_bytes'] / row['slots_bytes']:.3f}",
+            ]
+            for row in report["memory"]
+        ],
+    )
+
+
 def stages_table(report: Report) -> str:
     """The table of ``stages.json``: bytes moved and their rate, beside the device copy's."""
     return markdown(
@@ -215,6 +230,7 @@ def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> Non
     tables = {
         "rows": experts_table,
         "skewed": skewed_table,
+        "memory": memory_table,
         "stages": stages_table,
         "calls": host_table,
         "first_call_s": first_call_table,

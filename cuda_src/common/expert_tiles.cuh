@@ -144,7 +144,6 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
         u32 slots = min(shared.first_slot[expert + 1] - first, (u32)TILE_SLOTS);
         gemm.prefetch_rows(first, slots);
         u32 of_first_block = min((slots + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64, slots);
-        if (BLOCKS == 1) of_first_block = slots;
         words[0] = expert;
         words[1] = lane == 0 ? first : first + of_first_block;
         words[2] = lane == 0 ? of_first_block : slots - of_first_block;

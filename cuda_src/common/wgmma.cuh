@@ -31,31 +31,36 @@ template <int kRegisters> __device__ __forceinline__ void grow_registers() {
 
 #define EIGHT(I) "+f"(sums[I]), "+f"(sums[I + 1]), "+f"(sums[I + 2]), "+f"(sums[I + 3]), "+f"(sums[I + 4]), "+f"(sums[I + 5]), "+f"(sums[I + 6]), "+f"(sums[I + 7])
 #define SUMS_64 EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
-#define NAMES_64                                                                                                            \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "    \
-    "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "    \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_88 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
-
+#define SUMS_72 SUMS_64, EIGHT(64)
+#define SUMS_80 SUMS_72, EIGHT(72)
+#define SUMS_88 SUMS_80, EIGHT(80)
+#define SUMS_96 SUMS_88, EIGHT(88)
+#define NAMES_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+    "%62, %63"
+#define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_88 NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define NAMES_96 NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define PRODUCT(SHAPE, TYPE, OUTPUTS, NAMES, A, B, ADD)                                                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, " ADD ", 0;\n"                                                   \
+                 "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, 0, 0;\n}" \
+                 : OUTPUTS : "l"(a), "l"(b), "r"((u32)add) : "memory")
 #if BLOCK_N == 128
-#define WGMMA_SHAPE "m64n128k16"
-#define WGMMA_SUMS SUMS_64
-#define WGMMA_OPERANDS(ADD) "setp.ne.u32 p, %66, 0;\n" ADD " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;"
+#define WGMMA(TYPE) PRODUCT("m64n128k16", TYPE, SUMS_64, NAMES_64, "%64", "%65", "%66")
+#elif BLOCK_N == 144
+#define WGMMA(TYPE) PRODUCT("m64n144k16", TYPE, SUMS_72, NAMES_72, "%72", "%73", "%74")
+#elif BLOCK_N == 160
+#define WGMMA(TYPE) PRODUCT("m64n160k16", TYPE, SUMS_80, NAMES_80, "%80", "%81", "%82")
 #elif BLOCK_N == 176
-#define WGMMA_SHAPE "m64n176k16"
-#define WGMMA_SUMS SUMS_64, EIGHT(64), EIGHT(72), EIGHT(80)
-#define WGMMA_OPERANDS(ADD) "setp.ne.u32 p, %90, 0;\n" ADD " {" NAMES_88 "}, %88, %89, p, 1, 1, 0, 0;"
+#define WGMMA(TYPE) PRODUCT("m64n176k16", TYPE, SUMS_88, NAMES_88, "%88", "%89", "%90")
 #elif BLOCK_N == 192
-#define WGMMA_SHAPE "m64n192k16"
-#define WGMMA_SUMS SUMS_64, EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88)
-#define WGMMA_OPERANDS(ADD)                                                                                          \
-    "setp.ne.u32 p, %98, 0;\n" ADD " {" NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95}, %96, %97, p, 1, 1, 0, 0;"
+#define WGMMA(TYPE) PRODUCT("m64n192k16", TYPE, SUMS_96, NAMES_96, "%96", "%97", "%98")
 #else
-#error "BLOCK_N must be 128, 176 or 192"
+#error "BLOCK_N must be 128, 144, 160, 176 or 192"
 #endif
-#define WGMMA(TYPE)                                                                                                          \
-    asm volatile("{\n.reg .pred p;\n" WGMMA_OPERANDS("wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." TYPE "." TYPE) "\n}" \
-                 : WGMMA_SUMS : "l"(a), "l"(b), "r"((u32)add) : "memory")
 
 // sums = (add ? sums : 0) + A B^T over 16 k.
 __device__ __forceinline__ void multiply_tiles(float (&sums)[SUMS], u64 a, u64 b, bool add, bf16) { WGMMA("bf16"); }

@@ -17,14 +17,14 @@ BLOCK_K = 64
 _TILE_SLOTS = 256
 _ROW_BYTES = 128
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper
-# Weight rows of a warpgroup's products, and the time that a padded row of each takes: with 128 the operands' way from
-# shared memory is the limit.
-_ROW_COSTS = {192: 0.99, 176: 1.0, 128: 1.15}
+# Weight rows of a warpgroup's products, and what a row of each costs: the fewer, the more the operands' way from shared
+# memory is the limit.
+_ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
 # From so many slots an expert on average, tiles beat the weight stream. At Gemma 4's sizes on an H100 the stream takes
 # 560 us for 32 slots and 632 for 64, tiles 578 for 64 and no more for fewer.
 _TILES_FROM = 48
-# From so many on, clusters of two blocks beat single blocks: 686 and 648 us for 128 slots, 993 and 1020 for 256, 3005 and
-# 3082 for 1024.
+# From so many on, clusters of two blocks beat single blocks: 128 slots take 686 and 648 us, 256 slots 993 and 1020,
+# 1024 slots 3005 and 3082.
 _CLUSTERS_FROM = 192
 
 
