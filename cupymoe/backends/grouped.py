@@ -14,7 +14,7 @@ from cupymoe.kernels.sort_by_expert import MAX_EXPERTS, MAX_PAIRS, sort_by_exper
 
 
 class GroupedBackend:
-    """Six launches (seven above 4096 pairs), no host sync, any number of tokens.
+    """Six launches (seven above 1024 pairs), no host sync, any number of tokens.
 
     The grouped GEMM rounds gate_up to bfloat16, so the intermediate is rounded twice.
     """
