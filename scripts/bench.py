@@ -2,6 +2,7 @@
 """cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
 
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against transformers and the floor.
+``sweep``: times alone, over a fine range of tokens and of every way to compute a call; what the README's plot shows.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs.
 """
@@ -37,6 +38,7 @@ from bench_peers import (
     mean_hit_experts,
     relative_error,
     transformers_contenders,
+    ways_of_fused,
 )
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import (
@@ -63,6 +65,7 @@ from readme_table import (
     percentiles_table,
     skewed_table,
     stages_table,
+    ways_table,
 )
 
 import cupymoe
@@ -112,11 +115,22 @@ class Bench:
     def experts_row(self, tokens: int, ceilings: Ceilings, routing: str | None = None) -> dict[str, Any]:
         """One of the ``"rows"`` of ``experts.json``, or of ``"skewed"``."""
         cases = make_cases(self.config, self.layers, tokens, routing)
-        hit_experts = mean_hit_experts(cases)
         oracles = [Oracle.of(self.config, case) for case in cases]
-        contenders = self.contenders(cases)
+        return self.timed_row(cases, self.contenders(cases), ceilings, oracles)
+
+    def timed_row(
+        self,
+        cases: list[Case],
+        contenders: dict[str, Contender],
+        ceilings: Ceilings,
+        oracles: list[Oracle] | None = None,
+    ) -> dict[str, Any]:
+        """The contenders' times beside the floor; with oracles, their errors too."""
+        tokens, hit_experts = cases[0].inputs.hidden_states.shape[0], mean_hit_experts(cases)
         captured = {name: capture([each.bind(case) for case in cases]) for name, each in contenders.items()}
-        error = {name: self.error(name, tokens, each, oracles) for name, each in captured.items()}
+        error = {}
+        if oracles is not None:
+            error = {name: self.error(name, tokens, each, oracles) for name, each in captured.items()}
         read = capture_read(self.buffer, floor_bytes(self.config, tokens, hit_experts), len(cases))
         ms = time_in_turn({"read": read, **captured})
         compute_ms = floor_flops(self.config, tokens) / ceilings.bf16_tflops / 1e9
@@ -142,6 +156,17 @@ class Bench:
                 skewed_rows.append({"routing": routing, **self.experts_row(count, ceilings, routing)})
                 echo_row(skewed_rows[-1])
         return {"ceilings": ceilings._asdict(), "rows": rows, **({"skewed": skewed_rows} if skewed else {})}
+
+    def sweep(self, tokens: tuple[int, ...]) -> dict[str, Any]:
+        """What ``sweep.json`` holds beside the heading: times alone, of every way that a call could take."""
+        ceilings = measure_ceilings(self.buffer, len(self.layers))
+        rows = []
+        for count in tokens:
+            cases = make_cases(self.config, self.layers, count)
+            contenders = {**self.contenders(cases), **ways_of_fused(self.config, cases[0])}
+            rows.append(self.timed_row(cases, contenders, ceilings))
+            echo_row(rows[-1])
+        return {"ceilings": ceilings._asdict(), "rows": rows}
 
     def memory(self, tokens: tuple[int, ...]) -> list[dict[str, int]]:
         """Peak bytes of a call over its inputs and output, and those of the rows of both projections of every pair."""
@@ -252,6 +277,8 @@ DECODE_SKEWED_TOKENS = (64, 1024)
 # Prompts: from where the weights are the floor to where the products are.
 PREFILL_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 PREFILL_SKEWED_TOKENS = (8192,)
+# Powers of two and what lies midway.
+SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in range(14))}))
 
 
 @click.command()
@@ -264,7 +291,7 @@ PREFILL_SKEWED_TOKENS = (8192,)
 )
 @click.option(
     "--regime",
-    type=click.Choice(["experts", "decode", "prefill", "stages", "host", "lora", "all"]),
+    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "all"]),
     default="experts",
     show_default=True,
 )
@@ -313,7 +340,7 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
         tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
         del bench
         free_memory()
-    if regime in ("experts", "decode", "prefill", "all"):
+    if regime in ("experts", "decode", "prefill", "sweep", "all"):
         bench = Bench(config, device)
         if regime == "decode":
             report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
@@ -322,9 +349,13 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
             found = {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}
             report = keep("prefill", found, bench.failures)
             tables += [skewed_table(report), memory_table(report)]
+        elif regime == "sweep":
+            report = keep("sweep", bench.sweep(SWEEP_TOKENS), bench.failures)
+            tables.append(ways_table(report))
         else:
             report = keep("experts", bench.experts(tokens), bench.failures)
-        tables += [percentiles_table(report), experts_table(report)]
+        if regime != "sweep":
+            tables += [percentiles_table(report), experts_table(report)]
     for table in tables:
         click.echo(f"\n{table}")
     if failures:

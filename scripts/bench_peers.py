@@ -11,7 +11,7 @@ import torch
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig, reference
-from cupymoe.backends import registry
+from cupymoe.backends import fused, registry
 from cupymoe.ops import experts_call
 
 LAYERS = 3
@@ -172,6 +172,23 @@ def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, C
 
     names = {name: "cupymoe" if name == "auto" else f"cupymoe:{name}" for name in served}
     return {names[name]: Contender(partial(bind, name)) for name in served}, notes
+
+
+def ways_of_fused(config: Gemma4MoEConfig, case: Case) -> dict[str, Contender]:
+    """The two ways of the fused backend, where they serve the case, whichever of them it takes."""
+    num_pairs = case.inputs.top_k_index.numel()
+    reasons = {
+        fused.stream: fused.stream_reason(num_pairs, config.num_experts),
+        fused.tiles: fused.tiles_reason(num_pairs, config.num_experts, config.hidden_size),
+    }
+
+    def bind(way: Callable[..., torch.Tensor], case: Case) -> Callable[[], torch.Tensor]:
+        hidden_states, index, weights = case.inputs
+        return partial(way, hidden_states, *case.weights, index, weights, config.activation)
+
+    return {
+        f"cupymoe:{way.__name__}": Contender(partial(bind, way)) for way, reason in reasons.items() if reason is None
+    }
 
 
 def transformers_contenders(config: Gemma4MoEConfig, layers: list[Layer]) -> tuple[dict[str, Contender], list[str]]:

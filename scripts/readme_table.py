@@ -111,6 +111,24 @@ def skewed_table(report: Report) -> str:
     )
 
 
+def ways_table(report: Report) -> str:
+    """``sweep.json``: what ``auto`` takes beside every way of ours, in microseconds, and over the fastest of them."""
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["ms"] if name.startswith("cupymoe:")))
+    rows = []
+    for row in report["rows"]:
+        ours, ms = row["ms"]["cupymoe"]["p50"], {name: row["ms"][name]["p50"] for name in names if name in row["ms"]}
+        rows.append(
+            [
+                str(row["tokens"]),
+                microseconds(ours),
+                f"{ours / row['floor_ms']:.3f}",
+                f"{ours / min(ms.values()):.3f}",
+                *(microseconds(ms[name]) if name in ms else "" for name in names),
+            ]
+        )
+    return markdown(["tokens", "cupymoe us", "x floor", "x fastest way", *(f"{name} us" for name in names)], rows)
+
+
 def memory_table(report: Report) -> str:
     """The ``"memory"`` rows of ``prefill.json``."""
     return markdown(

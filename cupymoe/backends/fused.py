@@ -41,11 +41,9 @@ class FusedBackend:
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
         num_pairs = call.num_tokens * call.top_k
-        stream_reason = _stream_reason(num_pairs, call.num_experts)
-        if stream_reason is None:
-            return None
-        tiles_reason = _tiles_reason(num_pairs, call.num_experts, call.hidden_size)
-        return None if tiles_reason is None else f"{stream_reason}, and {tiles_reason}"
+        not_streamed = stream_reason(num_pairs, call.num_experts)
+        not_tiled = tiles_reason(num_pairs, call.num_experts, call.hidden_size)
+        return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
     def __call__(
         self,
@@ -59,12 +57,12 @@ class FusedBackend:
         """See :class:`cupymoe.backends.Backend`."""
         num_experts, hidden_size, _ = down_proj.shape
         num_pairs = top_k_index.numel()
-        preferred = prefers_tiles(num_pairs, num_experts) or _stream_reason(num_pairs, num_experts) is not None
-        compute = _tiles if preferred and _tiles_reason(num_pairs, num_experts, hidden_size) is None else _stream
+        preferred = prefers_tiles(num_pairs, num_experts) or stream_reason(num_pairs, num_experts) is not None
+        compute = tiles if preferred and tiles_reason(num_pairs, num_experts, hidden_size) is None else stream
         return compute(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
 
 
-def _stream_reason(num_pairs: int, num_experts: int) -> str | None:
+def stream_reason(num_pairs: int, num_experts: int) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
     if num_experts > expert_stream.MAX_EXPERTS:
         return f"its plan has counters for {expert_stream.MAX_EXPERTS} experts, not {num_experts}"
@@ -73,7 +71,7 @@ def _stream_reason(num_pairs: int, num_experts: int) -> str | None:
     return None
 
 
-def _tiles_reason(num_pairs: int, num_experts: int, hidden_size: int) -> str | None:
+def tiles_reason(num_pairs: int, num_experts: int, hidden_size: int) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if hidden_size % 16:
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
@@ -84,7 +82,7 @@ def _tiles_reason(num_pairs: int, num_experts: int, hidden_size: int) -> str | N
     return None
 
 
-def _stream(
+def stream(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -92,6 +90,7 @@ def _stream(
     top_k_weights: torch.Tensor,
     activation: MoEActivation,
 ) -> torch.Tensor:
+    """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     num_tokens, top_k = top_k_index.shape
     num_experts, hidden_size, intermediate_size = down_proj.shape
     shape = shape_of(
@@ -113,7 +112,7 @@ def _stream(
     return combine_workspace(shape, workspace, top_k_weights, output)
 
 
-def _tiles(
+def tiles(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -121,6 +120,7 @@ def _tiles(
     top_k_weights: torch.Tensor,
     activation: MoEActivation,
 ) -> torch.Tensor:
+    """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     num_experts, hidden_size, intermediate_size = down_proj.shape
     blocks = blocks_of_a_cluster(top_k_index.numel(), num_experts)
     shape = tile_shape_of(blocks, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size)
