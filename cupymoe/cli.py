@@ -119,10 +119,7 @@ def info() -> None:
 
 def _nvrtc_version() -> str:
     try:
-        jit.import_cupy()
-        from cupy.cuda import nvrtc
-
-        return ".".join(map(str, nvrtc.getVersion()))
+        return ".".join(map(str, jit.import_nvrtc().getVersion()))
     except Exception as error:
         return f"not usable: {error}"
 

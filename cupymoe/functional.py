@@ -6,6 +6,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch._subclasses import FakeTensor
 
 from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
 from cupymoe.activation import MoEActivation
@@ -42,8 +43,8 @@ def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) 
 
 
 def _check_floating(name: str, given: _Description) -> None:
-    if not given.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {given.dtype}")
+    if not given.dtype.is_floating_point or given.dtype.itemsize == 1:
+        raise TypeError(f"{name} must be a floating-point tensor of at least 16 bits, got {given.dtype}")
     if given.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} must be on the CPU or a CUDA device, got {given.device}")
 
@@ -289,8 +290,9 @@ def _describe_and_check_experts(
     activation: MoEActivation,
     backend: str,
 ) -> None:
-    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 3.
-    check = _check_experts if torch.compiler.is_compiling() else _check_experts_cached
+    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 3. A traced size has no hash.
+    traced = torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor)
+    check = _check_experts if traced else _check_experts_cached
     check(
         _describe("hidden_states", hidden_states),
         _describe("gate_up_proj", gate_up_proj),

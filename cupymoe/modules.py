@@ -12,6 +12,11 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts, route
 
 
+def _autocasts(device_type: str) -> bool:
+    # The meta device has no autocast, and torch.is_autocast_enabled raises instead of saying so.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 class Gemma4Router(nn.Module):
     """Which experts a token goes to; call-compatible with transformers' ``Gemma4TextRouter``.
 
@@ -46,7 +51,7 @@ class Gemma4Router(nn.Module):
             and not (proj._forward_hooks or proj._forward_pre_hooks or "forward" in vars(proj))
             and hidden_states.dtype == self.scale.dtype == proj.weight.dtype
             and hidden_states.shape[-1] == self.config.hidden_size
-            and not torch.is_autocast_enabled(hidden_states.device.type)
+            and not _autocasts(hidden_states.device.type)
         )
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

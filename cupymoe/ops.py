@@ -18,6 +18,10 @@ from cupymoe.backends import ExpertsCall, select
 
 _library = torch.library.Library("cupymoe", "DEF")  # type: ignore[no-untyped-call]
 
+_autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 
 def register(
     schema: str,
@@ -31,6 +35,15 @@ def register(
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"cupymoe::{name}", fake, lib=_library)
+    overload = getattr(torch.ops.cupymoe, name).default
+
+    def without_autocast(*arguments: Any) -> Any:
+        # The dtypes of the arguments are the contract; the torch code behind an op would be autocast step by step.
+        with torch._C._ExcludeDispatchKeyGuard(_autocast):
+            return overload(*arguments)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
     if backward is not None:
         torch.library.register_autograd(f"cupymoe::{name}", backward, setup_context=setup_context, lib=_library)
 

@@ -19,7 +19,7 @@ LOGITS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
         (LOGITS.numpy(), 2, None, TypeError, r"router_logits must be a torch.Tensor, got ndarray"),
         (LOGITS[0], 2, None, ValueError, r"router_logits must have shape \[\*, \*\], got \[4\]"),
         (LOGITS[None], 2, None, ValueError, r"router_logits must have shape \[\*, \*\], got \[1, 5, 4\]"),
-        (LOGITS.int(), 2, None, TypeError, r"router_logits must be a floating-point tensor, got torch.int32"),
+        (LOGITS.int(), 2, None, TypeError, r"router_logits must be a floating-point tensor.*got torch.int32"),
         (LOGITS, 5, None, ValueError, r"top_k must be between 1 and the number of experts 4, got 5"),
         (LOGITS, 0, None, ValueError, r"top_k must be between 1 and the number of experts 4, got 0"),
         (LOGITS, -1, None, ValueError, r"top_k must be between 1 and the number of experts 4, got -1"),
@@ -117,7 +117,7 @@ def test_route_properties(num_tokens, num_experts, data):
     [
         ("quick_gelu", torch.ones(2, 4), ValueError, r"Unknown MoE activation: 'quick_gelu'"),
         ("silu", [1.0, 2.0], TypeError, r"input must be a torch.Tensor, got list"),
-        ("silu", torch.ones(2, 4).long(), TypeError, r"input must be a floating-point tensor, got torch.int64"),
+        ("silu", torch.ones(2, 4).long(), TypeError, r"input must be a floating-point tensor.*got torch.int64"),
         ("silu", torch.ones(2, 5), ValueError, r"input must have shape \[..., 2N\] for SILU, got \[2, 5\]"),
         ("silu", torch.ones(()), ValueError, r"input must have shape \[..., 2N\] for SILU, got \[\]"),
         ("relu2_no_mul", torch.ones(()), ValueError, r"input must have shape \[..., N\] for RELU2_NO_MUL, got \[\]"),

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -86,6 +86,40 @@ def import_cupy() -> ModuleType:
     return cupy
 
 
+def _check_cuda_major(cupy: ModuleType) -> None:
+    """
+    Raises:
+        ImportError: CuPy is for an older CUDA than cupymoe needs, or for a newer one than the driver serves.
+    """
+    runtime = cupy.cuda.runtime
+    major, driver = (version // 1000 for version in (runtime.runtimeGetVersion(), runtime.driverGetVersion()))
+    if not 12 <= major <= driver:
+        found = " ".join(installed_cupys())
+        raise ImportError(
+            f"{found} is for CUDA {major}; cupymoe needs 12 at least, and this machine's driver serves up to {driver}: "
+            f"pip uninstall -y {found} && pip install cupy-cuda{max(12, driver)}x, or update the driver"
+        )
+
+
+def import_nvrtc() -> ModuleType:
+    """CuPy's binding of NVRTC, with the library behind it loaded.
+
+    Raises:
+        ImportError: the library is not there; or see :func:`import_cupy`.
+    """
+    import_cupy()
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except RuntimeError as error:
+        raise ImportError(
+            "cupymoe's CUDA kernels are compiled by NVRTC, which CuPy did not find: pip install nvidia-cuda-nvrtc-cu12 "
+            f"(nvidia-cuda-nvrtc for cupy-cuda13x) ({error})"
+        ) from error
+    return cast(ModuleType, nvrtc)
+
+
 def cache_folder() -> str:
     """The folder in which CuPy keeps compiled kernels."""
     return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
@@ -143,6 +177,8 @@ def _compile_error(variant: Variant, arch: str, log: str) -> CompileError:
 def _load(variant: Variant, device: int) -> Any:
     """The loaded module; callers hold the lock, so that each is compiled once."""
     cupy = import_cupy()
+    _check_cuda_major(cupy)
+    import_nvrtc()
     arch = architecture(torch.cuda.get_device_capability(device))
     code = cuda_sources.expanded(variant.source)
     with cupy.cuda.Device(device):
@@ -181,7 +217,8 @@ def kernel(
 
     Raises:
         CompileError: NVRTC refused the source.
-        ImportError: see :func:`import_cupy`.
+        ImportError: CuPy or NVRTC is missing, or CuPy is not the one of this machine's CUDA; the message says what to
+            install.
     """
     with _lock:
         return _kernel(variant, entry, device, shared_bytes, dependent, tensor_maps)
@@ -198,9 +235,7 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
     Raises:
         CompileError: NVRTC refused the source.
     """
-    import_cupy()
-    from cupy.cuda import nvrtc
-
+    nvrtc = import_nvrtc()
     # What CuPy adds on its own, so that this compiles what a device would run.
     options = (*_options(variant, arch), "-ftz=true", "--ptxas-options=-v")
     program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
