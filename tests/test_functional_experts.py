@@ -1,13 +1,11 @@
-"""fused_experts: what it refuses and with which words, what it honours, and what must not change its result."""
+"""fused_experts: what it refuses and with which words, what it honours; tests/test_properties.py draws calls of it."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cupymoe import fused_experts
 from cupymoe import route as route_function
-from tests.helpers import Experts, oracle, random_experts, random_routing
+from tests.helpers import Experts, oracle, random_experts
 
 SHAPE = {"num_tokens": 5, "num_experts": 4, "hidden": 16, "intermediate": 8, "top_k": 2}
 
@@ -184,67 +182,3 @@ def test_weights_that_need_grad_where_none_is_recorded(device, context):
     assert torch.equal(output, expected)
     assert not output.requires_grad
     assert not weights.requires_grad
-
-
-# --- properties of the experts ----------------------------------------------------------------------------------------
-
-shapes = st.fixed_dictionaries(
-    {
-        "num_tokens": st.integers(1, 12),
-        "num_experts": st.integers(2, 7),
-        "hidden": st.sampled_from([1, 3, 8]),
-        "intermediate": st.sampled_from([1, 5, 8]),
-        "top_k": st.integers(1, 2),
-    }
-)
-property_test = settings(deadline=None, max_examples=40)
-
-
-def property_case(shape):
-    return random_experts(**shape, dtype=torch.float64)
-
-
-@property_test
-@given(shapes)
-def test_permuted_tokens_give_permuted_outputs(shape):
-    case = property_case(shape)
-    order = torch.randperm(shape["num_tokens"])
-    permuted = case._replace(
-        **{name: getattr(case, name)[order] for name in case._fields if not name.endswith("_proj")}
-    )
-    torch.testing.assert_close(experts(permuted), experts(case)[order], rtol=1e-12, atol=1e-12)
-
-
-@property_test
-@given(shapes)
-def test_relabelled_experts_change_nothing(shape):
-    case = property_case(shape)
-    order = torch.randperm(shape["num_experts"])
-    relabelled = case._replace(
-        gate_up_proj=case.gate_up_proj[order],
-        down_proj=case.down_proj[order],
-        top_k_index=torch.argsort(order)[case.top_k_index],
-    )
-    torch.testing.assert_close(experts(relabelled), experts(case), rtol=1e-12, atol=1e-12)
-
-
-@property_test
-@given(shapes)
-def test_pairs_of_weight_zero_change_nothing(shape):
-    case = property_case(shape)
-    _, extra = random_routing(shape["num_tokens"], shape["num_experts"], 1)
-    padded = case._replace(
-        top_k_index=torch.cat((case.top_k_index, extra), -1),
-        top_k_weights=torch.cat((case.top_k_weights, torch.zeros(extra.shape)), -1),
-    )
-    torch.testing.assert_close(experts(padded), experts(case), rtol=1e-12, atol=1e-12)
-
-
-@property_test
-@given(shapes, st.floats(-3, 3))
-def test_linear_in_top_k_weights(shape, factor):
-    case = property_case(shape)
-    first, second = (torch.randn(case.top_k_weights.shape, dtype=torch.float64) for _ in range(2))
-    joined = experts(case._replace(top_k_weights=first + factor * second))
-    apart = experts(case._replace(top_k_weights=first)) + factor * experts(case._replace(top_k_weights=second))
-    torch.testing.assert_close(joined, apart, rtol=1e-11, atol=1e-11)

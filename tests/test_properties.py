@@ -1,0 +1,490 @@
+"""Properties of the public functions over drawn calls: on the CPU always, on a GPU where there is one.
+
+A run is one seed, CUPYMOE_TEST_SEED; each property prints how many cases it held in, and a failure its drawn case.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
+from cupymoe.backends import registry, select
+from cupymoe.kernels.sort_by_expert import sort_by_expert
+from cupymoe.ops import experts_call
+from tests.conftest import SEED
+from tests.helpers import Experts, assert_ulps, max_error, oracle, random_experts, rounded_experts
+
+CASES = {"cpu": 40, "cuda": 170}  # of each property; 13 of them are 2,210 on a GPU
+
+PROPERTIES = []
+
+
+def holds_for(strategy):
+    """A property: a function of a drawn case that asserts something."""
+
+    def register(function):
+        PROPERTIES.append(pytest.param(function, strategy, id=function.__name__))
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize(("check", "strategy"), PROPERTIES)
+def test_property(device, check, strategy, capsys):
+    held = 0
+
+    @seed(SEED)
+    @settings(
+        max_examples=CASES[device.type],
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(strategy(device.type))
+    def run(drawn):
+        nonlocal held
+        torch.manual_seed(drawn.seed)
+        check(drawn, device)
+        held += 1
+
+    run()
+    assert held >= CASES[device.type]
+    with capsys.disabled():
+        print(f"\n{check.__name__}: {held} cases on {device.type}, seed {SEED}")
+
+
+def test_a_gpu_run_is_two_thousand_cases():
+    assert len(PROPERTIES) * CASES["cuda"] >= 2000
+
+
+# --- drawn calls ------------------------------------------------------------------------------------------------------
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SEEDS = st.integers(0, 2**31)
+
+
+class Model(NamedTuple):
+    """What kernels are compiled for."""
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    dtype: torch.dtype
+    activation: MoEActivation
+    index_dtype: torch.dtype
+
+
+# On a GPU a few, because each costs compilations: fused's four regimes and grouped; grouped alone; the reference.
+GPU_MODELS = [
+    Model(8, 128, 88, 2, torch.bfloat16, MoEActivation.GELU_TANH, torch.int64),
+    Model(12, 256, 176, 6, torch.bfloat16, MoEActivation.SILU, torch.int32),
+    Model(16, 136, 72, 3, torch.float16, MoEActivation.GELU, torch.int64),
+    Model(4, 64, 32, 1, torch.bfloat16, MoEActivation.SWIGLUSTEP, torch.int32),
+    Model(9, 64, 48, 2, torch.bfloat16, MoEActivation.RELU2_NO_MUL, torch.int64),
+    Model(5, 40, 24, 2, torch.float32, MoEActivation.SWIGLUOAI, torch.int32),
+]
+
+
+@st.composite
+def cpu_models(draw):
+    num_experts = draw(st.integers(1, 8))
+    return Model(
+        num_experts,
+        draw(st.integers(1, 17)),
+        draw(st.integers(1, 13)),
+        draw(st.integers(1, min(num_experts, 4))),
+        draw(st.sampled_from(FLOATING)),
+        draw(st.sampled_from(list(MoEActivation))),
+        draw(st.sampled_from([torch.int32, torch.int64])),
+    )
+
+
+def token_counts(device_type):
+    """On a GPU of every regime, at the bounds more often."""
+    if device_type == "cpu":
+        return st.integers(0, 24)
+    bounds = st.sampled_from([1, 16, 17, 21, 22, 64, 65, 256, 257, 512, 513, 1024, 1025])
+    return st.one_of(st.integers(0, 70), bounds, st.integers(71, 1500))
+
+
+class Call(NamedTuple):
+    """A drawn call of fused_experts, without its numbers."""
+
+    model: Model
+    num_tokens: int
+    routing: str
+    masked: float
+    weights: str
+    magnitude: str
+    layout: str
+    backend: str
+    seed: int
+
+
+LAYOUTS = ("transposed", "every second", "one element on", "16 elements on")
+
+
+def calls(device_type):
+    return st.builds(
+        Call,
+        model=cpu_models() if device_type == "cpu" else st.sampled_from(GPU_MODELS),
+        num_tokens=token_counts(device_type),
+        routing=st.sampled_from(["router", "hot", "same", "repeated"]),
+        masked=st.sampled_from([0.0, 0.3, 1.0]),
+        weights=st.sampled_from(["router", "signed", "large"]),
+        magnitude=st.sampled_from(["one", "subnormal", "large"]),
+        layout=st.sampled_from(LAYOUTS),
+        backend=st.sampled_from(["auto"] if device_type == "cpu" else ["fused", "grouped"]),
+        seed=SEEDS,
+    )
+
+
+def outside(num_experts, dtype):
+    """Indices that mask a pair; in int64 also some that are an expert in their low 32 bits."""
+    info = torch.iinfo(dtype)
+    return [-1, num_experts, num_experts + 1000, info.min, info.max, *([2**32, -(2**32)] if info.bits == 64 else [])]
+
+
+def masked_at(index, where, num_experts):
+    values = torch.tensor(outside(num_experts, index.dtype), device=index.device, dtype=index.dtype)
+    return torch.where(where, values[torch.randint(len(values), index.shape, device=index.device)], index)
+
+
+def magnitudes(magnitude, dtype):
+    """Factors of the hidden states and of gate_up_proj: powers of two whose product is one."""
+    exponent = {"one": 0, "subnormal": 1, "large": -1}[magnitude] * (round_log2(torch.finfo(dtype).tiny) + 4)
+    return 2.0**exponent, 2.0**-exponent
+
+
+def round_log2(value):
+    return round(torch.tensor(value, dtype=torch.float64).log2().item())
+
+
+def build(call, device):
+    """The tensors of a call."""
+    model = call.model
+    case = random_experts(call.num_tokens, *model[:4], dtype=model.dtype, device=device, activation=model.activation)
+    index, weights = case.top_k_index.to(model.index_dtype), case.top_k_weights
+    if call.routing == "hot":
+        index[:, 0] = model.num_experts // 2
+    elif call.routing == "same" and call.num_tokens:
+        index[:] = index[0].clone()
+    elif call.routing == "repeated":
+        index = torch.randint(model.num_experts, index.shape, device=device, dtype=model.index_dtype)
+    index = masked_at(index, torch.rand(index.shape, device=device) < call.masked, model.num_experts)
+    if call.weights != "router":
+        weights = torch.randn_like(weights) * (64 if call.weights == "large" else 1)
+    of_states, of_gate_up = magnitudes(call.magnitude, model.dtype)
+    return Experts(case.hidden_states * of_states, case.gate_up_proj * of_gate_up, case.down_proj, index, weights)
+
+
+def chosen(call, case):
+    """The drawn backend, or the one that auto takes where that does not serve the call."""
+    asked = experts_call(*case[:4], call.model.activation)
+    named = call.backend != "auto" and registry()[call.backend].unsupported_reason(asked) is None
+    return select(call.backend if named else "auto", asked).name
+
+
+def run(call, case, backend=None):
+    return fused_experts(*case, activation=call.model.activation, backend=backend or chosen(call, case))
+
+
+def assert_same(call, output, expected, backend):
+    """Bit for bit from a kernel; BLAS sums in another order where rows have moved, before one rounding."""
+    if backend != "reference":
+        assert torch.equal(output, expected)
+        return
+    work, dtype = reference.work_dtype(output.dtype), output.dtype
+    largest = 64 if call.weights == "large" else 1
+    torch.testing.assert_close(
+        output.double(),
+        expected.double(),
+        rtol=0 if dtype == work else torch.finfo(dtype).eps,
+        atol=100 * torch.finfo(work).eps * largest,
+    )
+
+
+# --- the experts ------------------------------------------------------------------------------------------------------
+
+
+@holds_for(calls)
+def no_element_is_twice_as_far_from_float64_as_torch_s_own(call, device):
+    case = build(call, device)
+    output, truth = run(call, case), oracle(case, call.model.activation)
+    assert (output.shape, output.dtype) == (case.hidden_states.shape, call.model.dtype)
+    if call.num_tokens:
+        steps = rounded_experts(case._replace(top_k_index=case.top_k_index.long()), call.model.activation)
+        assert max_error(output, truth) <= 2 * max_error(steps, truth) + 1e-6
+
+
+@holds_for(calls)
+def permuted_tokens_give_permuted_outputs(call, device):
+    case = build(call, device)
+    order = torch.randperm(call.num_tokens, device=device)
+    permuted = case._replace(
+        **{name: getattr(case, name)[order] for name in case._fields if not name.endswith("_proj")}
+    )
+    backend = chosen(call, case)
+    assert_same(call, run(call, permuted, backend), run(call, case, backend)[order], backend)
+
+
+@holds_for(calls)
+def relabelled_experts_change_nothing(call, device):
+    case, num_experts = build(call, device), call.model.num_experts
+    order = torch.randperm(num_experts, device=device)
+    exists = (case.top_k_index >= 0) & (case.top_k_index < num_experts)
+    new_label = torch.argsort(order).to(case.top_k_index.dtype)[case.top_k_index.where(exists, 0).long()]
+    relabelled = case._replace(
+        gate_up_proj=case.gate_up_proj[order],
+        down_proj=case.down_proj[order],
+        top_k_index=new_label.where(exists, case.top_k_index),
+    )
+    backend = chosen(call, case)
+    assert_same(call, run(call, relabelled, backend), run(call, case, backend), backend)
+
+
+@holds_for(calls)
+def a_pair_of_weight_zero_is_as_a_masked_one(call, device):
+    case = build(call, device)
+    where = torch.rand(case.top_k_index.shape, device=device) < 0.4
+    zero = case._replace(top_k_weights=case.top_k_weights.where(~where, 0.0))
+    masked = case._replace(top_k_index=masked_at(case.top_k_index, where, call.model.num_experts))
+    backend = chosen(call, case)
+    assert_same(call, run(call, zero, backend), run(call, masked, backend), backend)
+
+
+@holds_for(calls)
+def the_output_is_linear_in_the_weights(call, device):
+    """The sum over k of weight times what that pair gives alone, but for the roundings of those and of the sum."""
+    case, backend = build(call, device), chosen(call, build(call, device))
+    output, eps = run(call, case, backend), torch.finfo(call.model.dtype).eps
+    expected, allowed = torch.zeros_like(output).double(), output.double().abs() * eps / 2
+    for k in range(call.model.top_k):
+        alone = torch.zeros_like(case.top_k_weights)
+        alone[:, k] = 1
+        part = run(call, case._replace(top_k_weights=alone), backend).double() * case.top_k_weights[:, k, None]
+        expected += part
+        allowed += part.abs() * (eps / 2 + (call.model.top_k + 100 * (backend == "reference")) * 2.0**-23) * 1.01
+    allowed += 1000 * torch.finfo(call.model.dtype).smallest_normal * eps  # of what is subnormal, times large weights
+    assert ((output.double() - expected).abs() <= allowed).all()
+
+
+@holds_for(calls)
+def a_power_of_two_comes_out_of_the_weights_exactly(call, device):
+    case, backend = build(call, device), chosen(call, build(call, device))
+    output = run(call, case._replace(top_k_weights=case.top_k_weights * 4), backend)
+    expected = run(call, case, backend) * 4
+    # Below that a rounding is of the subnormals' grid, which does not scale.
+    normal = expected.abs() >= 8 * torch.finfo(call.model.dtype).tiny
+    assert torch.equal(output[normal], expected[normal])
+
+
+@holds_for(calls)
+def what_is_not_a_number_stays_in_its_token(call, device):
+    """NaN, the infinities and the largest numbers in one column of some tokens: every other token has the same bits."""
+    case, info = build(call, device), torch.finfo(call.model.dtype)
+    bad = torch.rand(call.num_tokens, device=device) < 0.3
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, info.max, info.min], device=device, dtype=torch.float64)
+    drawn = torch.randint(len(values), (call.num_tokens,), device=device)
+    column = torch.randint(call.model.hidden, (1,)).item()
+    hidden_states = case.hidden_states.clone()
+    hidden_states[bad, column] = values[drawn][bad].to(call.model.dtype)
+    backend = chosen(call, case)
+    clean, output = run(call, case, backend), run(call, case._replace(hidden_states=hidden_states), backend)
+    assert torch.equal(output[~bad], clean[~bad])
+    exists = ((case.top_k_index >= 0) & (case.top_k_index < call.model.num_experts)).any(-1)
+    assert output[bad & (drawn == 0) & exists].isnan().all()
+    assert not output[bad & ~exists].any()
+
+
+@holds_for(calls)
+def a_bad_expert_stays_with_its_tokens(call, device):
+    """NaN in both weights of one expert: who is not routed there has the same bits, and who is has NaN."""
+    case, expert = build(call, device), torch.randint(call.model.num_experts, (1,)).item()
+    gate_up_proj, down_proj = case.gate_up_proj.clone(), case.down_proj.clone()
+    gate_up_proj[expert], down_proj[expert] = torch.nan, torch.nan
+    backend = chosen(call, case)
+    clean = run(call, case, backend)
+    output = run(call, case._replace(gate_up_proj=gate_up_proj, down_proj=down_proj), backend)
+    hit = (case.top_k_index == expert).any(-1)
+    assert torch.equal(output[~hit], clean[~hit])
+    assert output[hit].isnan().all()
+
+
+def relaid(tensor, layout):
+    """The same values, strided otherwise or elsewhere in a larger storage."""
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT
+    if layout == "every second":
+        return torch.stack((tensor, torch.zeros_like(tensor)), -1).flatten(-2)[..., ::2]
+    start = 1 if layout == "one element on" else 16
+    storage = tensor.new_zeros(tensor.numel() + start + 3)
+    return storage[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@holds_for(calls)
+def layout_does_not_matter(call, device):
+    """Strides and offsets of what is copied where it must be; offsets of the weights, which never are."""
+    case = build(call, device)
+    weights = case[1:3] if call.layout in LAYOUTS[:2] else [relaid(weight, call.layout) for weight in case[1:3]]
+    other = Experts(
+        relaid(case.hidden_states, call.layout), *weights, *(relaid(tensor, call.layout) for tensor in case[3:])
+    )
+    assert all(torch.equal(tensor, same) for tensor, same in zip(other, case, strict=True))
+    backend = chosen(call, other)
+    before = [tensor.clone() for tensor in other]
+    assert_same(call, run(call, other, backend), run(call, case, backend), backend)
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(other, before, strict=True))
+
+
+@holds_for(calls)
+def inputs_may_share_memory(call, device):
+    """One token for all, one row of choices for all, and both weights and the hidden states out of one storage."""
+    case = build(call._replace(magnitude="one"), device)
+    gate_up = case.gate_up_proj
+    down = gate_up.flatten()[: case.down_proj.numel()].view(case.down_proj.shape)
+    views = Experts(
+        gate_up[0, :1].expand(call.num_tokens, -1),
+        gate_up,
+        down,
+        case.top_k_index[:1].expand(call.num_tokens, -1),
+        case.top_k_weights[:1].expand(call.num_tokens, -1),
+    )
+    copies = Experts(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in views))
+    backend = chosen(call, views)
+    assert_same(call, run(call, views, backend), run(call, copies, backend), backend)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+class Routing(NamedTuple):
+    """A drawn call of route."""
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+    ties: bool
+    seed: int
+
+
+@st.composite
+def routings(draw, device_type):
+    if device_type == "cpu":
+        num_experts = draw(st.integers(1, 40))
+        top_k, dtype = draw(st.integers(1, num_experts)), draw(st.sampled_from(FLOATING))
+    else:
+        num_experts, top_k = draw(st.sampled_from([(1, 1), (7, 3), (33, 33), (60, 6), (128, 8)]))
+        dtype = draw(st.sampled_from(FLOATING[:3]))
+    return Routing(draw(st.integers(0, 40)), num_experts, top_k, dtype, draw(st.booleans()), draw(SEEDS))
+
+
+@holds_for(routings)
+def routing_is_a_choice_of_the_largest(drawn, device):
+    """Weights sum to one, fall, feel neither a shift nor the order of tokens, and a scale multiplies them; the chosen
+    logits are the greatest, each expert once, ties to the lower index; NaN and infinity stay in their row."""
+    shape = (drawn.num_tokens, drawn.num_experts)
+    logits = torch.randn(shape, device=device).to(drawn.dtype)
+    if drawn.ties:
+        logits = (torch.randint(-4, 5, shape, device=device) / 2).to(drawn.dtype)
+    weights, index = route(logits, drawn.top_k)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[:, 0]), rtol=1e-5, atol=0)
+    assert (weights.diff(dim=-1) <= 0).all()
+    expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, : drawn.top_k]
+    assert torch.equal(index, expected)
+
+    order = torch.randperm(drawn.num_tokens, device=device)
+    for permuted, original in zip(route(logits[order], drawn.top_k), (weights, index), strict=True):
+        assert torch.equal(permuted, original[order])
+    if drawn.ties:  # halves stay exact when shifted by 8
+        shifted_weights, shifted_index = route(logits + 8, drawn.top_k)
+        assert torch.equal(shifted_index, index)
+        torch.testing.assert_close(shifted_weights, weights, rtol=1e-5, atol=0)
+    scale = torch.randn(drawn.num_experts, device=device).to(drawn.dtype)
+    scaled, same_index = route(logits, drawn.top_k, per_expert_scale=scale)
+    assert torch.equal(same_index, index)
+    torch.testing.assert_close(scaled, weights * scale.float()[index], rtol=1e-6, atol=0)
+
+    bad = torch.rand(drawn.num_tokens, device=device) < 0.3
+    logits[bad, torch.randint(drawn.num_experts, (1,)).item()] = torch.nan if drawn.seed % 2 else torch.inf
+    bad_weights, bad_index = route(logits, drawn.top_k)
+    assert torch.equal(bad_weights[~bad], weights[~bad])
+    assert torch.equal(bad_index[~bad], index[~bad])
+    assert bad_weights[bad].isnan().all()
+    assert ((bad_index >= 0) & (bad_index < drawn.num_experts)).all()
+
+
+class Activated(NamedTuple):
+    """A drawn call of moe_activation."""
+
+    num_rows: int
+    columns: int
+    dtype: torch.dtype
+    activation: MoEActivation
+    layout: str
+    size: float
+    seed: int
+
+
+def activations(device_type):
+    return st.builds(
+        Activated,
+        num_rows=st.integers(0, 40),
+        columns=st.integers(1, 33) if device_type == "cpu" else st.sampled_from([1, 13, 64]),
+        dtype=st.sampled_from(FLOATING[:3]),
+        activation=st.sampled_from(list(MoEActivation)),
+        layout=st.sampled_from(LAYOUTS),
+        size=st.sampled_from([2.0**-20, 1.0, 2.0]),
+        seed=SEEDS,
+    )
+
+
+@holds_for(activations)
+def an_activation_is_float64_s_rounded_once(drawn, device):
+    """In every layout, with infinities and NaN among ordinary numbers, and whatever the other rows are."""
+    shape = (drawn.num_rows, drawn.activation.input_size(drawn.columns))
+    input = drawn.size * torch.randn(shape, device=device)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], device=device)
+    values = special[torch.randint(len(special), shape, device=device)]
+    input = torch.where(torch.rand(shape, device=device) < 0.05, values, input).to(drawn.dtype)
+    output = moe_activation(drawn.activation, relaid(input, drawn.layout))
+    if drawn.num_rows:
+        truth = reference.activate(input.double(), drawn.activation)
+        assert_ulps(output, truth, 4.0 if drawn.dtype == torch.float32 else 0.51)
+    order = torch.randperm(drawn.num_rows, device=device)
+    permuted = moe_activation(drawn.activation, input[order])
+    torch.testing.assert_close(permuted, output[order], rtol=0, atol=0, equal_nan=True)
+
+
+@holds_for(calls)
+def the_sort_is_a_permutation(call, device):
+    """Its inverse gives every kept pair back, counts are those of the experts, and masked pairs have no slot."""
+    index, num_experts = build(call, device).top_k_index, call.model.num_experts
+    exists = (index >= 0) & (index < num_experts)
+    if device.type == "cpu":
+        # What the kernel is compared with on a GPU, held to the same: stable sort, and its inverse.
+        key = torch.where(exists, index, num_experts).flatten()
+        order = torch.sort(key, stable=True).indices[: int(exists.sum())]
+        slots = torch.full_like(key, -1)
+        slots[order] = torch.arange(len(order), dtype=key.dtype)
+        slots, tokens = slots.view(index.shape), order // index.shape[1]
+        counts = torch.bincount(key[key < num_experts].long(), minlength=num_experts)
+    elif index.numel():
+        pairs = sort_by_expert(index, num_experts)
+        slots, tokens, counts = pairs.slot_of_pair, pairs.token_of_slot, pairs.expert_offsets.diff()
+        assert pairs.expert_offsets[0] == 0
+    else:
+        return
+    kept = slots[exists].long()
+    assert (slots[~exists] == -1).all()
+    assert torch.equal(kept.sort().values, torch.arange(len(kept), device=device))
+    token_of_pair = torch.arange(len(index), device=device)[:, None].expand(index.shape)
+    assert torch.equal(tokens[kept].long(), token_of_pair[exists])
+    assert torch.equal(counts.long(), torch.bincount(index[exists].long(), minlength=num_experts))
+    in_order = torch.empty_like(kept).scatter_(0, kept, index[exists].long())
+    assert (in_order.diff() >= 0).all()
