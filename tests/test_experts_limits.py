@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
+from cupymoe.backends import registry
+from cupymoe.ops import experts_call
 from tests.helpers import Experts, assert_ulps, max_error, oracle, random_experts, random_routing, rounded_experts
 
 pytestmark = pytest.mark.gpu
@@ -95,13 +97,21 @@ def long_case(num_tokens, num_experts, hidden, intermediate, top_k):
 
 @pytest.mark.parametrize(
     ("backend", "num_tokens", "hidden", "top_k"),
-    # fused holds 8192 pairs, so its rows must be long
-    [("fused", 1024, 262_208, 8), ("grouped", 66_001, 4096, 8)],
+    # The weight stream holds 8192 pairs, so that its rows must be long; no multiple of 16 is left to the tiles.
+    [
+        ("fused", 1024, 262_216, 8),
+        ("fused", 1024, 262_208, 8),
+        ("fused", 66_001, 4096, 8),
+        ("grouped", 66_001, 4096, 8),
+    ],
 )
 def test_activations_of_more_than_2_31_elements(backend, num_tokens, hidden, top_k):
     wants(30 * GB)
     assert num_tokens * top_k * hidden > 2**31
     case = long_case(num_tokens, 8, hidden, 64, top_k)
+    reason = registry()[backend].unsupported_reason(experts_call(*case[:4], MoEActivation.GELU_TANH))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
     case.top_k_index[:, 0] = 7  # the last slots, past 2^31, are of all tokens
     output = fused_experts(*case, activation="gelu_tanh", backend=backend)
     assert output.isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, moe_activation, route
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, fused_experts, lora_experts, moe_activation, route
 from tests.helpers import max_error, oracle, random_experts, randomize, rounded_experts
 
 CONFIG = Gemma4MoEConfig(
@@ -19,8 +19,8 @@ def new_moe(device, dtype=torch.bfloat16):
     return randomize(Gemma4MoE(CONFIG)).to(device, dtype)
 
 
-def states(device, dtype=torch.bfloat16):
-    return torch.randn(7, 32, device=device, dtype=dtype)
+def states(device, dtype=torch.bfloat16, num_tokens=7):
+    return torch.randn(num_tokens, 32, device=device, dtype=dtype)
 
 
 # --- parameters that change between calls -----------------------------------------------------------------------------
@@ -57,9 +57,10 @@ def load_by_assignment(moe, new):
     moe.load_state_dict(new.state_dict(), assign=True)
 
 
+@pytest.mark.parametrize("num_tokens", [7, 300])
 @pytest.mark.parametrize("change", [replace, replace_data, set_storage, copy_into, load, load_by_assignment])
-def test_the_next_call_sees_new_parameters(device, change):
-    moe, new, hidden_states = new_moe(device), new_moe(device), states(device)
+def test_the_next_call_sees_new_parameters(device, change, num_tokens):
+    moe, new, hidden_states = new_moe(device), new_moe(device), states(device, num_tokens=num_tokens)
     before, expected = moe(hidden_states), new(hidden_states)
     assert not torch.equal(before, expected)
     change(moe, new)
@@ -149,11 +150,13 @@ def test_no_mode_changes_a_bit(device, dtype, mode):
     if (mode, dtype, device.type) == ("deterministic_algorithms", torch.float32, "cuda"):
         pytest.skip("float32 experts are cuBLAS's on CUDA, which wants CUBLAS_WORKSPACE_CONFIG for it")
     case = random_experts(9, dtype=dtype, device=device)
+    adapter = LowRank(*(torch.randn(6, *shape, device=device, dtype=dtype) for shape in ((8, 32), (48, 8))))
     logits, projection = torch.randn(9, 6, device=device, dtype=dtype), torch.randn(6, 32, device=device, dtype=dtype)
 
     def call():
         return (
             fused_experts(*case, activation="gelu_tanh"),
+            lora_experts(*case, adapter, None, activation="gelu_tanh"),
             *route(logits, 2),
             moe_activation("silu", case.hidden_states),
             torch.ops.cupymoe.router_logits(case.hidden_states, projection[0], projection, 1e-6),

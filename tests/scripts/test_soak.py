@@ -1,16 +1,15 @@
-"""scripts/soak.py: that it sees what it looks for, and that it runs."""
+"""soak.py: that it sees what it looks for, and that it runs."""
 
-import runpy
 import subprocess
 import sys
 
 import pytest
+import soak
 import torch
 
 from tests.helpers import ROOT
 
 SCRIPT = ROOT / "scripts" / "soak.py"
-soak = runpy.run_path(str(SCRIPT))
 
 
 def run(*arguments):
@@ -27,12 +26,12 @@ def test_says_that_it_needs_a_gpu():
     assert "soak.py needs a CUDA device" in done.stderr
 
 
-@pytest.mark.parametrize("leak", soak["Memory"]._fields)
+@pytest.mark.parametrize("leak", soak.Memory._fields)
 def test_sees_a_leak_of_each_kind(leak):
-    middle, allowed = soak["Memory"](100, 2000, 30, 40_000), soak["ALLOWED"]
+    middle, allowed = soak.Memory(100, 2000, 30, 40_000), soak.ALLOWED
     at_the_limit = middle._make(map(sum, zip(middle, allowed, strict=True)))
-    assert soak["growth"](middle, at_the_limit) == []
-    (fault,) = soak["growth"](middle, at_the_limit._replace(**{leak: getattr(at_the_limit, leak) + 1}))
+    assert soak.growth(middle, at_the_limit) == []
+    (fault,) = soak.growth(middle, at_the_limit._replace(**{leak: getattr(at_the_limit, leak) + 1}))
     assert fault.startswith(leak)
 
 

@@ -1,0 +1,357 @@
+#!/usr/bin/env python
+"""Deliberate faults, one line each, in the kernels and their launchers: do the GPU tests see every one?
+
+Each is made in a copy of the checkout, and a few tests run there until the first fails. The same tests have to pass in
+a copy without a fault; otherwise they say nothing about one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("cuda_src", "cupymoe", "docs", "scripts", "tests", "pyproject.toml", "README.md")
+
+ACTIVATION = ("tests/kernels/test_gated_activation.py",)
+GATHER = ("tests/kernels/test_gather.py",)
+COMBINE = ("tests/kernels/test_combine.py",)
+ROUTE = ("tests/kernels/test_route.py",)
+LOGITS = ("tests/kernels/test_router_logits.py",)
+SORT = ("tests/kernels/test_sort_by_expert.py",)
+EXPERTS = (
+    "tests/test_experts_cuda.py::test_every_activation",
+    "tests/test_experts_cuda.py::test_masked_ids",
+    "tests/test_experts_cuda.py::test_all_tokens_to_one_expert_and_the_rest_empty",
+    "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
+)
+BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
+STREAMS = (
+    "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
+    "tests/test_concurrency.py::test_two_modules_on_two_streams_at_once",
+)
+
+
+class Mutation(NamedTuple):
+    """One fault: ``old``, which stands once in ``path``, becomes ``new``."""
+
+    fault: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """That have to see it."""
+    source: str = ""
+    """Of what is CUDA: a source that holds it,"""
+    define: str = ""
+    """and a define of the compilations in which it makes a difference."""
+
+    def apply(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: ``old`` does not stand in the file exactly once.
+        """
+        file = folder / self.path
+        text = file.read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"{self.fault}: stands {count} times in {self.path}, not once: {self.old!r}")
+        file.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+def cuda(fault: str, file: str, old: str, new: str, tests: tuple[str, ...], **compiled: str) -> Mutation:
+    """A fault in a CUDA source or header."""
+    return Mutation(fault, f"cuda_src/{file}", old, new, tests, **{"source": Path(file).stem, **compiled})
+
+
+def launcher(fault: str, file: str, old: str, new: str, tests: tuple[str, ...]) -> Mutation:
+    """A fault in the Python that launches."""
+    return Mutation(fault, f"cupymoe/{file}", old, new, tests)
+
+
+def activation(fault: str, old: str, new: str, function: str) -> Mutation:
+    """A fault in one activation function, compiled into the 16-bit kernel."""
+    return cuda(
+        fault,
+        "common/activations.cuh",
+        old,
+        new,
+        ACTIVATION,
+        source="gated_activation",
+        define=f"ACTIVATION={function}",
+    )
+
+
+MUTATIONS = (
+    activation(
+        "erf for tanh", "mul_rn(gelu_tanh<kPrecise>(gate), up)", "mul_rn(gelu<kPrecise>(gate), up)", "GELU_TANH"
+    ),
+    activation("tanh for erf", "mul_rn(gelu<kPrecise>(gate), up)", "mul_rn(gelu_tanh<kPrecise>(gate), up)", "GELU"),
+    activation(
+        "gate for up in one activation",
+        "mul_rn(gelu_tanh<kPrecise>(gate), up)",
+        "mul_rn(gelu_tanh<kPrecise>(up), gate)",
+        "GELU_TANH",
+    ),
+    activation("a coefficient to four digits", "fma_rn(a * a, 0.10294324f,", "fma_rn(a * a, 0.1029f,", "GELU_TANH"),
+    activation("a clamp without its lower end", ": up < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : up;", ": up;", "SWIGLUSTEP"),
+    activation("the limit of another activation", "gate > SWIGLU_LIMIT ?", "gate > 2 * SWIGLU_LIMIT ?", "SWIGLUOAI"),
+    cuda(
+        "truncation for rounding",
+        "common/dtypes.cuh",
+        "cvt.rn.bf16.f32",
+        "cvt.rz.bf16.f32",
+        ACTIVATION,
+        source="gated_activation",
+        define="SCALAR=bf16",
+    ),
+    cuda(
+        "the gate read as the up",
+        "gated_activation.cu",
+        "(INTERLEAVED ? 2 * col + VEC : COLS + col)",
+        "(INTERLEAVED ? 2 * col + VEC : col)",
+        ACTIVATION,
+    ),
+    cuda("one row too many", "gated_activation.cu", "if (row >= (num_rows ?", "if (row > (num_rows ?", ACTIVATION),
+    cuda("slot 0 taken for masked in gather", "gather.cu", "if (slot >= 0)", "if (slot > 0)", GATHER),
+    cuda(
+        "slots of the first choice for all",
+        "gather.cu",
+        "slot_of_pair[token * TOP_K + k]",
+        "slot_of_pair[token * TOP_K]",
+        GATHER,
+    ),
+    cuda("slot 0 taken for masked in combine", "combine.cu", "if (slots[i] < 0)", "if (slots[i] <= 0)", COMBINE),
+    cuda(
+        "weights of the first choices for all",
+        "combine.cu",
+        "top_k_weights[token * TOP_K + k0 + i]",
+        "top_k_weights[token * TOP_K + i]",
+        COMBINE,
+        define="ROWS_IN_FLIGHT=2",
+    ),
+    cuda(
+        "a wait dropped: combine before the experts have ended",
+        "combine.cu",
+        "    wait_for_previous_grid();\n",
+        "\n",
+        BITS,
+    ),
+    cuda(
+        "ties to the higher lane",
+        "route.cu",
+        "__ffs(__ballot_sync(FULL_WARP, local == top)) - 1",
+        "31 - __clz(__ballot_sync(FULL_WARP, local == top))",
+        ROUTE,
+    ),
+    cuda("ties to the higher index", "route.cu", "if (keys[i] > local)", "if (keys[i] >= local)", ROUTE),
+    cuda("-0 below +0", "route.cu", "if (bits == 0x80000000u) bits = 0;", "", ROUTE),
+    cuda("an expert chosen twice", "route.cu", "/ sum, keys[i] = 0;", "/ sum;", ROUTE),
+    cuda(
+        "renormalised where it was not asked for",
+        "route.cu",
+        "if (RENORMALIZE) weight",
+        "if (!RENORMALIZE) weight",
+        ROUTE,
+    ),
+    cuda("the scale of the place", "route.cu", "per_expert_scale[experts[j]]", "per_expert_scale[k]", ROUTE),
+    cuda(
+        "half of a sum", "common/warp.cuh", "int offset = 16; offset;", "int offset = 8; offset;", ROUTE, source="route"
+    ),
+    cuda("wrong scale", "router_logits.cu", "scales.values[v]))), ROOT)", "scales.values[v]))), 2 * ROOT)", LOGITS),
+    cuda("the sign of epsilon", "router_logits.cu", "/ HIDDEN + EPS", "/ HIDDEN - EPS", LOGITS),
+    cuda(
+        "a lane counts itself",
+        "sort_by_expert.cu",
+        "u32 earlier = same & ((1u << lane) - 1);",
+        "u32 earlier = same & ((2u << lane) - 1);",
+        SORT,
+    ),
+    cuda(
+        "a barrier dropped: offsets read while they are summed",
+        "sort_by_expert.cu",
+        "    __syncthreads();\n    for (int expert = threadIdx.x; blockIdx.x == 0",
+        "\n    for (int expert = threadIdx.x; blockIdx.x == 0",
+        SORT,
+    ),
+    cuda(
+        "expert E taken for valid",
+        "common/pairs.cuh",
+        "expert < NUM_EXPERTS ?",
+        "expert <= NUM_EXPERTS ?",
+        SORT,
+        source="sort_by_expert",
+    ),
+    cuda(
+        "int64 ids cut to 32 bits",
+        "common/pairs.cuh",
+        "INDEX expert = top_k_index[pair];",
+        "int expert = (int)top_k_index[pair];",
+        SORT,
+        source="sort_by_expert",
+        define="INDEX=long long",
+    ),
+    cuda(
+        "gate for up in the fused experts",
+        "experts_up.cu",
+        "(gates.values[i], ups.values[i])",
+        "(ups.values[i], gates.values[i])",
+        EXPERTS,
+    ),
+    cuda(
+        "a row stored twice",
+        "experts_down.cu",
+        "from_float<SLOT_SCALAR>(second.values[i])",
+        "from_float<SLOT_SCALAR>(first.values[i])",
+        EXPERTS,
+    ),
+    cuda(
+        "only the first chunk of an expert",
+        "common/expert_plan.cuh",
+        "rank % TOKENS == 0;",
+        "rank == 0;",
+        EXPERTS,
+        source="experts_up",
+        define="INLINE_PAIRS=128",
+    ),
+    cuda(
+        "the last, unfilled chunk forgotten",
+        "plan_experts.cu",
+        "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
+        "block_exclusive_sum(count / TOKENS,",
+        EXPERTS,
+    ),
+    launcher(
+        "a grid too small by its last block",
+        "kernels/combine.py",
+        "blocks = -(-shape.hidden_size // (width * _FEW_TOKENS_THREADS))",
+        "blocks = shape.hidden_size // (width * _FEW_TOKENS_THREADS)",
+        EXPERTS,
+    ),
+    launcher(
+        "the last tokens without a block",
+        "kernels/route.py",
+        "(-(-num_tokens // WARPS), 1)",
+        "(max(1, num_tokens // WARPS), 1)",
+        ROUTE,
+    ),
+    launcher(
+        "the alignment of the output forgotten",
+        "kernels/gated_activation.py",
+        "(source | target) % 16 == 0",
+        "source % 16 == 0",
+        ACTIVATION,
+    ),
+    launcher(
+        "the alignment of rows forgotten",
+        "kernels/bridge.py",
+        "return width if aligned and columns % width == 0 else 1",
+        "return width if columns % width == 0 else 1",
+        GATHER,
+    ),
+    launcher("the counts of two blocks missing", "kernels/sort_by_expert.py", "if blocks > 1:", "if blocks > 2:", SORT),
+    launcher("always the default stream", "kernels/launch.py", "config.stream = stream", "config.stream = 0", STREAMS),
+    launcher(
+        "stale parameters",
+        "kernels/launch.py",
+        "        _PACK[len(arguments)](thread.values, 0, *arguments)",
+        "        any(thread.values) or _PACK[len(arguments)](thread.values, 0, *arguments)",
+        ACTIVATION,
+    ),
+    launcher(
+        "a stale workspace, shared by all streams",
+        "kernels/expert_stream.py",
+        "memory = like.new_empty(size, dtype=torch.uint8)",
+        "memory = vars(new_workspace).setdefault(size, like.new_empty(size, dtype=torch.uint8))",
+        STREAMS,
+    ),
+    launcher(
+        "the last expert's rows not activated",
+        "backends/grouped.py",
+        "num_rows=group_ends[num_experts - 1 :]",
+        "num_rows=group_ends[num_experts - 2 :]",
+        EXPERTS,
+    ),
+)
+
+
+def copy_checkout(folder: Path) -> None:
+    """What the tests need, without the reports and caches."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: Sequence[str], timeout: float) -> int | None:
+    """pytest's exit status; None when it did not end in time."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "gpu", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    with open(folder / "pytest.log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def judge(mutation: Mutation | None, timeout: float) -> tuple[bool, str]:
+    """Whether the tests say of a fault, or of none, what they should; and what they did."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="cupymoe-mutant-") as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        if mutation is not None:
+            mutation.apply(folder)
+            tests, fault = mutation.tests, mutation.fault
+        else:
+            tests, fault = tuple(dict.fromkeys(test for each in MUTATIONS for test in each.tests)), "no fault"
+        status = run_tests(folder, tests, timeout)
+        seconds = f"{time.perf_counter() - start:4.0f} s"
+        if status == 0:
+            return mutation is None, f"{'passed' if mutation is None else 'MISSED':8} {seconds}  {fault}"
+        if mutation is not None and status in (1, None):
+            return True, f"{'caught' if status else 'hung':8} {seconds}  {fault}"
+        log = (folder / "pytest.log").read_text()[-3000:]
+        return False, f"{'FAILED':8} {seconds}  {fault}: pytest gave {status}\n{log}"
+
+
+@click.command()
+@click.option("--jobs", type=click.IntRange(min=1), default=8, show_default=True, help="Copies tested at once.")
+@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds; a fault that hangs is caught.")
+@click.option("--only", default="", help="Faults whose description holds this.")
+def main(jobs: int, timeout: float, only: str) -> None:
+    """Run the tests on every fault. Exits with 1 if one is missed, or if the tests fail without a fault."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("mutate.py needs a CUDA device")
+    chosen = [mutation for mutation in MUTATIONS if only in mutation.fault]
+    click.echo(f"{torch.cuda.get_device_name()}, {len(chosen)} faults")
+    with ThreadPoolExecutor(jobs) as pool:
+        as_expected = []
+        for expected, line in pool.map(lambda mutation: judge(mutation, timeout), [None, *chosen]):
+            as_expected.append(expected)
+            click.echo(line)
+    if not as_expected[0]:
+        raise click.ClickException("the tests fail without a fault, so that they say nothing about one")
+    click.echo(f"{sum(as_expected[1:])} of {len(chosen)} faults caught")
+    sys.exit(0 if all(as_expected) else 1)
+
+
+if __name__ == "__main__":
+    main()
