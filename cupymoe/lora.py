@@ -192,6 +192,11 @@ class _Call(NamedTuple):
     down_a: torch.Tensor | None
     down_b: torch.Tensor | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether every output is a sum of nothing: no pair, no expert, or a size of zero."""
+        return not (self.top_k_index.numel() and self.down_proj.numel())
+
     def projections(self, activation: MoEActivation) -> tuple[_ExpertOrder, _Linear, _Linear]:
         """The pairs in expert order, and both projections over them."""
         call = experts_call(*self[:4], activation)
@@ -209,7 +214,7 @@ class _Call(NamedTuple):
 def _forward(*arguments: Any) -> torch.Tensor:
     *tensors, name = arguments
     call, activation = _Call(*tensors), MoEActivation(name)
-    if not call.top_k_index.numel():
+    if call.is_empty:
         return call.hidden_states.new_zeros(call.hidden_states.shape)
     with on_device_of(call.hidden_states):
         order, up, down = call.projections(activation)
@@ -222,7 +227,7 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     """Gradients of the tensors that need one, in the op's order."""
     *tensors, name, needed = arguments
     call, activation = _Call(*tensors), MoEActivation(name)
-    if not call.top_k_index.numel():
+    if call.is_empty:
         return [torch.zeros_like(tensor) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
     with on_device_of(call.hidden_states):
         order, up, down = call.projections(activation)

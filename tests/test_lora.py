@@ -296,3 +296,33 @@ def merged_oracle_by_expert(case, gate_up, down):
         adapters = [LowRank(a[expert : expert + 1], b[expert : expert + 1]) for a, b in (gate_up, down)]
         output += merged_oracle(one, *adapters)
     return output
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "hidden", "intermediate"),
+    [(0, 4, 16, 8), (3, 0, 16, 8), (3, 4, 0, 8), (3, 4, 16, 0)],
+    ids=["no tokens", "no experts", "no columns", "no intermediate columns"],
+)
+def test_sums_of_nothing(device, num_tokens, num_experts, hidden, intermediate):
+    """A rank that owns no expert, and sizes of zero, forward and backward."""
+
+    def ones(*shape):
+        return torch.ones(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    states, gate_up, down = (
+        ones(num_tokens, hidden),
+        ones(num_experts, 2 * intermediate, hidden),
+        ones(num_experts, hidden, intermediate),
+    )
+    adapters = (
+        LowRank(ones(num_experts, 8, hidden), ones(num_experts, 2 * intermediate, 8)),
+        LowRank(ones(num_experts, 8, intermediate), ones(num_experts, hidden, 8)),
+    )
+    index = torch.tensor([[0, 1]], device=device).expand(num_tokens, 2)
+    output = lora_experts(
+        states, gate_up, down, index, torch.ones(num_tokens, 2, device=device), *adapters, activation="silu"
+    )
+    assert torch.equal(output, torch.zeros_like(states))
+    output.sum().backward()
+    for leaf in (states, gate_up, down, *adapters[0], *adapters[1]):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
