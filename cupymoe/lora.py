@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
 from cupymoe import reference
@@ -264,6 +265,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@once_differentiable  # the kernels in it have no gradient of their own
 def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[: len(_Call._fields)])
     grads = iter(torch.ops.cupymoe.lora_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed))

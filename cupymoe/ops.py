@@ -116,6 +116,8 @@ register(
 
 def _apply_moe_activation(activation: str, output: torch.Tensor, input: torch.Tensor) -> None:
     _activate_into(input, output, MoEActivation(activation))
+    # A kernel writes behind autograd's back, which would use an overwritten tensor that it has saved.
+    torch.autograd.graph.increment_version(output)
 
 
 register(

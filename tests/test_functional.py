@@ -187,6 +187,17 @@ def test_apply_has_no_gradient(device):
         assert torch.equal(apply_moe_activation("silu", output, input), moe_activation("silu", input))
 
 
+def test_apply_tells_autograd_what_it_overwrites(device):
+    saved = torch.randn(4, 8, device=device, requires_grad=True).exp()
+    with torch.no_grad():
+        apply_moe_activation("silu_no_mul", saved, torch.randn(4, 8, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with torch.inference_mode():
+        output = torch.empty(4, 8, device=device)
+        assert apply_moe_activation("relu2_no_mul", output, torch.ones(4, 8, device=device)).sum() == 32
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,)])
 def test_activations_of_nothing(device, shape):
     assert moe_activation("gelu_tanh", torch.empty(shape, device=device)).shape == (*shape[:-1], shape[-1] // 2)

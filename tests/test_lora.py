@@ -326,3 +326,13 @@ def test_sums_of_nothing(device, num_tokens, num_experts, hidden, intermediate):
     output.sum().backward()
     for leaf in (states, gate_up, down, *adapters[0], *adapters[1]):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_no_second_derivative(device):
+    """It would leave out what the kernels of the backward pass compute."""
+    case, gate_up, down = random_case(device=device)
+    states = case.hidden_states.requires_grad_()
+    output = lora_experts(*case, gate_up, down, activation="gelu_tanh")
+    (gradient,) = torch.autograd.grad(output.square().sum(), states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

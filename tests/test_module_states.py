@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, fused_experts, lora_experts, moe_activation, route
+from cupymoe import (
+    Gemma4MoE,
+    Gemma4MoEConfig,
+    LowRank,
+    MoEActivation,
+    fused_experts,
+    lora_experts,
+    moe_activation,
+    reference,
+    route,
+)
 from tests.helpers import max_error, oracle, random_experts, randomize, rounded_experts
 
 CONFIG = Gemma4MoEConfig(
@@ -186,6 +196,22 @@ def test_autocast_changes_no_gradient(device):
     for gradient, its_expected in zip(ours, expected, strict=True):
         # The sum of squares above is autocast's to round; float32 here as there.
         torch.testing.assert_close(gradient, its_expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_second_derivatives(device):
+    """The backward pass is plain torch, so that it has one."""
+    case = random_experts(5, dtype=torch.float64, device=device)
+
+    def twice(function):
+        states = case.hidden_states.clone().requires_grad_()
+        output = function(states)
+        (gradient,) = torch.autograd.grad(output.square().sum(), states, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), states)[0]
+
+    ours = twice(lambda states: fused_experts(states, *case[1:], activation="gelu_tanh"))
+    expected = twice(lambda states: reference.experts(states, *case[1:], MoEActivation.GELU_TANH))
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_autocast_does_not_hide_a_mix_of_dtypes(device):
