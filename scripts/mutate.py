@@ -37,6 +37,8 @@ EXPERTS = (
     "tests/test_experts_cuda.py::test_all_tokens_to_one_expert_and_the_rest_empty",
     "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
 )
+TILES = ("tests/kernels/test_experts_wgmma.py",)
+PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
 STREAMS = (
     "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
@@ -231,6 +233,41 @@ MUTATIONS = (
         "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
         "block_exclusive_sum(count / TOKENS,",
         EXPERTS,
+    ),
+    cuda(
+        "gate for up in the tiles",
+        "experts_up_wgmma.cu",
+        "activate<ACTIVATION, false>(gate[0], gate[4])",
+        "activate<ACTIVATION, false>(gate[4], gate[0])",
+        TILES,
+    ),
+    cuda(
+        "the upper half of a tile's rows stored twice",
+        "experts_down_wgmma.cu",
+        "i / 2 * 4 + half * 2 + i % 2",
+        "i / 2 * 4 + i % 2",
+        TILES,
+    ),
+    cuda(
+        "tickets not set to zero",
+        "sort_by_expert.cu",
+        "tickets[threadIdx.x] = 0;",
+        "tickets[threadIdx.x] += 0;",
+        BITS,
+    ),
+    launcher(
+        "the tickets that another kernel has used up",
+        "kernels/experts_down_wgmma.py",
+        "pairs.tickets.data_ptr() + 4",
+        "pairs.tickets.data_ptr()",
+        TILES,
+    ),
+    launcher(
+        "a stale map of the weights",
+        "kernels/experts_up_wgmma.py",
+        "*_gate_up_map(gate_up_proj.data_ptr(), shape),",
+        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape)),",
+        PARAMETERS,
     ),
     launcher(
         "a grid too small by its last block",

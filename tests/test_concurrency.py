@@ -14,7 +14,7 @@ from tests.helpers import Experts, oracle, random_experts, relative_error, run_p
 
 BACKENDS = [name for name in registry() if name != "reference"]
 SIZES = {"num_experts": 60, "hidden": 256, "intermediate": 176, "top_k": 6}
-NUM_TOKENS = (1, 7, 21, 64, 200, 300, 600, 1300, 2000)  # every regime of fused, and grouped behind them
+NUM_TOKENS = (1, 7, 21, 64, 200, 300, 600, 1300, 2000)  # every regime of fused, tiles and clusters among them
 LONG = 50_000_000  # cycles of sleep, longer than it takes to queue what comes after
 
 
