@@ -40,3 +40,22 @@ def test_every_spelling_is_described():
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert all((path.parent / target).exists() for target in targets), targets
+
+
+def test_every_promise_names_a_test():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| .* \| `(tests|scripts)/", line)]
+    assert len(rows) > 40
+    for row in rows:
+        file, _, name = row.split("|")[2].strip().strip("`").partition("::")
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), row
+
+
+def test_no_test_of_these_is_left_out():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for file in ("tests/test_concurrency.py", "tests/test_experts_limits.py"):
+        for name in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE):
+            assert f"`{file}::{name}`" in text
+    properties = re.findall(r"@holds_for\(\w+\)\ndef (\w+)", (ROOT / "tests/test_properties.py").read_text())
+    assert len(properties) == 13
+    assert all(f"`tests/test_properties.py::{name}`" in text for name in properties)

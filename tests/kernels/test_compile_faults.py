@@ -4,6 +4,7 @@ On a GPU these compile and load; without one CuPy's own compiler and cache run a
 """
 
 import errno
+import gc
 import os
 import resource
 import tempfile
@@ -14,7 +15,8 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from cupymoe.kernels import jit, raw_read
+from cupymoe import moe_activation
+from cupymoe.kernels import cuda_sources, jit, raw_read
 from cupymoe.kernels.jit import Variant
 
 VARIANT = raw_read.variant()
@@ -72,6 +74,7 @@ def cache(cupy, monkeypatch, tmp_path):
 
 def load(variant=VARIANT):
     """Compile, or find on disk, as the first call in a process does; gives the warnings."""
+    jit.import_cupy().clear_memo()  # it keeps what a process has loaded
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert jit._load.__wrapped__(variant, 0) is not None
@@ -151,11 +154,16 @@ def files_of_at_most(size):
 
 
 def test_a_disk_that_fills_while_the_entry_is_written(cache):
-    """The kernel refuses the bytes past a limit; the part before it is on disk, under no name that a load looks for."""
-    with files_of_at_most(4096):
+    """The system refuses the bytes past a limit; the part before it stays under a name that no load looks for."""
+    limit = len(cuda_sources.expanded(VARIANT.source)) + 1  # CuPy writes that first, elsewhere
+    with files_of_at_most(limit):
         check_degraded(load(), errno.EFBIG)
+    ((partial, data),) = entries(cache).items()
+    assert len(data) == limit
+    assert partial.suffix != ".cubin"
     assert load() == []
-    assert any(len(data) > 4096 for data in entries(cache).values())
+    (entry,) = set(entries(cache)) - {partial}
+    assert len(entry.read_bytes()) > limit
 
 
 def test_an_entry_that_can_not_be_read(cache):
@@ -187,6 +195,16 @@ def test_an_interrupt_during_the_first_compile(cupy, monkeypatch):
         kernel = pool.submit(jit.kernel, variant, "raw_read", 0).result(timeout=60)
     assert jit.kernel(variant, "raw_read", 0) is kernel
     assert "CUPY_CACHE_IN_MEMORY" not in os.environ
+
+
+@pytest.mark.gpu
+def test_a_kernel_outlives_what_cupy_remembers():
+    """CuPy's users may clear its memo; it holds the modules that our kernels are of."""
+    input = torch.randn(4, 64, device="cuda")
+    expected = moe_activation("silu", input)
+    jit.import_cupy().clear_memo()
+    gc.collect()
+    assert torch.equal(moe_activation("silu", input), expected)
 
 
 # --- what is installed ------------------------------------------------------------------------------------------------
