@@ -265,7 +265,8 @@ def lora_experts(
     ):
         if adapter is not None:
             _check_adapter(name, adapter, weight)
-        adapters += (None, None) if adapter is None else adapter.prepared()
+        # Not +=: torch.compile of torch 2.11 does not add a NamedTuple to a list.
+        adapters.extend((None, None) if adapter is None else adapter.prepared())
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     output: torch.Tensor = torch.ops.cupymoe.lora_experts.default(*experts[:4], weights, *adapters, member.value)
     return output

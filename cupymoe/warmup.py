@@ -11,7 +11,7 @@ from torch import nn
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 
-NUM_TOKENS = (1, 16, 64, 256, 512, 640, 1024, 4096)
+NUM_TOKENS = (1, 64, 256, 384, 1024, 4096)
 """One number of tokens of each regime, at Gemma 4's top 8."""
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The README's plot, made from a report that ``bench.py`` writes: time over the floor, by number of tokens."""
+"""The README's plot, made from reports that ``bench.py`` writes: time over the floor, by number of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from readme_table import Report, peers
+from readme_table import Report, peers, together
 
 matplotlib.rcParams["svg.hashsalt"] = "cupymoe"  # the same report gives the same file
 
@@ -49,11 +49,12 @@ def figure(report: Report) -> Figure:
 
 
 @click.command()
-@click.argument("report", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def main(report: Path) -> None:
-    """Draw REPORT, sweep.json or experts.json, into <its name>.svg beside it."""
-    target = report.with_suffix(".svg")
-    figure(json.loads(report.read_text(encoding="utf-8"))).savefig(target, metadata={"Date": None})
+@click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(reports: tuple[Path, ...]) -> None:
+    """Draw REPORTS, sweep.json or decode.json and prefill.json, into ratio.svg beside the first."""
+    target = reports[0].with_name("ratio.svg")
+    report = together([json.loads(path.read_text(encoding="utf-8")) for path in reports])
+    figure(report).savefig(target, metadata={"Date": None})
     click.echo(f"wrote {target}")
 
 

@@ -40,6 +40,12 @@ def heading(report: Report) -> str:
     return f"{report['device']}, {report['date']}, {versions}"
 
 
+def together(reports: Sequence[Report]) -> Report:
+    """One report with the rows of several, each number of tokens from the last that has it, and the last's heading."""
+    rows = {row["tokens"]: row for report in reports for row in report["rows"]}
+    return {**reports[-1], "rows": [rows[tokens] for tokens in sorted(rows)]}
+
+
 def peers(report: Report) -> list[str]:
     """Names of a report that are not cupymoe's, in its order."""
     names = {name: None for row in report["rows"] for name in row["ms"]}
@@ -232,6 +238,7 @@ def stale_reports(benchmarks: Path) -> list[str]:
 
 @click.command()
 @click.argument("reports", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--together", "merge", is_flag=True, help="One table of the rows of all REPORTS.")
 @click.option("--check-report", is_flag=True, help="Only say which reports under --benchmarks are stale; exits 0.")
 @click.option(
     "--benchmarks",
@@ -239,11 +246,15 @@ def stale_reports(benchmarks: Path) -> list[str]:
     default=Path(__file__).resolve().parent.parent / "benchmarks",
     help="Folder of the committed reports.",
 )
-def main(reports: tuple[Path, ...], check_report: bool, benchmarks: Path) -> None:
+def main(reports: tuple[Path, ...], merge: bool, check_report: bool, benchmarks: Path) -> None:
     """Print the markdown tables of REPORTS, which bench.py and bench_model.py write (default: all committed)."""
     if check_report:
         for line in stale_reports(benchmarks):
             click.echo(line)
+        return
+    if merge:
+        report = together([json.loads(path.read_text(encoding="utf-8")) for path in reports])
+        click.echo(f"{heading(report)}\n\n{experts_table(report)}\n")
         return
     tables = {
         "rows": experts_table,

@@ -19,7 +19,7 @@ from cupymoe.kernels.plan_experts import plan_experts
 
 class FusedBackend:
     """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
-    cores, in five launches, from 48 pairs an expert on. Each launch begins while the one before still runs.
+    cores, in five launches, from 32 pairs an expert on. Each launch begins while the one before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """

@@ -20,12 +20,12 @@ _SHARED_BYTES = 227 * 1024  # of a block on Hopper
 # Weight rows of a warpgroup's products, and what a row of each costs: the fewer, the more the operands' way from shared
 # memory is the limit.
 _ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
-# From so many slots an expert on average, tiles beat the weight stream. At Gemma 4's sizes on an H100 the stream takes
-# 560 us for 32 slots and 632 for 64, tiles 578 for 64 and no more for fewer.
-_TILES_FROM = 48
-# From so many on, clusters of two blocks beat single blocks: 128 slots take 686 and 648 us, 256 slots 993 and 1020,
-# 1024 slots 3005 and 3082.
-_CLUSTERS_FROM = 192
+# From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
+# 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
+_TILES_FROM = 32
+# From so many on, clusters of two blocks beat single blocks: 192 slots take 777 us in clusters and 765 without, 256
+# take 990 and 1001.
+_CLUSTERS_FROM = 224
 
 
 def prefers_tiles(num_pairs: int, num_experts: int) -> bool:

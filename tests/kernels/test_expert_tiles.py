@@ -62,8 +62,8 @@ def test_gemma_4_pads_nothing():
 
 def test_bounds_are_those_that_were_measured():
     """At 128 experts and 8 choices."""
-    assert [prefers_tiles(8 * tokens, 128) for tokens in (512, 767, 768, 1024)] == [False, False, True, True]
-    assert [blocks_of_a_cluster(8 * tokens, 128) for tokens in (1024, 2048, 3071, 3072, 4096)] == [1, 1, 1, 2, 2]
+    assert [prefers_tiles(8 * tokens, 128) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
+    assert [blocks_of_a_cluster(8 * tokens, 128) for tokens in (1024, 2048, 3583, 3584, 4096)] == [1, 1, 1, 2, 2]
 
 
 def rows_of_box(tensor_map, start, row_bytes):

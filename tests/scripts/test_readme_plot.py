@@ -30,14 +30,14 @@ def test_a_line_for_each_of_whom_a_report_tells():
     }
 
 
-@pytest.mark.parametrize("name", ["sweep", "experts"])
-def test_the_same_report_gives_the_same_file(tmp_path, name):
-    report = tmp_path / f"{name}.json"
-    report.write_text(json.dumps(REPORT))
+def test_the_same_reports_give_the_same_file(tmp_path):
+    first, second = tmp_path / "decode.json", tmp_path / "prefill.json"
+    first.write_text(json.dumps(REPORT))
+    second.write_text(json.dumps({**REPORT, "rows": [{"tokens": 9, "floor_ms": 1.0, "ms": {"cupymoe": {"p50": 2.0}}}]}))
     files = []
-    for _ in range(2):
-        result = CliRunner().invoke(main, [str(report)])
+    for reports in ([first, second], [first, second], [first]):
+        result = CliRunner().invoke(main, list(map(str, reports)))
         assert result.exit_code == 0, result.output
-        files.append((tmp_path / f"{name}.svg").read_bytes())
-    assert files[0] == files[1]
+        files.append((tmp_path / "ratio.svg").read_bytes())
     assert b"<svg" in files[0]
+    assert files[0] == files[1] != files[2]
