@@ -11,6 +11,8 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 transformers_gemma4()
 integration = pytest.importorskip("cupymoe.integrations.peft")
 pytest.importorskip("cupymoe.integrations.transformers")
+# PEFT 0.21 reads a property under the name that transformers 5.24 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
