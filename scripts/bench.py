@@ -33,6 +33,7 @@ from bench_peers import (
     cupymoe_contenders,
     floor_bytes,
     floor_flops,
+    imported_contender,
     make_cases,
     make_layers,
     mean_hit_experts,
@@ -70,6 +71,7 @@ from readme_table import (
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig
+from cupymoe.audit.targets import TargetError
 from cupymoe.kernels import cuda_sources, jit
 
 ERROR_LIMIT = 0.0042
@@ -82,10 +84,11 @@ HOST_LOOPS, HOST_REPEATS, HOST_ISSUES = 300, 5, 200
 class Bench:
     """The weights, the contenders and the failures of one run."""
 
-    def __init__(self, config: Gemma4MoEConfig, device: torch.device) -> None:
+    def __init__(self, config: Gemma4MoEConfig, device: torch.device, imported: dict[str, Contender]) -> None:
         self.config = config
         self.buffer, self.layers = make_layers(config, device)
         self.peers, notes = transformers_contenders(config, self.layers)
+        self.peers.update(imported)
         self.failures: list[str] = []
         for note in notes:
             click.echo(note)
@@ -271,6 +274,17 @@ def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: st
     return tokens
 
 
+def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """Targets by name."""
+    peers = {}
+    for value in values:
+        name, equals, target = value.partition("=")
+        if not (name and equals and target) or name.startswith("cupymoe"):
+            raise click.BadParameter(f"must be NAME=package.module:function, NAME not cupymoe's, got {value!r}")
+        peers[name] = target
+    return peers
+
+
 # Generation: where reading the hit experts' weights once is the floor.
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DECODE_SKEWED_TOKENS = (64, 1024)
@@ -302,9 +316,16 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     show_default=True,
     help="Reports go to <output>/<device>/<regime>.json.",
 )
+@click.option(
+    "--peer",
+    "peers",
+    callback=parse_peers,
+    multiple=True,
+    help="NAME=package.module:function, measured beside transformers; called as docs/audit.md says. May be repeated.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of weights, inputs and routing.")
 @torch.inference_mode()
-def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
+def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, str], seed: int) -> None:
     """Measure cupymoe and its peers on this machine's GPU.
 
     Exits with 1, and writes no report, if an output is not finite or an error is above its limit.
@@ -317,6 +338,10 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
     folder = report_folder(output, start["device"])
     click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
     config = Gemma4MoEConfig.gemma4_26b_a4b()
+    try:
+        imported = {name: imported_contender(target, config) for name, target in peers.items()}
+    except TargetError as error:
+        raise click.ClickException(str(error)) from error
     tables, failures = [], []
 
     def keep(name: str, found: Report, failed: list[str]) -> Report:
@@ -330,18 +355,18 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, seed: int) -> None:
         stages, failed = measure_stages(config, device)
         tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
     if regime in ("host", "all"):
-        bench = Bench(config, device)
+        bench = Bench(config, device, imported)
         report = keep("host", bench.host(), bench.failures)
         tables += [host_table(report), first_call_table(report)]
         del bench
         free_memory()
     if regime in ("lora", "all"):
-        bench = Bench(config, device)
+        bench = Bench(config, device, imported)
         tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
         del bench
         free_memory()
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
-        bench = Bench(config, device)
+        bench = Bench(config, device, imported)
         if regime == "decode":
             report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
             tables.append(skewed_table(report))

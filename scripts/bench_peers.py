@@ -11,6 +11,7 @@ import torch
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig, reference
+from cupymoe.audit.targets import resolve
 from cupymoe.backends import fused, registry
 from cupymoe.ops import experts_call
 
@@ -189,6 +190,21 @@ def ways_of_fused(config: Gemma4MoEConfig, case: Case) -> dict[str, Contender]:
     return {
         f"cupymoe:{way.__name__}": Contender(partial(bind, way)) for way, reason in reasons.items() if reason is None
     }
+
+
+def imported_contender(target: str, config: Gemma4MoEConfig) -> Contender:
+    """Any function that ``cupymoe audit`` takes, ``package.module:function``: how vLLM, SGLang or SonicMoE come in.
+
+    Raises:
+        TargetError: it can't be imported.
+    """
+    experts = resolve(target, config.hidden_activation).experts
+
+    def bind(case: Case) -> Callable[[], torch.Tensor]:
+        hidden_states, index, weights = case.inputs
+        return partial(experts, hidden_states, *case.weights, index, weights)
+
+    return Contender(bind)
 
 
 def transformers_contenders(config: Gemma4MoEConfig, layers: list[Layer]) -> tuple[dict[str, Contender], list[str]]:
