@@ -91,7 +91,8 @@ def experts_forward(
 def replace_routers(model: nn.Module) -> int:
     """Give every ``Gemma4TextRouter`` of a model our routing kernel; parameters are shared, nothing is copied.
 
-    The experts chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md).
+    The experts chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md), and, up to
+    32 tokens on CUDA, for logits that differ by the last bit (docs/routing.md).
 
     Returns:
         How many routers were replaced.
