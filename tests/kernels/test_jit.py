@@ -3,6 +3,8 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,22 @@ def test_compile_error_on_a_device(broken):
     variant = Variant("route", (*route_variant().defines, "NEVER_COMPILED_BEFORE"))
     with pytest.raises(CompileError, match=rf"(?s)route.cu does not compile with .*dtypes.cuh\({broken}\): error"):
         jit.kernel(variant, "route", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dependent"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_only_hopper_and_newer_begin_before_the_kernel_before(monkeypatch, capability, dependent):
+    """Elsewhere the driver refuses the attribute, and the source would not wait."""
+    made = []
+    monkeypatch.setattr(jit, "_load", lambda variant, device: SimpleNamespace(get_function=lambda entry: entry))
+    monkeypatch.setattr(jit, "Kernel", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(
+        jit, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Device=lambda device: nullcontext()))
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    jit._kernel.__wrapped__(Variant("route", ()), "route", 0, 0, True, 0)
+    assert made == [("route", 0, dependent, 0)]
 
 
 def test_missing_defines_are_named():
