@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 
 NUM_TOKENS = (1, 64, 256, 384, 1024, 4096)
@@ -58,8 +59,7 @@ def warmup(
 
 
 def _is_mixture(module: nn.Module) -> bool:
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    return isinstance(module, Gemma4Router | Gemma4Experts) or (implementation == "cupymoe" and _has_experts(module))
+    return isinstance(module, Gemma4Router | Gemma4Experts) or (is_set_to_cupymoe(module) and _has_experts(module))
 
 
 def _has_experts(module: nn.Module) -> bool:

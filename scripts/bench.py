@@ -145,10 +145,15 @@ class Bench:
             "ms": ms,
         }
 
+    def ceilings(self) -> Ceilings:
+        """What the card gives now, told as soon as it is known."""
+        found = measure_ceilings(self.buffer, len(self.layers))
+        click.echo(f"ceilings: raw read {found.read_tbs} TB/s, bf16 product {found.bf16_tflops} TFLOP/s")
+        return found
+
     def experts(self, tokens: tuple[int, ...], skewed: tuple[int, ...] = ()) -> dict[str, Any]:
         """What ``experts.json`` holds beside the heading; ``skewed`` counts are measured with each skewed routing."""
-        ceilings = measure_ceilings(self.buffer, len(self.layers))
-        click.echo(f"ceilings: raw read {ceilings.read_tbs} TB/s, bf16 product {ceilings.bf16_tflops} TFLOP/s")
+        ceilings = self.ceilings()
         rows = []
         for count in tokens:
             rows.append(self.experts_row(count, ceilings))
@@ -162,7 +167,7 @@ class Bench:
 
     def sweep(self, tokens: tuple[int, ...]) -> dict[str, Any]:
         """What ``sweep.json`` holds beside the heading: times alone, of every way that a call could take."""
-        ceilings = measure_ceilings(self.buffer, len(self.layers))
+        ceilings = self.ceilings()
         rows = []
         for count in tokens:
             cases = make_cases(self.config, self.layers, count)

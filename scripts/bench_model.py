@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,8 @@ class Plan:
 
 def gemma4_26b_a4b(layers: int = 30) -> Gemma4TextConfig:
     """The text model of ``google/gemma-4-26B-A4B``: five layers with a sliding window, one without, and so on."""
-    moe = Gemma4MoEConfig.gemma4_26b_a4b()
     return Gemma4TextConfig(
-        **{name: getattr(moe, name) for name in Gemma4MoEConfig.__dataclass_fields__},
+        **asdict(Gemma4MoEConfig.gemma4_26b_a4b()),
         enable_moe_block=True,
         hidden_size_per_layer_input=0,
         intermediate_size=2112,

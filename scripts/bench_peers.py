@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -215,8 +216,7 @@ def transformers_contenders(config: Gemma4MoEConfig, layers: list[Layer]) -> tup
         from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
     except ImportError as error:
         return {}, [f"grouped_mm and batched_mm are not measured: {error}"]
-    sizes = {name: getattr(config, name) for name in Gemma4MoEConfig.__dataclass_fields__}
-    text_config = Gemma4TextConfig(**sizes)
+    text_config = Gemma4TextConfig(**asdict(config))
 
     def module_of(layer: Layer) -> Any:
         with torch.device("meta"):

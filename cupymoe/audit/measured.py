@@ -13,6 +13,7 @@ import torch
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.audit.targets import Target
+from cupymoe.verification.result import relative_error
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 256, 128, 2  # multiples of what known kernels ask for
 
@@ -193,5 +194,5 @@ def random_case(subject: Subject, tokens: int = 64) -> tuple[Case, tuple[torch.T
 
 def relative(output: torch.Tensor, truth: torch.Tensor) -> float:
     """``|output - truth| / |truth|`` in the 2-norm; infinite where the output is not finite."""
-    error = float((output - truth).norm() / truth.norm())
+    error = relative_error(output, truth)
     return error if error == error else float("inf")

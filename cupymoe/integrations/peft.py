@@ -16,6 +16,7 @@ from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.functional import lora_experts
+from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
 from cupymoe.modules import Gemma4Experts
 
@@ -26,7 +27,7 @@ def _activation(experts: nn.Module) -> MoEActivation | None:
     """Of experts that are ours to compute now: our module, or transformers' under ``"cupymoe"``; else None."""
     if isinstance(experts, Gemma4Experts):
         return experts.activation if experts.backend == "auto" else None
-    if getattr(getattr(experts, "config", None), "_experts_implementation", None) != "cupymoe":
+    if not is_set_to_cupymoe(experts):
         return None
     from cupymoe.integrations.transformers import activation_of, unsupported_reason
 

@@ -15,9 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts
+from cupymoe.integrations import EXPERTS_IMPLEMENTATION
 from cupymoe.modules import Gemma4Router
-
-NAME = "cupymoe"
 
 # transformers' activation modules by class name; several spell the same function.
 _ACTIVATIONS = {
@@ -76,7 +75,8 @@ def experts_forward(
         ValueError: the module has a property that cupymoe can't serve; the message says which.
     """
     if reason := unsupported_reason(self):
-        raise ValueError(f"experts_implementation={NAME!r} does not serve {type(self).__name__}: {reason}")
+        name = type(self).__name__
+        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
     output = fused_experts(
         hidden_states.to(self.gate_up_proj.dtype),
         self.gate_up_proj,
@@ -120,4 +120,4 @@ def replace_routers(model: nn.Module) -> int:
     return len(found)
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,15 +25,7 @@ def missing_reason() -> str | None:
 def _config(config: Gemma4MoEConfig) -> Any:
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-    result = Gemma4TextConfig(
-        hidden_size=config.hidden_size,
-        num_experts=config.num_experts,
-        top_k_experts=config.top_k_experts,
-        moe_intermediate_size=config.moe_intermediate_size,
-        hidden_activation=config.hidden_activation,
-        rms_norm_eps=config.rms_norm_eps,
-        enable_moe_block=True,
-    )
+    result = Gemma4TextConfig(**asdict(config), enable_moe_block=True)
     result._experts_implementation = "eager"
     return result
 
