@@ -12,8 +12,8 @@
 #include "common/dtypes.cuh"
 
 #if !defined(SCALAR) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCKS) || \
-    !defined(BLOCK_N) || !defined(STAGES)
-#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, BLOCK_N and STAGES"
+    !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(STAGES)
+#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, PRODUCTS, BLOCK_N and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_tiles.cuh"

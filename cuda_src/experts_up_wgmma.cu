@@ -14,8 +14,8 @@
 #include "common/activations.cuh"
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCKS) || !defined(BLOCK_N) || !defined(STAGES)
-#error "define SCALAR, ACTIVATION, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, BLOCK_N and STAGES"
+    !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(STAGES)
+#error "define SCALAR, ACTIVATION, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, PRODUCTS, BLOCK_N and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_tiles.cuh"

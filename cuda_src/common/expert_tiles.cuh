@@ -10,6 +10,9 @@
 // copy engine where they are neighbours; weights by the copy engine. Two consumer warpgroups multiply: with one block each
 // has half of the slots, with two blocks half of the weight rows. Slots past the expert's last are left out 64 at a time.
 //
+// Slots  An expert's slots are shared out to as few tiles as hold them, in units of UNIT_SLOTS as evenly as it goes: tiles that
+//        share weights then stay in step, and the second finds them in L2. With three PRODUCTS most experts of few hundred
+//        slots are one tile; with two the products are wider.
 // Order  Tiles are taken from a counter: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
 //        weights. So clusters at work together share weights and tokens in L2, and device memory gives each about once.
 //
@@ -22,7 +25,8 @@
 #include "wgmma.cuh"
 
 #define BLOCK_K 64
-#define TILE_SLOTS 256
+#define UNIT_SLOTS 128  // a product of 64 slots for each slot group of each block
+#define TILE_SLOTS (UNIT_SLOTS * PRODUCTS)
 #define TILE_ROWS (BLOCKS * BLOCK_N)
 #define BLOCK_SLOTS (TILE_SLOTS / BLOCKS)
 #define SLOT_GROUPS (2 / BLOCKS)  // warpgroups that share the slots; those that share the weight rows are BLOCKS
@@ -38,6 +42,7 @@
 #define ROWS_PER_PASS (PRODUCER_THREADS / 8)
 #define PASSES (BLOCK_SLOTS / ROWS_PER_PASS)
 static_assert(BLOCKS == 1 || BLOCKS == 2, "a cluster is one block or two");
+static_assert(PRODUCTS == 2 || PRODUCTS == 3, "PRODUCTS");
 
 // What a block has of a tile.
 struct alignas(16) Tile {
@@ -140,8 +145,11 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
         u32 of_expert = ticket - shared.first_tile[expert] * kColumns;
         u32 group = of_expert / (GROUP_TILES * kColumns), of_group = of_expert % (GROUP_TILES * kColumns);
         u32 height = min(tiles - group * GROUP_TILES, (u32)GROUP_TILES);
-        u32 first = shared.first_slot[expert] + (group * GROUP_TILES + of_group % height) * TILE_SLOTS;
-        u32 slots = min(shared.first_slot[expert + 1] - first, (u32)TILE_SLOTS);
+        u32 index_of_expert = group * GROUP_TILES + of_group % height;
+        u32 end = shared.first_slot[expert + 1], units = (end - shared.first_slot[expert] + UNIT_SLOTS - 1) / UNIT_SLOTS;
+        u32 each = units / tiles, longer = units % tiles;
+        u32 first = shared.first_slot[expert] + (index_of_expert * each + min(index_of_expert, longer)) * UNIT_SLOTS;
+        u32 slots = min(end - first, (each + (index_of_expert < longer)) * UNIT_SLOTS);
         gemm.prefetch_rows(first, slots);
         u32 of_first_block = min((slots + 64 * BLOCKS - 1) / (64 * BLOCKS) * 64, slots);
         words[0] = expert;
@@ -251,7 +259,7 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
     wait_for_copies();
 }
 
-typedef float TileSums[2][SUMS];
+typedef float TileSums[PRODUCTS][SUMS];
 
 // sums = kProducts times 64 slots of this warpgroup x its weight rows, over all k; a stage is free as soon as it is multiplied.
 template <int kProducts, class Gemm>
@@ -289,11 +297,13 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
         Tile tile = pipeline.tile(index);
         if (tile.expert < 0) return;
         int products = ((tile.slots + 63) / 64 + SLOT_GROUPS - 1 - (int)slot_group) / SLOT_GROUPS;
-        if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        if ((tile.column * BLOCKS + row_group) * BLOCK_N >= Gemm::kRows) products = 0;
+        if (PRODUCTS == 3 && products == 3) multiply_tile<PRODUCTS, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        else if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 1) multiply_tile<1, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else multiply_tile<0, Gemm>(sums, pipeline, turn, slot_group, row_group);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < PRODUCTS; i++) {
             if (i >= products) continue;
             int slot = (i * SLOT_GROUPS + slot_group) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
             gemm.store(tile, slot, tile.column * BLOCKS + row_group, sums[i]);

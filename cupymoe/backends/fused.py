@@ -123,7 +123,7 @@ def tiles(
     """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     num_experts, hidden_size, intermediate_size = down_proj.shape
     blocks = blocks_of_a_cluster(top_k_index.numel(), num_experts)
-    shape = tile_shape_of(blocks, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size)
+    shape = tile_shape_of(blocks, 2, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size)
     pairs = sort_by_expert.sort_by_expert(top_k_index, num_experts)
     intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape)
     expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape)

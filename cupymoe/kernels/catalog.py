@@ -89,8 +89,8 @@ def _tile_shapes() -> Iterator[TileShape]:
     """Both sizes of a cluster at Gemma 4's sizes, whole and in four tensor-parallel slices."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
-        for blocks in (1, 2):
+        for blocks, products in ((1, 2), (2, 2), (2, 3)):
             for dtype in (torch.bfloat16, torch.float16):
                 yield tile_shape_of(
-                    blocks, dtype, sizes.activation, sizes.num_experts, sizes.hidden_size, intermediate_size
+                    blocks, products, dtype, sizes.activation, sizes.num_experts, sizes.hidden_size, intermediate_size
                 )

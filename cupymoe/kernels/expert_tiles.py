@@ -14,9 +14,11 @@ THREADS = 384
 BLOCK_K = 64
 """Elements of k in a stage: rows of 128 bytes."""
 
-_TILE_SLOTS = 256
+_UNIT_SLOTS = 128
 _ROW_BYTES = 128
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper
+# Products of 64 slots that a warpgroup has the registers for, by their width.
+_PRODUCTS = {2: (192, 176, 160, 144, 128), 3: (128,)}
 # Weight rows of a warpgroup's products, and what a row of each costs: the fewer, the more the operands' way from shared
 # memory is the limit.
 _ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
@@ -44,6 +46,8 @@ class Tiling:
 
     blocks: int
     """Of a cluster."""
+    products: int
+    """Of 64 slots, the most of a warpgroup in a tile."""
     block_n: int
     """Weight rows that a block loads of a tile, and that each product multiplies."""
     stages: int
@@ -51,22 +55,27 @@ class Tiling:
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tiling."""
-        return (f"BLOCKS={self.blocks}", f"BLOCK_N={self.block_n}", f"STAGES={self.stages}")
+        return (
+            f"BLOCKS={self.blocks}",
+            f"PRODUCTS={self.products}",
+            f"BLOCK_N={self.block_n}",
+            f"STAGES={self.stages}",
+        )
 
 
 @functools.cache
-def tiling(blocks: int, rows: int, num_experts: int) -> Tiling:
+def tiling(blocks: int, products: int, rows: int, num_experts: int) -> Tiling:
     """Tiles for ``rows`` weight rows of each expert: the width that pads least, and as many stages as fit."""
 
     def cost(block_n: int) -> float:
         tile_rows = blocks * block_n
         return -(-rows // tile_rows) * tile_rows * _ROW_COSTS[block_n]
 
-    block_n = min(_ROW_COSTS, key=cost)
-    stage_bytes = (_TILE_SLOTS // blocks + blocks * block_n) * _ROW_BYTES
+    block_n = min(_PRODUCTS[products], key=cost)
+    stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
     stages = (_SHARED_BYTES - tile_bytes - 16) // (stage_bytes + 16)
-    return Tiling(blocks, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
+    return Tiling(blocks, products, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +83,7 @@ class TileShape:
     """What the kernels of a call are compiled for; :func:`tile_shape_of` gives one object for one shape."""
 
     blocks: int
+    products: int
     dtype: torch.dtype
     activation: MoEActivation
     num_experts: int
@@ -83,12 +93,12 @@ class TileShape:
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        return tiling(self.blocks, 2 * self.intermediate_size, self.num_experts)
+        return tiling(self.blocks, self.products, 2 * self.intermediate_size, self.num_experts)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
-        return tiling(self.blocks, self.hidden_size, self.num_experts)
+        return tiling(self.blocks, self.products, self.hidden_size, self.num_experts)
 
     def defines(self) -> tuple[str, ...]:
         """The macros that both GEMMs share."""

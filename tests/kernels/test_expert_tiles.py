@@ -27,35 +27,39 @@ SIZES = [
 ]
 
 
-def shape(blocks, num_experts, hidden, intermediate, dtype=torch.bfloat16):
-    return tile_shape_of(blocks, dtype, MoEActivation.SILU, num_experts, hidden, intermediate)
+CUTS = [(1, 2), (2, 2), (2, 3)]  # blocks of a cluster, products of a warpgroup
+
+
+def shape(cut, num_experts, hidden, intermediate, dtype=torch.bfloat16):
+    return tile_shape_of(*cut, dtype, MoEActivation.SILU, num_experts, hidden, intermediate)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_rings_fit_a_multiprocessor(blocks, sizes):
-    for tiling in (shape(blocks, *sizes).up, shape(blocks, *sizes).down):
+@pytest.mark.parametrize("cut", CUTS)
+def test_rings_fit_a_multiprocessor(cut, sizes):
+    for tiling in (shape(cut, *sizes).up, shape(cut, *sizes).down):
         assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tiling.stages >= STAGES_AT_LEAST
-        stage_bytes = (256 // blocks + blocks * tiling.block_n) * 128
+        blocks, products = cut
+        stage_bytes = (128 * products // blocks + blocks * tiling.block_n) * 128
         assert stage_bytes % 1024 == 0
         assert tiling.shared_bytes >= tiling.stages * stage_bytes
 
 
-@pytest.mark.parametrize(("blocks", "sizes"), [*product([1, 2], SIZES)])
-def test_compiles_for_other_models(blocks, sizes):
+@pytest.mark.parametrize(("cut", "sizes"), [*product(CUTS, SIZES)])
+def test_compiles_for_other_models(cut, sizes):
     """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
     for dtype in (torch.bfloat16, torch.float16):
         for source in (experts_up_wgmma, experts_down_wgmma):
-            report = compile_offline(source.variant(shape(blocks, *sizes, dtype)), "sm_90a")
+            report = compile_offline(source.variant(shape(cut, *sizes, dtype)), "sm_90a")
             assert report.spill_bytes <= 64, report.log
             assert "warning" not in report.log, report.log
             assert "C75" not in report.log, report.log
 
 
-def test_gemma_4_pads_nothing():
+def test_two_products_pad_nothing_of_gemma_4():
     for blocks in (1, 2):
-        gemma = shape(blocks, 128, 2816, 704)
+        gemma = shape((blocks, 2), 128, 2816, 704)
         assert 2 * 704 % (blocks * gemma.up.block_n) == 0
         assert 2816 % (blocks * gemma.down.block_n) == 0
 
@@ -98,9 +102,9 @@ def maps(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_gate_and_up_rows_come_in_turn(maps, blocks, sizes):
-    its_shape = shape(blocks, *sizes)
+@pytest.mark.parametrize("cut", CUTS)
+def test_gate_and_up_rows_come_in_turn(maps, cut, sizes):
+    its_shape = shape(cut, *sizes)
     _, hidden, intermediate = sizes
     block_n, expert = its_shape.up.block_n, sizes[0] - 1
     for part in range(-(-2 * intermediate // block_n)):
@@ -114,10 +118,10 @@ def test_gate_and_up_rows_come_in_turn(maps, blocks, sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_down_rows_come_so_that_a_lane_has_four_neighbours(maps, blocks, sizes):
+@pytest.mark.parametrize("cut", CUTS)
+def test_down_rows_come_so_that_a_lane_has_four_neighbours(maps, cut, sizes):
     """A lane q has the sums of rows 8 j + 2 q and the next of each product j = 0, 1 of sixteen rows."""
-    its_shape = shape(blocks, *sizes)
+    its_shape = shape(cut, *sizes)
     num_experts, hidden, intermediate = sizes
     block_n, expert = its_shape.down.block_n, num_experts - 1
     for part in range(-(-hidden // block_n)):

@@ -18,6 +18,8 @@ GELU_TANH = MoEActivation.GELU_TANH
 ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FEW = torch.finfo(torch.float32).eps * 64
 
+CUTS = [(1, 2), (2, 2), (2, 3)]  # blocks of a cluster, products of a warpgroup
+
 # (tokens, experts, hidden, intermediate, top_k): one expert with every number of 64 slots, in one tile and in more;
 # sizes that end inside a box; Gemma 4's slices; many experts, some empty.
 CASES = [
@@ -27,6 +29,8 @@ CASES = [
     (129, 1, 192, 88, 1),
     (193, 1, 192, 88, 1),
     (257, 1, 192, 88, 1),
+    (385, 1, 192, 88, 1),
+    (530, 1, 192, 200, 1),
     (5001, 2, 64, 32, 1),
     (1001, 5, 272, 72, 3),
     (777, 3, 16, 8, 2),
@@ -37,10 +41,10 @@ CASES = [
 ]
 
 
-def run(case, blocks, activation=GELU_TANH):
+def run(case, cut, activation=GELU_TANH):
     """Pairs in expert order, what experts_up gives and what experts_down makes of it, without the unused rows."""
     num_experts, hidden, intermediate_size = case.down_proj.shape
-    shape = tile_shape_of(blocks, case.hidden_states.dtype, activation, num_experts, hidden, intermediate_size)
+    shape = tile_shape_of(*cut, case.hidden_states.dtype, activation, num_experts, hidden, intermediate_size)
     poison_free_memory()
     pairs = sort_by_expert(case.top_k_index, num_experts)
     intermediate = experts_up_wgmma(case.hidden_states, case.gate_up_proj, pairs, shape)
@@ -49,8 +53,8 @@ def run(case, blocks, activation=GELU_TANH):
     return pairs, intermediate[:kept], output[:kept]
 
 
-def check(case, blocks, activation=GELU_TANH):
-    pairs, intermediate, output = run(case, blocks, activation)
+def check(case, cut, activation=GELU_TANH):
+    pairs, intermediate, output = run(case, cut, activation)
     ulp = ULP[intermediate.dtype]
     offsets = pairs.expert_offsets.tolist()
     for expert, (first, last) in enumerate(pairwise(offsets)):
@@ -63,46 +67,46 @@ def check(case, blocks, activation=GELU_TANH):
 
 
 @pytest.mark.parametrize("sizes", CASES)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_every_slot(blocks, sizes):
-    check(random_experts(*sizes, dtype=torch.bfloat16, device="cuda"), blocks)
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_slot(cut, sizes):
+    check(random_experts(*sizes, dtype=torch.bfloat16, device="cuda"), cut)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_float16(blocks):
-    check(random_experts(1001, 5, 272, 72, 3, dtype=torch.float16, device="cuda"), blocks)
+@pytest.mark.parametrize("cut", CUTS)
+def test_float16(cut):
+    check(random_experts(1001, 5, 272, 72, 3, dtype=torch.float16, device="cuda"), cut)
 
 
 @pytest.mark.parametrize("activation", [each for each in MoEActivation if each.is_gated and not each.is_interleaved])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_activations(blocks, activation):
+@pytest.mark.parametrize("cut", CUTS)
+def test_activations(cut, activation):
     case = random_experts(300, 4, 256, 96, 2, dtype=torch.bfloat16, device="cuda", activation=activation)
-    check(case, blocks, activation)
+    check(case, cut, activation)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_more_tiles_of_slots_than_a_group(blocks):
+@pytest.mark.parametrize("cut", CUTS)
+def test_more_tiles_of_slots_than_a_group(cut):
     """One expert has 20 tiles of slots, the others what is left."""
     case = random_experts(6000, 7, 128, 88, 1, dtype=torch.bfloat16, device="cuda")
     index = case.top_k_index.clone()
     index[:5000] = 3
-    check(case._replace(top_k_index=index), blocks)
+    check(case._replace(top_k_index=index), cut)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_masked_pairs_and_empty_experts(blocks):
+@pytest.mark.parametrize("cut", CUTS)
+def test_masked_pairs_and_empty_experts(cut):
     case = random_experts(900, 40, 256, 88, 6, dtype=torch.bfloat16, device="cuda")
     index = case.top_k_index.clone()
     index[index % 3 == 0] = -1
-    check(case._replace(top_k_index=index), blocks)
-    run(case._replace(top_k_index=torch.full_like(index, 40)), blocks)
+    check(case._replace(top_k_index=index), cut)
+    run(case._replace(top_k_index=torch.full_like(index, 40)), cut)
     torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("num_tokens", [1000, 4999])
 def test_same_bits_from_either_cluster_and_every_time(num_tokens):
     case = random_experts(num_tokens, 128, 2816, 704, 8, dtype=torch.bfloat16, device="cuda")
-    _, *first = run(case, 1)
-    for blocks in (1, 2, 2):
-        _, *again = run(case, blocks)
+    _, *first = run(case, CUTS[0])
+    for cut in (*CUTS, CUTS[-1]):
+        _, *again = run(case, cut)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
