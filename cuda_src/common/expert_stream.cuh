@@ -16,6 +16,7 @@
 #include "async_copy.cuh"
 #include "expert_plan.cuh"
 #include "mma.cuh"
+#include "ring.cuh"
 
 #define PRODUCER_WARPS (WHOLE_ROWS ? 1 : 4)
 #define CONSUMER_THREADS (WARPS * 32)
@@ -168,15 +169,6 @@ __device__ __forceinline__ void store_tile(const Gemm& gemm, const Cursor<Gemm>&
         }
     }
 }
-
-// The stages of the ring in turn, and the parity to wait for. A fresh barrier counts as past its phase of parity 1.
-struct Turn {
-    u32 stage, parity;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
 
 extern __shared__ __align__(128) unsigned char block_memory[];  // the ring, then the sums of store_tile
 

@@ -20,6 +20,7 @@
 // block's part of a tile's weights, and store(), which gets the sums of 16 slots a warp.
 #pragma once
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "tensor_copy.cuh"
 #include "warp.cuh"
 #include "wgmma.cuh"
@@ -55,15 +56,6 @@ struct alignas(16) Tile {
 struct Schedule {
     const int* expert_offsets;  // [NUM_EXPERTS + 1]
     u32* ticket;                // zero before the launch
-};
-
-// The stages of the ring in turn, and the parity to wait for. A fresh barrier counts as past its phase of parity 1.
-struct Turn {
-    u32 stage, parity;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
 };
 
 struct Shared {
