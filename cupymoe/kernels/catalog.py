@@ -58,7 +58,8 @@ def _variants() -> Iterator[Variant]:
     yield raw_read.variant()
     for shape in _fused_shapes():
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
-            yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens)
+            for pairs_per_lane in (1, 2, 4, 8):
+                yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
             yield combine.workspace_variant(shape)[0]
         yield experts_up.variant(shape)
         yield experts_down.variant(shape)

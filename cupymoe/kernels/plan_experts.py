@@ -7,15 +7,20 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import INDEX_TYPES, current_stream
-from cupymoe.kernels.expert_stream import MAX_PAIRS, Workspace
+from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 WARPS = 32
 
 
-def variant(index_dtype: torch.dtype, num_experts: int, tokens: int) -> Variant:
-    """The compilation for one number of experts and of tokens in a chunk."""
+def pairs_per_lane(num_pairs: int) -> int:
+    """A power of two, so that few variants serve all calls: the fewer a lane has, the sooner the plan is made."""
+    return 1 << max(0, (-(-num_pairs // (WARPS * 32)) - 1).bit_length())
+
+
+def variant(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_lane: int) -> Variant:
+    """The compilation for one number of experts, of tokens in a chunk, and of pairs that a lane reads."""
     return Variant(
         "plan_experts",
         (
@@ -23,20 +28,21 @@ def variant(index_dtype: torch.dtype, num_experts: int, tokens: int) -> Variant:
             f"NUM_EXPERTS={num_experts}",
             f"TOKENS={tokens}",
             f"WARPS={WARPS}",
-            f"PAIRS_PER_LANE={MAX_PAIRS // (WARPS * 32)}",
+            f"PAIRS_PER_LANE={pairs_per_lane}",
         ),
     )
 
 
 @functools.cache
-def _kernel(index_dtype: torch.dtype, num_experts: int, tokens: int, device: int) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, tokens), "plan_experts", device, dependent=True)
+def _kernel(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_lane: int, device: int) -> Kernel:
+    its_variant = variant(index_dtype, num_experts, tokens, pairs_per_lane)
+    return kernel(its_variant, "plan_experts", device, dependent=True)
 
 
 def plan_experts(top_k_index: torch.Tensor, num_experts: int, tokens: int, workspace: Workspace) -> None:
     """Write chunks of at most ``tokens`` slots, and the slots of ``top_k_index`` ``[T, K]``, into the workspace."""
-    device = top_k_index.device.index
-    _kernel(top_k_index.dtype, num_experts, tokens, device)(
+    device, num_pairs = top_k_index.get_device(), top_k_index.numel()
+    _kernel(top_k_index.dtype, num_experts, tokens, pairs_per_lane(num_pairs), device)(
         (1, 1),
         WARPS * 32,
         current_stream(device),
@@ -45,5 +51,5 @@ def plan_experts(top_k_index: torch.Tensor, num_experts: int, tokens: int, works
         workspace.pair_of_slot,
         workspace.slot_of_pair,
         workspace.num_chunks,
-        top_k_index.numel(),
+        num_pairs,
     )
