@@ -6,7 +6,8 @@
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
 // Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
-// Needs  HIDDEN % 4 == 0, INTERMEDIATE % 32 == 0, 16-byte aligned rows, sm_80; INLINE_PAIRS as experts_up.cu.
+// Needs  HIDDEN % 4 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_80; WHOLE_ROWS: INTERMEDIATE % 32 == 0, sm_90;
+//        INLINE_PAIRS as experts_up.cu.
 // Maths  fp32 sums over ascending k, rounded to SLOT_SCALAR.
 // Why    Launched as a programmatic dependent: its first stages of weights are under way while experts_up still runs,
 //        which hides the handover. For that both kernels' rings have to fit into a multiprocessor together.

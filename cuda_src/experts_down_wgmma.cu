@@ -11,9 +11,9 @@
 // Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
 #include "common/dtypes.cuh"
 
-#if !defined(SCALAR) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCKS) || \
-    !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(STAGES)
-#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, PRODUCTS, BLOCK_N and STAGES"
+#if !defined(SCALAR) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
+    !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_tiles.cuh"

@@ -7,7 +7,7 @@
 // Writes intermediate  [slots, INTERMEDIATE] SCALAR   rows in slot order (common/expert_plan.cuh)
 //        slot_of_pair  [T * TOP_K] i32             only with INLINE_PAIRS; -1: masked
 // Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
-// Needs  HIDDEN % 32 == 0, INTERMEDIATE % 2 == 0, 16-byte aligned rows, sm_80; T * TOP_K <= INLINE_PAIRS <= BLOCK_THREADS, or INLINE_PAIRS 0.
+// Needs  HIDDEN % 8 == 0, INTERMEDIATE % 2 == 0, 16-byte aligned rows, sm_80; T * TOP_K <= INLINE_PAIRS <= BLOCK_THREADS, or INLINE_PAIRS 0.
 // Maths  fp32 sums over ascending k; activation in fp32; one rounding at the store.
 // Why    A unit is the gate row and the up row of one column: both are sums of the same thread, so the activation costs
 //        no exchange. Only experts that have tokens are read, each row once per chunk.
@@ -54,7 +54,7 @@ struct UpGemm {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restrict__ gate_up_proj,
-           const INDEX* __restrict__ top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
+           const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs) {
     UpGemm gemm = {hidden_states, gate_up_proj, intermediate};
 #if !INLINE_PAIRS

@@ -14,8 +14,8 @@
 #include "common/activations.cuh"
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(STAGES)
-#error "define SCALAR, ACTIVATION, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCKS, PRODUCTS, BLOCK_N and STAGES"
+    !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, ACTIVATION, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_tiles.cuh"

@@ -8,10 +8,10 @@
 // Maths  fp32, rounded once; common/activations.cuh. Source: vLLM's MoEActivation for names and layouts.
 #include "common/activations.cuh"
 
-#if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(COLS) || !defined(VEC)
-#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, COLS and VEC"
+#if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(COLS) || !defined(VEC) || \
+    !defined(BLOCK_THREADS)
+#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, COLS, VEC and BLOCK_THREADS"
 #endif
-#define BLOCK_THREADS 256
 
 typedef SCALAR scalar_t;
 typedef Pack<scalar_t, VEC> pack_t;

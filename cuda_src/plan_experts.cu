@@ -23,14 +23,8 @@ static_assert(NUM_EXPERTS <= BLOCK_THREADS && BLOCK_THREADS * PAIRS_PER_LANE <= 
 
 // The sum of value over the threads before this one.
 __device__ __forceinline__ u32 block_exclusive_sum(u32 value, u32* warp_sums, u32& total) {
-    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u32 inclusive = value;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-        u32 below = __shfl_up_sync(FULL_WARP, inclusive, offset);
-        if (lane >= offset) inclusive += below;
-    }
-    if (lane == 31) warp_sums[warp] = inclusive;
+    u32 warp = threadIdx.x / 32, inclusive = warp_inclusive_sum(value);
+    if (threadIdx.x % 32 == 31) warp_sums[warp] = inclusive;
     __syncthreads();
     u32 before = 0;
     total = 0;
@@ -42,7 +36,7 @@ __device__ __forceinline__ u32 block_exclusive_sum(u32 value, u32* warp_sums, u3
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-plan_experts(const INDEX* __restrict__ top_k_index, Chunk* __restrict__ chunks, int* __restrict__ pair_of_slot,
+plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restrict__ pair_of_slot,
              int* __restrict__ slot_of_pair, int* __restrict__ num_chunks, u64 num_pairs) {
     __shared__ u32 counts[WARPS][NUM_EXPERTS];  // then the next slot of each warp and expert
     __shared__ u32 warp_sums[2][WARPS];

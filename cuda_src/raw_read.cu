@@ -1,10 +1,13 @@
 // raw_read: reads bytes and does nothing else; the benchmark's measure of what the memory gives.
 //
 // Reads  data   [num_packs] 16-byte packs
-// Writes result [grid] u32, one xor a block, so that no load is dropped
+// Writes result [grid] u32   only where a thread's xor is one value in 2^32, so that no load is dropped
 // Grid   any; blocks walk the data with a stride of the grid.
 #include "common/dtypes.cuh"
-#define BLOCK_THREADS 512
+
+#ifndef BLOCK_THREADS
+#error "define BLOCK_THREADS"
+#endif
 #define UNROLL 8
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)

@@ -11,10 +11,9 @@
 #include "common/async_copy.cuh"
 #include "common/warp.cuh"
 
-#if !defined(SCALAR) || !defined(SCALE_SCALAR) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(RENORMALIZE)
-#error "define SCALAR, SCALE_SCALAR, NUM_EXPERTS, TOP_K and RENORMALIZE"
+#if !defined(SCALAR) || !defined(SCALE_SCALAR) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(RENORMALIZE) || !defined(WARPS)
+#error "define SCALAR, SCALE_SCALAR, NUM_EXPERTS, TOP_K, RENORMALIZE and WARPS"
 #endif
-#define WARPS 4
 #define PER_LANE ((NUM_EXPERTS + 31) / 32)
 
 // Unsigned integers in the order of the floats: NaN above all, -0 as +0; 0 is left for "no candidate".

@@ -23,16 +23,13 @@ typedef Pack<SCALAR, VEC> pack_t;
 __device__ __forceinline__ float rounded(float value) { return to_float(from_float<SCALAR>(value)); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-router_logits(const SCALAR* hidden_states, const SCALAR* __restrict__ scale, const SCALAR* __restrict__ projection,
-              SCALAR* __restrict__ router_logits, u64 num_tokens) {
+router_logits(const SCALAR* hidden_states, const SCALAR* scale, const SCALAR* projection, SCALAR* __restrict__ router_logits,
+              u64 num_tokens) {
     u64 token = (u64)blockIdx.y * WARPS + threadIdx.x / 32;
     u32 lane = threadIdx.x % 32;
     pack_t weights[PACKS_PER_LANE], states[PACKS_PER_LANE];
-#pragma unroll
-    for (int i = 0; i < PACKS_PER_LANE; i++) {  // before the wait: no kernel writes them
-        u32 pack = i * 32 + lane;
-        if (pack < PACKS) weights[i] = load_pack<SCALAR, VEC>(projection + (u64)blockIdx.x * HIDDEN + pack * VEC);
-    }
+    const SCALAR* row = projection + (u64)blockIdx.x * HIDDEN;
+    if (threadIdx.x == 0) prefetch_bulk(row, HIDDEN * sizeof(SCALAR));
     wait_for_previous_grid();
     release_next_grid();
     if (token >= num_tokens) return;
@@ -41,7 +38,9 @@ router_logits(const SCALAR* hidden_states, const SCALAR* __restrict__ scale, con
 #pragma unroll
     for (int i = 0; i < PACKS_PER_LANE; i++) {
         u32 pack = i * 32 + lane;
-        if (pack < PACKS) states[i] = load_pack<SCALAR, VEC>(hidden_states + token * HIDDEN + pack * VEC);
+        if (pack >= PACKS) break;
+        states[i] = load_pack<SCALAR, VEC>(hidden_states + token * HIDDEN + pack * VEC);
+        weights[i] = load_pack<SCALAR, VEC>(row + pack * VEC);
     }
 #pragma unroll
     for (int i = 0; i < PACKS_PER_LANE; i++) {

@@ -35,7 +35,7 @@ __device__ __forceinline__ void count_pairs(const INDEX* top_k_index, u32 num_pa
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-count_by_expert(const INDEX* __restrict__ top_k_index, int* __restrict__ block_counts, u64 num_pairs) {
+count_by_expert(const INDEX* top_k_index, int* __restrict__ block_counts, u64 num_pairs) {
     __shared__ int counts[WARPS][NUM_EXPERTS];
     wait_for_previous_grid();
     release_next_grid();
@@ -79,12 +79,7 @@ sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, i
         for (int base = 0; base < NUM_EXPERTS; base += 32) {
             int expert = base + lane;
             int count = expert < NUM_EXPERTS ? offsets[expert] : 0;
-            int inclusive = count;
-#pragma unroll
-            for (int offset = 1; offset < 32; offset <<= 1) {
-                int below = __shfl_up_sync(FULL_WARP, inclusive, offset);
-                if (lane >= offset) inclusive += below;
-            }
+            int inclusive = warp_inclusive_sum(count);
             if (expert < NUM_EXPERTS) offsets[expert] = carry + inclusive - count;
             carry += __shfl_sync(FULL_WARP, inclusive, 31);
         }

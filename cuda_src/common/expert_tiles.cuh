@@ -11,8 +11,8 @@
 // has half of the slots, with two blocks half of the weight rows. Slots past the expert's last are left out 64 at a time.
 //
 // Slots  An expert's slots are shared out to as few tiles as hold them, in units of UNIT_SLOTS as evenly as it goes: tiles that
-//        share weights then stay in step, and the second finds them in L2. With three PRODUCTS most experts of few hundred
-//        slots are one tile; with two the products are wider.
+//        share weights then stay in step, and the second finds them in L2. With three PRODUCTS an expert of 257 to 384 slots is
+//        one tile; with two the products are wider.
 // Order  Tiles are taken from a counter: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
 //        weights. So clusters at work together share weights and tokens in L2, and device memory gives each about once.
 //
@@ -25,7 +25,6 @@
 #include "warp.cuh"
 #include "wgmma.cuh"
 
-#define BLOCK_K 64
 #define UNIT_SLOTS 128  // a product of 64 slots for each slot group of each block
 #define TILE_SLOTS (UNIT_SLOTS * PRODUCTS)
 #define TILE_ROWS (BLOCKS * BLOCK_N)
@@ -34,7 +33,6 @@
 #define GROUP_TILES 8
 #define CONSUMER_THREADS 256
 #define PRODUCER_THREADS 128
-#define BLOCK_THREADS (CONSUMER_THREADS + PRODUCER_THREADS)
 #define CONSUMER_REGISTERS 224
 #define PRODUCER_REGISTERS 56
 #define TOKEN_BYTES (BLOCK_SLOTS * ROW_BYTES)
@@ -44,6 +42,7 @@
 #define PASSES (BLOCK_SLOTS / ROWS_PER_PASS)
 static_assert(BLOCKS == 1 || BLOCKS == 2, "a cluster is one block or two");
 static_assert(PRODUCTS == 2 || PRODUCTS == 3, "PRODUCTS");
+static_assert(BLOCK_THREADS == CONSUMER_THREADS + PRODUCER_THREADS && BLOCK_K * 2 == ROW_BYTES, "BLOCK_THREADS, BLOCK_K");
 
 // What a block has of a tile.
 struct alignas(16) Tile {
@@ -90,7 +89,8 @@ struct Pipeline {
     }
 };
 
-// Past the first-level cache, which may hold what lay at the address before the previous grid wrote there.
+// Past the first-level cache: experts_down_wgmma reads before its wait, when nothing has emptied that cache of what lay at the
+// address in the call before.
 __device__ __forceinline__ int load_from_l2(const int* address) {
     int value;
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -106,12 +106,7 @@ __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& s
     for (int base = 0; base < NUM_EXPERTS; base += 32) {
         int expert = base + lane;
         int slots = expert < NUM_EXPERTS ? shared.first_slot[expert + 1] - shared.first_slot[expert] : 0;
-        int tiles = (slots + TILE_SLOTS - 1) / TILE_SLOTS, inclusive = tiles;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset <<= 1) {
-            int below = __shfl_up_sync(FULL_WARP, inclusive, offset);
-            if (lane >= offset) inclusive += below;
-        }
+        int tiles = (slots + TILE_SLOTS - 1) / TILE_SLOTS, inclusive = warp_inclusive_sum(tiles);
         if (expert < NUM_EXPERTS) shared.first_tile[expert] = carry + inclusive - tiles;
         carry += __shfl_sync(FULL_WARP, inclusive, 31);
     }
@@ -229,8 +224,12 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
         if (scheduler) take_tile(gemm, schedule, pipeline, index + 1, ticket);
         if constexpr (Gemm::kDenseTokens) {
             for (u32 step = 0; leader && step < kSteps; step++, turn.next()) {
-                wait_barrier(pipeline.emptied(turn.stage), turn.parity);
-                if (step >= ahead) load_weights(tile, step, turn.stage);
+                // Not for those ahead: a block without slots adds nothing to them, so they may be filled and emptied already,
+                // and the wait would be for the round after.
+                if (step >= ahead) {
+                    wait_barrier(pipeline.emptied(turn.stage), turn.parity);
+                    load_weights(tile, step, turn.stage);
+                }
                 for (int slot = 0; slot < tile.slots; slot += 64) {
                     copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K, tile.first_slot + slot,
                              pipeline.filled(turn.stage));
@@ -241,7 +240,7 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
             RowLoader<Gemm> loader(gemm, tile, thread);
             for (u32 step = 0; step < kSteps; step++, turn.next()) {
                 wait_barrier(pipeline.emptied(turn.stage), turn.parity);
-                if (leader && step >= ahead) load_weights(tile, step, turn.stage);
+                if (leader) load_weights(tile, step, turn.stage);
                 loader.load(pipeline.tokens(turn.stage), step);
                 arrive_after_copies(pipeline.filled(turn.stage));
             }

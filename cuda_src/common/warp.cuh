@@ -1,4 +1,4 @@
-// Sums and maxima over the 32 lanes of a warp.
+// Sums, running sums and maxima over the 32 lanes of a warp.
 #pragma once
 #include "dtypes.cuh"
 
@@ -7,6 +7,16 @@
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(FULL_WARP, value, offset);
+    return value;
+}
+
+// The sum over the lanes up to this one.
+__device__ __forceinline__ int warp_inclusive_sum(int value) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        int below = __shfl_up_sync(FULL_WARP, value, offset);
+        if (threadIdx.x % 32 >= offset) value += below;
+    }
     return value;
 }
 

@@ -9,7 +9,7 @@ from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
-from cupymoe.kernels.expert_tiles import blocks_of_a_cluster, prefers_tiles, tile_shape_of
+from cupymoe.kernels.expert_tiles import cut, prefers_tiles, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
@@ -19,7 +19,8 @@ from cupymoe.kernels.plan_experts import plan_experts
 
 class FusedBackend:
     """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
-    cores, in five launches, from 32 pairs an expert on. Each launch begins while the one before still runs.
+    cores, in four launches up to 1024 pairs and five beyond, from 32 pairs an expert on. A launch begins while the one
+    before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -122,8 +123,10 @@ def tiles(
 ) -> torch.Tensor:
     """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    blocks = blocks_of_a_cluster(top_k_index.numel(), num_experts)
-    shape = tile_shape_of(blocks, 2, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size)
+    blocks, products = cut(top_k_index.numel(), num_experts)
+    shape = tile_shape_of(
+        blocks, products, hidden_states.dtype, activation, num_experts, hidden_size, intermediate_size
+    )
     pairs = sort_by_expert.sort_by_expert(top_k_index, num_experts)
     intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape)
     expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape)

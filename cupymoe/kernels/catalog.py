@@ -24,7 +24,7 @@ from cupymoe.kernels import (
 )
 from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
-from cupymoe.kernels.expert_tiles import TileShape, tile_shape_of
+from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
 # The fused backend serves Hopper alone (cupymoe/backends/fused.py).
@@ -87,10 +87,10 @@ def _fused_shapes() -> Iterator[Shape]:
 
 
 def _tile_shapes() -> Iterator[TileShape]:
-    """Both sizes of a cluster at Gemma 4's sizes, whole and in four tensor-parallel slices."""
+    """Each cut at Gemma 4's sizes, whole and in four tensor-parallel slices."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
-        for blocks, products in ((1, 2), (2, 2), (2, 3)):
+        for blocks, products in CUTS:
             for dtype in (torch.bfloat16, torch.float16):
                 yield tile_shape_of(
                     blocks, products, dtype, sizes.activation, sizes.num_experts, sizes.hidden_size, intermediate_size

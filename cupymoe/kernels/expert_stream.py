@@ -68,7 +68,7 @@ class Regime:
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 
 
-_UP_TO_64_TOKENS = Regime(16, Tile(256, 5, k_warps=2), Tile(256, 5, k_warps=2), 0, fp32_slots=True)
+_UP_TO_64_TOKENS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
 _UP_TO_256_TOKENS = Regime(
     32, Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2), Tile(256, 4, k_warps=2), 0, fp32_slots=False
 )

@@ -17,17 +17,20 @@ BLOCK_K = 64
 _UNIT_SLOTS = 128
 _ROW_BYTES = 128
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper
-# Products of 64 slots that a warpgroup has the registers for, by their width.
-_PRODUCTS = {2: (192, 176, 160, 144, 128), 3: (128,)}
-# Weight rows of a warpgroup's products, and what a row of each costs: the fewer, the more the operands' way from shared
-# memory is the limit.
+# Weight rows of a product, by the number of products that a warpgroup then has registers for.
+_WIDTHS = {2: (192, 176, 160, 144, 128), 3: (128,)}
+# What a weight row of each width costs: the fewer, the more the operands' way from shared memory is the limit.
 _ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
 # From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
 # 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
 _TILES_FROM = 32
-# From so many on, clusters of two blocks beat single blocks: 192 slots take 777 us in clusters and 765 without, 256
-# take 990 and 1001.
-_CLUSTERS_FROM = 224
+# (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on.
+# Around 256 half of the experts have a few slots too many for one tile of two products. In us, for (1, 2), (1, 3) and
+# (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and 1248; 384 take 1340, 1360
+# and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
+_CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
+CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
+"""Blocks of a cluster and products of a warpgroup, wherever they are the fastest."""
 
 
 def prefers_tiles(num_pairs: int, num_experts: int) -> bool:
@@ -35,9 +38,9 @@ def prefers_tiles(num_pairs: int, num_experts: int) -> bool:
     return num_pairs >= _TILES_FROM * num_experts
 
 
-def blocks_of_a_cluster(num_pairs: int, num_experts: int) -> int:
-    """One or two, whichever was measured to be faster."""
-    return 2 if num_pairs >= _CLUSTERS_FROM * num_experts else 1
+def cut(num_pairs: int, num_experts: int) -> tuple[int, int]:
+    """Blocks of a cluster and products of a warpgroup, those that were measured to be the fastest."""
+    return next((blocks, products) for slots, blocks, products in _CUTS_FROM if num_pairs >= slots * num_experts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class Tiling:
     blocks: int
     """Of a cluster."""
     products: int
-    """Of 64 slots, the most of a warpgroup in a tile."""
+    """Of a warpgroup: the most times 64 slots that it multiplies in a tile."""
     block_n: int
     """Weight rows that a block loads of a tile, and that each product multiplies."""
     stages: int
@@ -56,9 +59,11 @@ class Tiling:
     def defines(self) -> tuple[str, ...]:
         """The macros of this tiling."""
         return (
+            f"BLOCK_THREADS={THREADS}",
             f"BLOCKS={self.blocks}",
             f"PRODUCTS={self.products}",
             f"BLOCK_N={self.block_n}",
+            f"BLOCK_K={BLOCK_K}",
             f"STAGES={self.stages}",
         )
 
@@ -71,7 +76,7 @@ def tiling(blocks: int, products: int, rows: int, num_experts: int) -> Tiling:
         tile_rows = blocks * block_n
         return -(-rows // tile_rows) * tile_rows * _ROW_COSTS[block_n]
 
-    block_n = min(_PRODUCTS[products], key=cost)
+    block_n = min(_WIDTHS[products], key=cost)
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
     stages = (_SHARED_BYTES - tile_bytes - 16) // (stage_bytes + 16)

@@ -25,6 +25,7 @@ def variant(dtype: torch.dtype, activation: MoEActivation, columns: int, width: 
             f"INTERLEAVED={int(activation.is_interleaved)}",
             f"COLS={columns}",
             f"VEC={width}",
+            f"BLOCK_THREADS={BLOCK_THREADS}",
         ),
     )
 

@@ -24,6 +24,7 @@ def variant(dtype: torch.dtype, scale_dtype: torch.dtype, num_experts: int, top_
             f"NUM_EXPERTS={num_experts}",
             f"TOP_K={top_k}",
             f"RENORMALIZE={int(renormalize)}",
+            f"WARPS={WARPS}",
         ),
     )
 

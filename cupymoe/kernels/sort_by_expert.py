@@ -71,7 +71,7 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
     if blocks > 1:
         counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device, False)(
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device, True)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
         )
     _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, device, blocks > 1)(

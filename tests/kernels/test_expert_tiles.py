@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.kernels import experts_down_wgmma, experts_up_wgmma
-from cupymoe.kernels.expert_tiles import blocks_of_a_cluster, prefers_tiles, tile_shape_of
+from cupymoe.kernels import expert_tiles, experts_down_wgmma, experts_up_wgmma
+from cupymoe.kernels.expert_tiles import CUTS, prefers_tiles, tile_shape_of
 from cupymoe.kernels.jit import compile_offline
 
 SHARED_BYTES_OF_HOPPER = 227 * 1024
@@ -25,9 +25,6 @@ SIZES = [
     (5, 272, 72),
     (3, 16, 8),
 ]
-
-
-CUTS = [(1, 2), (2, 2), (2, 3)]  # blocks of a cluster, products of a warpgroup
 
 
 def shape(cut, num_experts, hidden, intermediate, dtype=torch.bfloat16):
@@ -67,7 +64,9 @@ def test_two_products_pad_nothing_of_gemma_4():
 def test_bounds_are_those_that_were_measured():
     """At 128 experts and 8 choices."""
     assert [prefers_tiles(8 * tokens, 128) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
-    assert [blocks_of_a_cluster(8 * tokens, 128) for tokens in (1024, 2048, 3583, 3584, 4096)] == [1, 1, 1, 2, 2]
+    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (512, 3839)] == [(1, 2)] * 2
+    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (3840, 5887)] == [(1, 3)] * 2
+    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (5888, 32768)] == [(2, 2)] * 2
 
 
 def rows_of_box(tensor_map, start, row_bytes):

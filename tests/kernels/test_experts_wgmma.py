@@ -1,24 +1,23 @@
 """experts_up_wgmma.cu and experts_down_wgmma.cu, slot by slot, against float64."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 import torch
 
 from cupymoe import MoEActivation, reference
-from cupymoe.kernels.expert_tiles import tile_shape_of
+from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.sort_by_expert import sort_by_expert
-from tests.helpers import poison_free_memory, random_experts
+from tests.helpers import poison_free_memory, random_experts, run_python
 
 pytestmark = pytest.mark.gpu
 
 GELU_TANH = MoEActivation.GELU_TANH
 ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FEW = torch.finfo(torch.float32).eps * 64
-
-CUTS = [(1, 2), (2, 2), (2, 3)]  # blocks of a cluster, products of a warpgroup
 
 # (tokens, experts, hidden, intermediate, top_k): one expert with every number of 64 slots, in one tile and in more;
 # sizes that end inside a box; Gemma 4's slices; many experts, some empty.
@@ -41,14 +40,19 @@ CASES = [
 ]
 
 
-def run(case, cut, activation=GELU_TANH):
-    """Pairs in expert order, what experts_up gives and what experts_down makes of it, without the unused rows."""
+def multiply(case, cut, activation=GELU_TANH):
+    """Pairs in expert order, what experts_up gives, what experts_down makes of it; rows past the last slot are unused."""
     num_experts, hidden, intermediate_size = case.down_proj.shape
     shape = tile_shape_of(*cut, case.hidden_states.dtype, activation, num_experts, hidden, intermediate_size)
-    poison_free_memory()
     pairs = sort_by_expert(case.top_k_index, num_experts)
     intermediate = experts_up_wgmma(case.hidden_states, case.gate_up_proj, pairs, shape)
-    output = experts_down_wgmma(intermediate, case.down_proj, pairs, shape)
+    return pairs, intermediate, experts_down_wgmma(intermediate, case.down_proj, pairs, shape)
+
+
+def run(case, cut, activation=GELU_TANH):
+    """The same on poisoned memory, without the unused rows."""
+    poison_free_memory()
+    pairs, intermediate, output = multiply(case, cut, activation)
     kept = int(pairs.expert_offsets[-1])
     return pairs, intermediate[:kept], output[:kept]
 
@@ -110,3 +114,26 @@ def test_same_bits_from_either_cluster_and_every_time(num_tokens):
     for cut in (*CUTS, CUTS[-1]):
         _, *again = run(case, cut)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+SIDE_BY_SIDE = """
+import torch
+from tests.helpers import random_experts
+from tests.kernels.test_experts_wgmma import multiply
+
+torch.manual_seed(0)
+case = random_experts(500, 128, 2816, 704, 8, dtype=torch.bfloat16, device="cuda")
+_, _, first = multiply(case, (2, 2))
+for _ in range(30):
+    for _ in range(100):
+        _, _, again = multiply(case, (2, 2))
+    assert torch.equal(again, first)
+print("as the first")
+"""
+
+
+def test_processes_side_by_side():
+    """Experts with few slots leave the second block of a cluster without any, and processes delay each other's blocks:
+    one came too late to a stage that was filled and emptied without it, and waited for ever."""
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: run_python(SIDE_BY_SIDE), range(3))) == ["as the first\n"] * 3
