@@ -1,5 +1,7 @@
 """fused_experts on CUDA where memory ends, and where an index no longer fits 32 bits."""
 
+import gc
+
 import pytest
 import torch
 
@@ -33,8 +35,11 @@ def allow(num_bytes):
 def test_out_of_memory_at_every_point_of_a_call(backend, num_tokens, top_k, least_failures):
     """With a little more memory each time, until it succeeds: torch's error, nothing kept, and the next call works.
 
-    Allocations above 10 MB are segments of their own, so fused's three fail in turn, and grouped's five.
+    Allocations above 10 MB are segments of their own, so fused's three fail in turn, and grouped's five; but a segment
+    of an earlier test, of which something is left, would serve them.
     """
+    gc.collect()
+    torch.cuda.empty_cache()
     case = random_experts(num_tokens, 16, 1024, 512, top_k, dtype=torch.bfloat16, device="cuda")
 
     def call():

@@ -26,8 +26,8 @@ _ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
 _TILES_FROM = 32
 # (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on.
 # Around 256 half of the experts have a few slots too many for one tile of two products. In us, for (1, 2), (1, 3) and
-# (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and 1248; 384 take 1340, 1360
-# and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
+# (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and 1248; 384 take 1340,
+# 1360 and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest."""

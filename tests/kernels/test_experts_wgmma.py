@@ -41,7 +41,7 @@ CASES = [
 
 
 def multiply(case, cut, activation=GELU_TANH):
-    """Pairs in expert order, what experts_up gives, what experts_down makes of it; rows past the last slot are unused."""
+    """Pairs in expert order, what experts_up gives, what experts_down makes of it; past the last slot, anything."""
     num_experts, hidden, intermediate_size = case.down_proj.shape
     shape = tile_shape_of(*cut, case.hidden_states.dtype, activation, num_experts, hidden, intermediate_size)
     pairs = sort_by_expert(case.top_k_index, num_experts)
