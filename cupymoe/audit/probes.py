@@ -31,34 +31,34 @@ _COARSE = 0.02  # relative; no rounding of a 16-bit dtype is that far off in nor
 _REPEATS = 10
 
 
-def gate_order(subject: Subject) -> tuple[Finding, str | None]:
-    """Which rows of gate_up_proj are the gate, whatever the activation; and the layout, None if there is no telling.
+def gate_order(subject: Subject) -> Finding:
+    """Which rows of gate_up_proj are the gate, whatever the activation; measures the layout, None where none is told.
 
     Of the two operands only up enters affinely. So under the right layout, and no other, the outputs for
     up = -1, 0.5, 2 lie on a line, for every gate.
     """
     gate = subject.rounded(4 * torch.rand(32, INTERMEDIATE, generator=subject.generator()).double() - 2)
     curvature, slope = {}, {}
-    for layout in LAYOUTS:
-        at = [subject.run(selection(gate, torch.full((32, 1), up, dtype=torch.float64), layout)) for up in (-1, 0.5, 2)]
+    for name in LAYOUTS:
+        at = [subject.run(selection(gate, torch.full((32, 1), up, dtype=torch.float64), name)) for up in (-1, 0.5, 2)]
         size = max(float(output.abs().max()) for output in at) or 1.0
-        curvature[layout] = float((at[0] - 2 * at[1] + at[2]).abs().max()) / size
-        slope[layout] = float((at[2] - at[0]).abs().max()) / size
+        curvature[name] = float((at[0] - 2 * at[1] + at[2]).abs().max()) / size
+        slope[name] = float((at[2] - at[0]).abs().max()) / size
     straight = max(4 * subject.eps, _COARSE)
-    affine = [layout for layout in LAYOUTS if curvature[layout] <= straight]
-    measured = {"curvature": curvature, "slope": slope}
+    affine = [name for name in LAYOUTS if curvature[name] <= straight]
+    layout = affine[0] if len(affine) == 1 else None
+    measured = {"layout": layout, "curvature": curvature, "slope": slope}
 
     def finding(value: str, status: Status, detail: str) -> Finding:
         return Finding("gate order", value, status, detail, subject.layout, measured)
 
-    if len(affine) != 1:
-        return finding("unknown", "contradicts", f"up enters affinely in {affine or 'no layout'}"), None
-    layout = affine[0]
+    if layout is None:
+        return finding("unknown", "contradicts", f"up enters affinely in {affine or 'no layout'}")
     if slope[layout] <= straight:
-        return finding("ungated", "contradicts", f"the up rows ({layout}) change nothing"), layout
+        return finding("ungated", "contradicts", f"the up rows ({layout}) change nothing")
     other = min(value for name, value in curvature.items() if name != layout)
     detail = f"up enters affinely to {curvature[layout]:.1e}; in the next best order to {other:.1e}"
-    return finding(layout, "ok" if layout == subject.layout else "contradicts", detail), layout
+    return finding(layout, "ok" if layout == subject.layout else "contradicts", detail)
 
 
 def activation(subject: Subject, layout: str, gated: bool = True) -> Finding:
