@@ -22,6 +22,7 @@ from cupymoe.kernels import catalog, cuda_sources, jit
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
+_SEED = click.IntRange(0, 2**63 - 1)  # what a torch.Generator takes
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +66,7 @@ def versions() -> dict[str, str]:
     help="Check the layers of this .safetensors file, index.json or folder; the sizes are its config.json's.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Element type.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the random inputs.")
 def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: int) -> None:
     """Check the layer against float64, the activation contract and itself. Exits with 1 if a check fails."""
     setting = Setting(SHAPES[shape], DTYPES[dtype], seed, _device())
@@ -174,7 +175,7 @@ _AUDIT_COLORS = {"ok": "green", "warn": "yellow", "unclear": "yellow", "contradi
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: bfloat16 on CUDA, float32 on the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the random inputs.")
 def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: int) -> None:
     """Find out from outside which function an implementation of the experts computes.
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from cupymoe.activation import MoEActivation
+
+
+def _is_number(value: object, kind: Any) -> bool:
+    """Whether it is of that kind; True and False are no numbers here, though Python's bool is an int."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,8 @@ class Gemma4MoEConfig:
     ``hidden_activation`` has no default: it is what serving stacks got wrong, so it is always read, never assumed.
 
     Raises:
-        ValueError: a size is not positive, ``top_k_experts`` exceeds ``num_experts``, or the activation is unknown.
+        ValueError: a size is not a positive integer, ``top_k_experts`` exceeds ``num_experts``, the activation is
+            unknown, or ``rms_norm_eps`` is not a finite number that is at least 0.
     """
 
     hidden_size: int
@@ -28,11 +35,14 @@ class Gemma4MoEConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "moe_intermediate_size", "num_experts", "top_k_experts"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if not _is_number(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if self.top_k_experts > self.num_experts:
             raise ValueError(f"top_k_experts must be at most num_experts={self.num_experts}, got {self.top_k_experts}")
         MoEActivation.from_str(self.hidden_activation)
+        eps = self.rms_norm_eps
+        if not _is_number(eps, int | float) or not math.isfinite(eps) or eps < 0:
+            raise ValueError(f"rms_norm_eps must be a finite number, at least 0, got {eps!r}")
 
     @property
     def activation(self) -> MoEActivation:

@@ -1,6 +1,7 @@
 """Gemma4MoEConfig: validated, and read from transformers without an assumption."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -29,10 +30,21 @@ def test_hidden_activation_has_no_default():
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "moe_intermediate_size", "num_experts", "top_k_experts"])
-@pytest.mark.parametrize("size", [0, -1, 2.0, "8", None])
+@pytest.mark.parametrize("size", [0, -1, 2.0, "8", None, True])
 def test_sizes_are_positive_integers(name, size):
     with pytest.raises(ValueError, match=rf"{name} must be a positive integer, got {size!r}"):
         Gemma4MoEConfig(**{**FIELDS, name: size})
+
+
+@pytest.mark.parametrize("eps", [None, "1e-6", -5.0, -1, True, float("nan"), float("inf"), [1e-6]])
+def test_eps_is_a_finite_number(eps):
+    with pytest.raises(ValueError, match=re.escape(f"rms_norm_eps must be a finite number, at least 0, got {eps!r}")):
+        Gemma4MoEConfig(**{**FIELDS, "rms_norm_eps": eps})
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, 1e-6])
+def test_eps_may_be_zero(eps):
+    assert Gemma4MoEConfig(**{**FIELDS, "rms_norm_eps": eps}).rms_norm_eps == eps
 
 
 def test_top_k_is_at_most_the_number_of_experts():

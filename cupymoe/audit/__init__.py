@@ -34,16 +34,16 @@ def prepare(name: str, activation: str, dtype: torch.dtype, device: torch.device
         subject.run(case)
     except TargetError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{name} can't run here: {type(error).__name__}: {error}") from error
     return subject
 
 
 def audit(subject: Subject) -> Iterator[Finding]:
     """Every property, one after the other. Masked ids come last: on CUDA they may end in a device-side assertion."""
-    order, layout = probes.gate_order(subject)
+    order = _guarded("gate order", functools.partial(probes.gate_order, subject))
     yield order
-    found = None
+    layout, found = order.measured.get("layout"), None
     if layout is not None:
         run = functools.partial(probes.activation, subject, layout, order.value != "ungated")
         activation = _guarded("activation", run)
@@ -58,10 +58,10 @@ def audit(subject: Subject) -> Iterator[Finding]:
 
 
 def _guarded(name: str, probe: Callable[[], Finding]) -> Finding:
-    """A probe whose inputs the target refuses is a finding too."""
+    """A probe whose inputs the target refuses, or at which it wants to leave the process, is a finding too."""
     try:
         return probe()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Finding(name, "not measured", "unclear", f"the target raised {type(error).__name__}: {error}")
 
 

@@ -27,11 +27,19 @@ def _member(member: MoEActivation, gate: torch.Tensor, up: torch.Tensor) -> torc
     return reference.activate(rows, member)
 
 
+def _clamped_swiglu(limit: float, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-style: clamps SILU's argument, where SWIGLUSTEP clamps its result."""
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(gate) * up.clamp(-limit, limit)
+
+
 # The functions that an implementation may turn out to compute, by the name that a config would give them.
 CANDIDATES: dict[str, Function] = {
     **{member.value: functools.partial(_member, member) for member in MoEActivation if member.is_gated},
     "quick_gelu": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
     "relu": lambda gate, up: torch.relu(gate) * up,
+    "clamped_swiglu_7": functools.partial(_clamped_swiglu, 7.0),
+    "clamped_swiglu_10": functools.partial(_clamped_swiglu, 10.0),
 }
 
 _LABELS = {
@@ -43,6 +51,8 @@ _LABELS = {
     "swiglustep": "SWIGLUSTEP",
     "quick_gelu": "quick GELU",
     "relu": "ReLU",
+    "clamped_swiglu_7": "clamped SwiGLU (limit 7)",
+    "clamped_swiglu_10": "clamped SwiGLU (limit 10)",
 }
 
 # How the rows of gate_up_proj hold gate and up.

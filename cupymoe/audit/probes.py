@@ -26,43 +26,45 @@ from cupymoe.audit.measured import (
     selection,
 )
 
+_FURTHEST = 12.0  # gate and up, in size: beyond the clamps of every candidate
 _SIGMAS = 6  # by how much a measurement must exclude a candidate
 _COARSE = 0.02  # relative; no rounding of a 16-bit dtype is that far off in norm
+_ROUNDINGS = 100  # eps; a float32 result that is further off is not only rounded (a 16-bit one contradicts before)
 _REPEATS = 10
 
 
-def gate_order(subject: Subject) -> tuple[Finding, str | None]:
-    """Which rows of gate_up_proj are the gate, whatever the activation; and the layout, None if there is no telling.
+def gate_order(subject: Subject) -> Finding:
+    """Which rows of gate_up_proj are the gate, whatever the activation; measures the layout, None where none is told.
 
     Of the two operands only up enters affinely. So under the right layout, and no other, the outputs for
     up = -1, 0.5, 2 lie on a line, for every gate.
     """
     gate = subject.rounded(4 * torch.rand(32, INTERMEDIATE, generator=subject.generator()).double() - 2)
     curvature, slope = {}, {}
-    for layout in LAYOUTS:
-        at = [subject.run(selection(gate, torch.full((32, 1), up, dtype=torch.float64), layout)) for up in (-1, 0.5, 2)]
+    for name in LAYOUTS:
+        at = [subject.run(selection(gate, torch.full((32, 1), up, dtype=torch.float64), name)) for up in (-1, 0.5, 2)]
         size = max(float(output.abs().max()) for output in at) or 1.0
-        curvature[layout] = float((at[0] - 2 * at[1] + at[2]).abs().max()) / size
-        slope[layout] = float((at[2] - at[0]).abs().max()) / size
+        curvature[name] = float((at[0] - 2 * at[1] + at[2]).abs().max()) / size
+        slope[name] = float((at[2] - at[0]).abs().max()) / size
     straight = max(4 * subject.eps, _COARSE)
-    affine = [layout for layout in LAYOUTS if curvature[layout] <= straight]
-    measured = {"curvature": curvature, "slope": slope}
+    affine = [name for name in LAYOUTS if curvature[name] <= straight]
+    layout = affine[0] if len(affine) == 1 else None
+    measured = {"layout": layout, "curvature": curvature, "slope": slope}
 
     def finding(value: str, status: Status, detail: str) -> Finding:
         return Finding("gate order", value, status, detail, subject.layout, measured)
 
-    if len(affine) != 1:
-        return finding("unknown", "contradicts", f"up enters affinely in {affine or 'no layout'}"), None
-    layout = affine[0]
+    if layout is None:
+        return finding("unknown", "contradicts", f"up enters affinely in {affine or 'no layout'}")
     if slope[layout] <= straight:
-        return finding("ungated", "contradicts", f"the up rows ({layout}) change nothing"), layout
+        return finding("ungated", "contradicts", f"the up rows ({layout}) change nothing")
     other = min(value for name, value in curvature.items() if name != layout)
     detail = f"up enters affinely to {curvature[layout]:.1e}; in the next best order to {other:.1e}"
-    return finding(layout, "ok" if layout == subject.layout else "contradicts", detail), layout
+    return finding(layout, "ok" if layout == subject.layout else "contradicts", detail)
 
 
 def activation(subject: Subject, layout: str, gated: bool = True) -> Finding:
-    """Which candidate the measured ``act(gate) * up`` is, for every value on a grid from -10 to 10.
+    """Which candidate the measured ``act(gate) * up`` is, for every value on a grid from -12 to 12.
 
     A candidate is excluded when the output's position on the line from the best one to it is known, by least squares
     over the whole grid, to be nearer to the best with :data:`_SIGMAS` to spare. So noise that hides a difference on
@@ -71,12 +73,12 @@ def activation(subject: Subject, layout: str, gated: bool = True) -> Finding:
     gate, spacing = _grid(subject)
     rows = len(gate) // INTERMEDIATE
     gate, spacing = (values[: rows * INTERMEDIATE].view(rows, INTERMEDIATE) for values in (gate, spacing))
-    up = torch.where(torch.arange(rows) % 4 == 3, 10.0, 1.0).double()[:, None]  # 10: clamped forms clamp it to 7
+    up = subject.rounded(_ups(rows))
     output = subject.run(selection(gate, up, layout))[:, :INTERMEDIATE]
     if not gated:
         up = torch.ones_like(up)
     truths = {name: function(gate, up) for name, function in CANDIDATES.items()}
-    step = subject.eps * torch.maximum(output.abs(), 2.0**-7 * up)
+    step = subject.eps * torch.maximum(output.abs(), 2.0**-7 * up.abs())
     normal = spacing * torch.exp(-(gate**2) / 2) / up**2
     errors = {name: _curve_error(output, truth, gate, normal) for name, truth in truths.items()}
     if not output.isfinite().all():
@@ -86,18 +88,27 @@ def activation(subject: Subject, layout: str, gated: bool = True) -> Finding:
     detail = f"off by {errors[best]:.1e}; next is {label(second)}, off by {errors[second]:.1e}"
     if not errors[best] <= max(4 * subject.eps, 1e-3):
         return _activation_finding(subject, "unknown", f"nearest is {label(best)}, {detail}", errors, {})
-    sigmas = {name: _sigmas(output, truths[best], truths[name], step) for name in truths if name != best}
+    # A kernel may round act(gate) before it multiplies, so what is the same act in the dtype can't be told apart.
+    acts = {name: subject.rounded(truth[(up == 1).flatten()]) for name, truth in truths.items()}
+    sigmas = {
+        name: 0.0 if torch.equal(acts[name], acts[best]) else _sigmas(output, truths[best], truths[name], step)
+        for name in truths
+        if name != best
+    }
     rivals = [name for name, margin in sigmas.items() if margin < _SIGMAS]
     if rivals:
         if subject.dtype != torch.float32:
             detail += f"; {subject.dtype} hides it, float32 may not".replace("torch.", "")
-        value = "cannot tell: " + " or ".join(label(name) for name in sorted([best, *rivals]))
+        value = "cannot tell: " + " or ".join(label(name) for name in sorted([best, *rivals], key=label))
         status: Status = "unclear" if subject.activation in [best, *rivals] else "contradicts"
         return _activation_finding(subject, value, detail, errors, sigmas, status)
     detail += f" ({_times(errors[second], errors[best])}{min(sigmas[second], 1e6):.3g} sigma)"
-    return _activation_finding(
-        subject, label(best), detail, errors, sigmas, "ok" if best == subject.activation else "contradicts", best
-    )
+    value, agrees = label(best), best == subject.activation
+    if errors[best] > _ROUNDINGS * subject.eps:
+        value = f"near {value}"
+        detail += "; more than rounding: TF32 products, an approximation, or another function"
+        return _activation_finding(subject, value, detail, errors, sigmas, "unclear" if agrees else "contradicts", best)
+    return _activation_finding(subject, value, detail, errors, sigmas, "ok" if agrees else "contradicts", best)
 
 
 def _activation_finding(
@@ -115,12 +126,20 @@ def _activation_finding(
 
 def _grid(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct values of the dtype, shuffled, each with the width of the interval that it stands for."""
-    even = torch.linspace(-10, 10, 12001, dtype=torch.float64)
+    even = torch.linspace(-_FURTHEST, _FURTHEST, 14401, dtype=torch.float64)
     values = torch.unique(subject.rounded(torch.cat((even, even / 10))))
     spacing = torch.diff(values, prepend=values[:1], append=values[-1:])
     spacing = (spacing[1:] + spacing[:-1]) / 2
     order = torch.randperm(len(values), generator=subject.generator())
     return values[order], spacing[order]
+
+
+def _ups(rows: int) -> torch.Tensor:
+    """``[rows, 1]``: 1, with which no product rounds; in every fourth row 1 to 12 of either sign, for the clamps."""
+    ups = torch.ones(rows, 1, dtype=torch.float64)
+    larger = ups[3::4]
+    larger[:, 0] = torch.linspace(1, _FURTHEST, len(larger)) * (-1.0) ** torch.arange(len(larger))
+    return ups
 
 
 def _curve_error(output: torch.Tensor, truth: torch.Tensor, gate: torch.Tensor, normal: torch.Tensor) -> float:

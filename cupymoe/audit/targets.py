@@ -127,7 +127,7 @@ def _import(module: str, attribute: str) -> Experts:
         function: Any = importlib.import_module(module)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except Exception as error:  # importing runs foreign code
+    except (Exception, SystemExit) as error:  # importing runs foreign code
         raise TargetError(f"{module}:{attribute} can't be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise TargetError(f"{module}:{attribute} is a {type(function).__name__}, not a function")

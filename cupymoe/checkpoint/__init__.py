@@ -7,8 +7,9 @@ start with ``[model.][language_model.]layers.N.``; then come ``router.proj.weigh
 - fused: ``experts.gate_up_proj`` [E, 2I, H] and ``experts.down_proj`` [E, H, I]; older: ``moe.`` for ``experts.``
 - per expert: ``experts.<id>.{gate,up,down}_proj.weight`` [I, H], [I, H], [H, I]; or behind ``moe.``
 
-Every ``router.*``, ``experts.*`` and ``moe.*`` key of a layer is accounted for in the files' headers before the first
-tensor is read. Whatever is missing, left over, misshapen or quantised is a :class:`CheckpointError` that names it.
+Every key of a layer with a part ``router``, ``experts`` or ``moe`` is accounted for in the files' headers before the
+first tensor is read. Whatever is missing, left over, misshapen or quantised is a :class:`CheckpointError` that names
+it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupymoe.checkpoint.files import CheckpointError, PathLike, key_files, open_file, read_json
+from cupymoe.checkpoint.files import INDEX, CheckpointError, PathLike, header_keys, key_files, open_file, read_json
 from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4MoE
 
-__all__ = ["CheckpointError", "layers", "load_into", "load_layer", "read_config"]
+__all__ = ["CheckpointError", "check_index", "layers", "load_into", "load_layer", "num_hidden_layers", "read_config"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def layers(path: PathLike) -> tuple[int, ...]:
-    """Numbers of the layers that have a ``router.*``, ``experts.*`` or ``moe.*`` key, in rising order.
+    """Numbers of the layers that have a key with a part ``router``, ``experts`` or ``moe``, in rising order.
 
     Raises:
         CheckpointError: there is no checkpoint at ``path``, or one of its files can't be read.
@@ -48,18 +49,67 @@ def read_config(path: PathLike) -> Gemma4MoEConfig:
     Raises:
         CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
     """
-    path = Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    given = read_json(file)
-    given = given.get("text_config", given)
+    file, given = _read_fields(path)
     names = Gemma4MoEConfig.__dataclass_fields__
-    if not isinstance(given, dict) or (missing := [name for name in names if name not in given]):
-        wanted = ", ".join(missing) if isinstance(given, dict) else "an object text_config"
-        raise CheckpointError(f"{file}: {wanted} must be there and is not assumed; got {given}")
+    if missing := [name for name in names if name not in given]:
+        raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
     try:
         return Gemma4MoEConfig(**{name: given[name] for name in names})
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def num_hidden_layers(path: PathLike) -> int | None:
+    """How many layers ``config.json`` says that there are; None if it doesn't say.
+
+    Raises:
+        CheckpointError: the file is not there or not JSON, or the number is not a positive integer.
+    """
+    file, given = _read_fields(path)
+    count = given.get("num_hidden_layers")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise CheckpointError(f"{file}: num_hidden_layers must be a positive integer, got {count!r}")
+    return count
+
+
+def _read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
+    """The ``config.json`` beside the checkpoint, and what it says of the text model."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    given = read_json(file)
+    given = given.get("text_config", given)
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{file}: an object text_config must be there and is not assumed; got {given}")
+    return file, given
+
+
+def check_index(path: PathLike) -> None:
+    """See that a folder's index, if it has one, and all its files agree on which file holds which router and experts.
+
+    :func:`load_layer` opens the files of its layer only; that others hold more than the index says is seen here.
+
+    Raises:
+        CheckpointError: they don't agree, or a file can't be read; the message names the keys.
+        ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    if not (path / INDEX).exists():
+        return
+    files = key_files(path)
+    listed = {(key, file) for key, file in files.items() if layer_of(key) is not None}
+    held = {
+        (key, file)
+        for file in {*path.glob("*.safetensors"), *files.values()}
+        for key in header_keys(file)
+        if layer_of(key) is not None
+    }
+    differences = [f"{key} is in {file.name}, where the index does not list it" for key, file in sorted(held - listed)]
+    differences += [f"{key} is not in {file.name}, where the index lists it" for key, file in sorted(listed - held)]
+    if differences:
+        raise CheckpointError(
+            f"{path / INDEX}: it and the files must agree, got {len(differences)} differences: "
+            f"{'; '.join(differences[:8])}"
+        )
 
 
 def load_layer(
@@ -89,6 +139,7 @@ def load_layer(
         CheckpointError: a key is missing, left over, misshapen, of a dtype that is none of the four, there twice, or
             the experts are in two layouts; or one of the files can't be read.
         ValueError: ``dtype`` is none of the four.
+        TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
     if dtype is not None and dtype not in _DTYPES.values():
@@ -117,6 +168,7 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
     Raises:
         CheckpointError: as of :func:`load_layer`.
         ValueError: a parameter is on the meta device, where a copy would be lost.
+        TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
     if lost := [name for name, parameter in moe.named_parameters() if parameter.is_meta]:
@@ -144,6 +196,8 @@ class _Tensor(NamedTuple):
 @contextmanager
 def _checked(path: PathLike, layer: int, config: Gemma4MoEConfig) -> Iterator[list[_Tensor]]:
     """The layer's tensors, unread, after every check; the files are open until the context ends."""
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise TypeError(f"layer must be an int, the N of layers.N., got {layer!r}")
     found = match(path, key_files(path), layer, config)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}

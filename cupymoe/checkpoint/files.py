@@ -9,7 +9,7 @@ from typing import Any
 
 PathLike = str | os.PathLike[str]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
@@ -22,28 +22,36 @@ def key_files(path: PathLike) -> dict[str, Path]:
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
-        if (path / _INDEX).exists():
+        if (path / INDEX).exists():
             if path / _SINGLE in files:
-                raise CheckpointError(f"{path}: {_SINGLE} and {_INDEX} are both there; give the one that is meant")
-            path = path / _INDEX
+                raise CheckpointError(f"{path}: {_SINGLE} and {INDEX} are both there; give the one that is meant")
+            path = path / INDEX
         elif not files:
-            raise CheckpointError(f"{path}: neither {_INDEX} nor a .safetensors file is there")
+            raise CheckpointError(f"{path}: neither {INDEX} nor a .safetensors file is there")
     if path.suffix == ".json":
         return _weight_map(path)
     result: dict[str, Path] = {}
     for file in files:
-        with open_file(file) as handle:
-            for key in handle.keys():  # noqa: SIM118  not a mapping
-                if key in result:
-                    raise CheckpointError(f"{file}: {key} is there twice: {result[key]} has it too")
-                result[key] = file
+        for key in header_keys(file):
+            if key in result:
+                raise CheckpointError(f"{file}: {key} is there twice: {result[key]} has it too")
+            result[key] = file
     return result
+
+
+def header_keys(file: Path) -> list[str]:
+    """The keys of one safetensors file."""
+    with open_file(file) as handle:
+        return list(handle.keys())
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must be an object that maps keys to file names, got {weight_map!r}")
+        raise CheckpointError(
+            f"{index}: a .json path must be an index: weight_map must be an object that maps keys to file names, got "
+            f"{weight_map!r}"
+        )
     return {key: index.parent / name for key, name in weight_map.items()}
 
 

@@ -17,6 +17,8 @@ _LAYER_KEY = re.compile(
     r"(?P<prefix>(?:(?:model|language_model)\.)*layers\.(?P<layer>0|[1-9][0-9]*)\.)"
     r"(?P<name>(?:router|experts|moe)\..+)"
 )
+# Any spelling of such a key: what _LAYER_KEY doesn't know is refused by name, never passed over.
+_KEY_OF_A_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>[0-9]+)\.(?:.*\.)?(?:router|experts|moe)(?:\.|$)")
 _FUSED = re.compile(r"(?P<prefix>experts\.|moe\.|moe\.experts\.)(?P<name>gate_up_proj|down_proj)")
 _PER_EXPERT = re.compile(
     r"(?P<prefix>experts\.|moe\.experts\.)(?P<name>(?:0|[1-9][0-9]*)\.(?:gate|up|down)_proj\.weight)"
@@ -40,8 +42,8 @@ class Found(NamedTuple):
 
 
 def layer_of(key: str) -> int | None:
-    """The layer that a key belongs to if it is one of a router or of experts."""
-    match = _LAYER_KEY.fullmatch(key)
+    """The layer that a key belongs to if it is one of a router or of experts, in whichever spelling."""
+    match = _KEY_OF_A_LAYER.search(key)
     return int(match["layer"]) if match else None
 
 
@@ -65,9 +67,14 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4M
     layouts: dict[tuple[bool, str], str] = {}
     prefix = ""
     for key, file in files.items():
-        parts = _LAYER_KEY.fullmatch(key)
-        if parts is None or int(parts["layer"]) != layer:
+        if layer_of(key) != layer:
             continue
+        parts = _LAYER_KEY.fullmatch(key)
+        if parts is None:
+            raise CheckpointError(
+                f"{file}: {key} is left over: a layer's router and experts are read from "
+                f"[model.][language_model.]layers.{layer}.{{router,experts,moe}}.*"
+            )
         prefix, name = parts["prefix"], parts["name"]
         if experts := _FUSED.fullmatch(name) or _PER_EXPERT.fullmatch(name):
             name = f"experts.{experts['name']}"

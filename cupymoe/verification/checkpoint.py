@@ -31,30 +31,44 @@ class LayerSetting(Setting):
 
 
 def run(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[Result]:
-    """One result for each layer that has experts; a checkpoint or layer that can't be loaded is a failure.
+    """One result for each layer that has experts, or should have them as ``num_hidden_layers`` says.
 
-    A layer is on the device only while it is checked.
+    What is missing or can't be loaded is a failure, and the other layers are still checked. A layer is on the device
+    only while it is checked.
     """
     name = "checkpoint has layers with experts"
     try:
         layers, config = checkpoint.layers(path), checkpoint.read_config(path)
+        count = checkpoint.num_hidden_layers(path)
     except (CheckpointError, ImportError) as error:
         yield Result(name, "fail", str(error))
         return
     if not layers:
         yield Result(name, "fail", f"{path}: no key of a router or of experts")
-    for layer in layers:
-        yield _layer(path, layer, config, dtype, seed, device)
+        return
+    try:
+        checkpoint.check_index(path)
+    except (CheckpointError, ImportError) as error:
+        yield Result("index and files agree", "fail", str(error))
+    for layer in sorted({*layers, *range(count or 0)}):
+        name = f"layer {layer} against float64, T = {_TOKENS}"
+        if layer not in layers:
+            reason = f"{path}: layer {layer} has no router and no experts; num_hidden_layers of config.json is {count}"
+            yield Result(name, "fail", reason)
+            continue
+        try:
+            result = _layer(name, path, layer, config, dtype, seed, device)
+        except CheckpointError as error:
+            result = Result(name, "fail", str(error))
+        except Exception as error:  # whatever it is, the other layers are still to be checked
+            result = Result(name, "fail", f"{type(error).__name__}: {error}")
+        yield result
 
 
 def _layer(
-    path: str, layer: int, config: Gemma4MoEConfig, dtype: torch.dtype, seed: int, device: torch.device
+    name: str, path: str, layer: int, config: Gemma4MoEConfig, dtype: torch.dtype, seed: int, device: torch.device
 ) -> Result:
-    name = f"layer {layer} against float64, T = {_TOKENS}"
-    try:
-        moe = checkpoint.load_layer(path, layer, config, device=device, dtype=dtype)
-    except CheckpointError as error:
-        return Result(name, "fail", str(error))
+    moe = checkpoint.load_layer(path, layer, config, device=device, dtype=dtype)
     if (reason := _unhealthy(moe)) is not None:
         return Result(name, "fail", reason)
 

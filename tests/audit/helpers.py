@@ -1,5 +1,7 @@
 """Implementations that are wrong in one thing each, and the audit run on them."""
 
+import sys
+
 import torch
 from click.testing import CliRunner
 
@@ -93,6 +95,25 @@ def wrong_shape(hidden_states, *rest):
 
 def refusing(*case):
     raise RuntimeError("no kernel for this card")
+
+
+def top_2_only(*case):
+    assert case[3].shape[1] == 2, "top-2 only"
+    return plain_experts(*case)
+
+
+def batch_of_64_only(*case):
+    assert len(case[0]) == 64, "64 tokens only"
+    return plain_experts(*case)
+
+
+def leaving(*case):
+    sys.exit(0)
+
+
+def leaving_when_probed(*case):
+    """Fit for a run of 64 tokens, and out of the process at the first probe."""
+    return plain_experts(*case) if len(case[0]) == 64 else sys.exit(0)
 
 
 NOT_A_FUNCTION = 3

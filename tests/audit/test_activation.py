@@ -18,17 +18,27 @@ def test_a_right_implementation_agrees(dtype):
     assert {finding.status for finding in findings.values()} <= {"ok", "warn"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# SILU(7) = 6.994 is 7 in bfloat16.
+HIDDEN = {("swiglustep", torch.bfloat16), ("clamped_swiglu_7", torch.bfloat16)}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "dtype"),
     [
-        ("gelu", "GELU (erf)"),
-        ("silu", "SILU"),
-        ("quick_gelu", "quick GELU"),
-        ("relu", "ReLU"),
-        ("relu2", "ReLU2"),
-        ("swigluoai", "SWIGLUOAI"),
-        ("swiglustep", "SWIGLUSTEP"),
+        (name, value, dtype)
+        for dtype in DTYPES
+        for name, value in [
+            ("gelu", "GELU (erf)"),
+            ("silu", "SILU"),
+            ("quick_gelu", "quick GELU"),
+            ("relu", "ReLU"),
+            ("relu2", "ReLU2"),
+            ("swigluoai", "SWIGLUOAI"),
+            ("swiglustep", "SWIGLUSTEP"),
+            ("clamped_swiglu_7", "clamped SwiGLU (limit 7)"),
+            ("clamped_swiglu_10", "clamped SwiGLU (limit 10)"),
+        ]
+        if (name, dtype) not in HIDDEN
     ],
 )
 def test_a_wrong_activation_is_named(name, value, dtype):
@@ -38,6 +48,42 @@ def test_a_wrong_activation_is_named(name, value, dtype):
     assert findings["activation"].status == "contradicts"
     assert findings["gate order"].value == "gate first"
     assert findings["rounding"].measured["error_from_found"] < torch.finfo(dtype).eps * 4
+
+
+@pytest.mark.parametrize("name", [name for name, _ in sorted(HIDDEN, key=str)])
+def test_a_clamp_of_silu_s_argument_or_result_is_the_same_in_bfloat16(name):
+    """So each is unclear where the config asks for one of them, and contradicts where it asks for another function."""
+    asked, _ = findings_of(with_activation(name), torch.bfloat16, activation=name)
+    other, _ = findings_of(with_activation(name), torch.bfloat16)
+    for findings, status in ((asked, "unclear"), (other, "contradicts")):
+        assert findings["activation"].value == "cannot tell: SWIGLUSTEP or clamped SwiGLU (limit 7)"
+        assert findings["activation"].status == status
+
+
+def of_tf32_products(gate, up):
+    """Operands rounded to the 10 bits of mantissa that tensor cores read of a float32."""
+
+    def rounded(values):
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    return rounded(CANDIDATES["gelu_tanh"](rounded(gate), rounded(up)))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda gate, up: CANDIDATES["gelu_tanh"](gate, up) + 5e-4 * torch.sin(20 * gate) * up,
+        lambda gate, up: CANDIDATES["gelu_tanh"](gate, up) * 1.0009,
+        of_tf32_products,
+    ],
+    ids=["a wave", "a factor", "TF32"],
+)
+def test_in_float32_a_function_nearby_is_not_it(act):
+    for asked, status in (("gelu_tanh", "unclear"), ("silu", "contradicts")):
+        findings, verdict = findings_of(lambda *case: plain_experts(*case, act=act), activation=asked)
+        assert (findings["activation"].value, findings["activation"].status) == ("near GELU (tanh)", status)
+        assert "more than rounding: TF32 products" in findings["activation"].detail
+        assert verdict == status
 
 
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "swigluoai"])

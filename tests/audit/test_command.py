@@ -55,11 +55,37 @@ def test_exit_1_and_json_of_a_contradiction():
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
+        ("top_2_only", "the target raised AssertionError: top-2 only"),
+        ("batch_of_64_only", "the target raised AssertionError: 64 tokens only"),
+        ("leaving_when_probed", "the target raised SystemExit: 0"),
+    ],
+)
+def test_a_target_that_refuses_a_probe_is_unclear(target, reason):
+    """What it refuses says nothing of what it computes; the other probes still run."""
+    target = f"tests.audit.helpers:{target}"
+    result = invoke(target)
+    assert result.exit_code == 0, result.output
+    assert f"{target} is unclear" in result.output
+    report = json.loads(invoke(target, "--json").output)
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    order = findings["gate order"]
+    assert (order["value"], order["status"], order["detail"]) == ("not measured", "unclear", reason)
+    assert {"activation", "routing weights"}.isdisjoint(findings)  # which need the order
+    assert findings["rounding"]["status"] == findings["determinism"]["status"] == "ok"
+    assert report["verdict"] == "unclear"
+
+
+@pytest.mark.usefixtures("_cpu")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
         ("nothing", "is not 'cupymoe', 'transformers:NAME' or"),
         ("no_such_module:f", "ModuleNotFoundError"),
         ("tests.audit.helpers:no_such_function", "AttributeError"),
         ("tests.audit.helpers:NOT_A_FUNCTION", "is a int, not a function"),
         ("tests.audit.helpers:refusing", "RuntimeError: no kernel for this card"),
+        ("tests.audit.helpers:leaving", "SystemExit: 0"),
+        ("tests.audit.leaves:experts", "can't be imported: SystemExit: 0"),
         ("tests.audit.helpers:wrong_shape", "must return a tensor of shape [64, 256], got [64, 255]"),
         ("transformers:no_such", "registered: ['eager', "),
         ("transformers:deepgemm", "requires bfloat16"),

@@ -29,6 +29,8 @@ def test_config_fills_nothing_in(tmp_path, nested, name):
     ("changes", "message"),
     [
         ({"num_experts": None}, r"config.json: num_experts must be a positive integer, got None"),
+        ({"num_experts": True}, r"config.json: num_experts must be a positive integer, got True"),
+        ({"rms_norm_eps": None}, r"config.json: rms_norm_eps must be a finite number, at least 0, got None"),
         ({"hidden_activation": "quick_gelu"}, r"config.json: Unknown MoE activation: 'quick_gelu'"),
         ({"hidden_activation": ["gelu"]}, r"config.json: .*unhashable"),
     ],
@@ -37,6 +39,21 @@ def test_config_is_validated(tmp_path, changes, message):
     write_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["text_config", "flat"])
+def test_the_number_of_layers_is_read(tmp_path, nested):
+    write_config(tmp_path, nested)
+    assert checkpoint.num_hidden_layers(tmp_path) is None
+    write_config(tmp_path, nested, num_hidden_layers=30)
+    assert checkpoint.num_hidden_layers(tmp_path / "model.safetensors") == 30
+
+
+@pytest.mark.parametrize("count", ["30", 0, 2.5, True])
+def test_the_number_of_layers_is_validated(tmp_path, count):
+    write_config(tmp_path, num_hidden_layers=count)
+    with pytest.raises(CheckpointError, match=rf"num_hidden_layers must be a positive integer, got {count!r}"):
+        checkpoint.num_hidden_layers(tmp_path)
 
 
 def test_config_of_another_shape(tmp_path):

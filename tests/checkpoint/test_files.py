@@ -35,6 +35,47 @@ def test_a_key_that_the_index_does_not_list(tmp_path):
         checkpoint.load_layer(path, 3)
 
 
+def test_an_index_that_lists_every_key(tmp_path):
+    checkpoint.check_index(write_shards(tmp_path, tensors_of()))
+    save_file({"unrelated": torch.ones(1)}, tmp_path / "more.safetensors")
+    checkpoint.check_index(tmp_path)
+    assert checkpoint.layers(tmp_path) == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda weight_map: [weight_map.pop(key) for key in list(weight_map) if f"{PREFIX}3." in key],
+            rf"got 5 differences: {PREFIX}3.experts.down_proj is in model-\S+, where the index does not list it; ",
+        ),
+        (
+            lambda weight_map: weight_map.update({f"{PREFIX}4.router.scale": weight_map[f"{PREFIX}3.router.scale"]}),
+            rf"got 1 differences: {PREFIX}4.router.scale is not in model-\S+, where the index lists it",
+        ),
+    ],
+    ids=["a layer unlisted", "a key too many"],
+)
+def test_an_index_and_the_files_of_its_folder_must_agree(tmp_path, edit, message):
+    path = write_shards(tmp_path, tensors_of())
+    edit_index(path, edit)
+    with pytest.raises(CheckpointError, match=rf"index.json: it and the files must agree, {message}"):
+        checkpoint.check_index(path)
+
+
+def test_a_file_of_experts_that_the_index_does_not_name(tmp_path):
+    path = write_shards(tmp_path, tensors_of())
+    save_file({f"{PREFIX}3.{DOWN}": torch.ones(1)}, path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{PREFIX}3.{DOWN} is in more.safetensors, where the index does not"):
+        checkpoint.check_index(path)
+
+
+def test_a_json_file_that_is_no_index(tmp_path):
+    write(tmp_path, tensors_of())
+    with pytest.raises(CheckpointError, match=r"config.json: a .json path must be an index: weight_map must be"):
+        checkpoint.layers(tmp_path / "config.json")
+
+
 def test_a_key_in_two_files_of_a_folder(tmp_path):
     path = write(tmp_path, tensors_of())
     save_file({f"{PREFIX}3.{DOWN}": torch.ones(1)}, path / "more.safetensors")

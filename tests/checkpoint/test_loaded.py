@@ -48,9 +48,11 @@ def test_prefixes(tmp_path, prefix):
 
 def test_other_towers_layers_are_not_ours(tmp_path):
     tensors = tensors_of(layers=(2,))
-    tensors["model.vision_tower.encoder.layers.7.router.scale"] = torch.ones(1)
-    tensors["model.layers.8.mlp.experts.gate_up_proj"] = torch.ones(1)
+    for tower in ("vision_tower.encoder", "audio_tower"):
+        tensors[f"model.{tower}.layers.7.mlp.gate_proj.weight"] = torch.ones(1)
+    tensors["model.language_model.layers.8.mlp.shared_experts.gate_proj.weight"] = torch.ones(1)
     assert checkpoint.layers(write(tmp_path, tensors)) == (2,)
+    assert_is_layer(checkpoint.load_layer(tmp_path, 2), 2)
 
 
 def test_a_path_is_a_file_an_index_or_a_folder(tmp_path):
@@ -85,6 +87,16 @@ def test_a_dtype_of_its_own_needs_one_asked_for(tmp_path):
     ):
         checkpoint.load_layer(path, 0)
     assert_is_layer(checkpoint.load_layer(path, 0, dtype=torch.bfloat16), 0)
+
+
+@pytest.mark.parametrize("layer", ["0", 0.0, True, None])
+def test_a_layer_is_an_int(tmp_path, layer):
+    path = write(tmp_path, tensors_of())
+    message = rf"layer must be an int, the N of layers.N., got {layer!r}"
+    with pytest.raises(TypeError, match=message):
+        checkpoint.load_layer(path, layer)
+    with pytest.raises(TypeError, match=message):
+        checkpoint.load_into(make_moe(0), path, layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

@@ -13,6 +13,7 @@ from tests.checkpoint.helpers import (
     CONFIG,
     DOWN,
     GATE_UP,
+    LAYERS,
     PREFIX,
     E,
     H,
@@ -133,6 +134,26 @@ def test_the_same_layer_under_two_prefixes(tmp_path):
     tensors["model.layers.3.router.scale"] = torch.ones(H)
     with pytest.raises(CheckpointError, match=r"layers.3.router.scale is router.scale a second time: .* is it too"):
         checkpoint.load_layer(write(tmp_path, tensors), 3)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{PREFIX}3.mlp.experts.gate_up_proj",
+        f"{PREFIX}3.feed_forward.router.weight",
+        f"{PREFIX}3.experts",
+        "lm.layers.3.experts.down_proj",
+        "model.vision_tower.encoder.layers.3.moe.gate_up_proj",
+        f"{PREFIX}03.experts.down_proj",
+    ],
+)
+def test_another_spelling_is_left_over(tmp_path, key):
+    """Passing over experts whose name is not known is how serving stacks came to answer with padding."""
+    path = write(tmp_path, {**tensors_of(), key: torch.ones(1)})
+    with pytest.raises(CheckpointError, match=rf"safetensors: {key} is left over: .* are read from \[model.\]"):
+        checkpoint.load_layer(path, 3)
+    assert checkpoint.layers(path) == LAYERS
+    assert_is_layer(checkpoint.load_layer(path, 0), 0)
 
 
 def test_a_layer_that_is_not_there(tmp_path):

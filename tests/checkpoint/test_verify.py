@@ -2,12 +2,13 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from cupymoe import MoEActivation, reference
+from cupymoe import MoEActivation, checkpoint, reference
 from cupymoe.backends.reference import ReferenceBackend
 from cupymoe.cli import verify
 from cupymoe.verification import routing
@@ -92,6 +93,61 @@ def test_verify_fails_for_a_corrupted_layer_alone(tmp_path, corrupt, message):
     assert re.search(message, report["checks"][1]["detail"])
 
 
+def statuses(report):
+    return {check["name"].split(" against")[0]: check["status"] for check in report["checks"]}
+
+
+def test_verify_fails_for_layers_that_config_json_has_and_the_files_lack(tmp_path):
+    path = write(tmp_path, tensors_of(layers=(0, 2)))
+    write_config(path, num_hidden_layers=4)
+    result = run_verify(path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.output)
+    assert statuses(report) == {"layer 0": "pass", "layer 1": "fail", "layer 2": "pass", "layer 3": "fail"}
+    assert (
+        "layer 3 has no router and no experts; num_hidden_layers of config.json is 4" in report["checks"][3]["detail"]
+    )
+    write_config(path, num_hidden_layers="4")
+    assert "num_hidden_layers must be a positive integer, got '4'" in run_verify(path).output
+
+
+def test_verify_fails_for_a_layer_that_the_index_does_not_list(tmp_path):
+    path = write_shards(tmp_path, tensors_of())
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: name for key, name in content["weight_map"].items() if f"{PREFIX}3." not in key}
+    index.write_text(json.dumps(content))
+    result = run_verify(path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.output)
+    assert statuses(report) == {"index and files agree": "fail", "layer 0": "pass", "layer 11": "pass"}
+    assert f"{PREFIX}3.{DOWN} is in model-" in report["checks"][0]["detail"]
+
+
+def test_verify_goes_on_after_an_exception_in_a_layer(tmp_path, monkeypatch):
+    load_layer = checkpoint.load_layer
+
+    def breaking(path, layer, *args, **kwargs):
+        if layer == 3:
+            raise RuntimeError("no memory")
+        return load_layer(path, layer, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load_layer", breaking)
+    result = run_verify(write(tmp_path, tensors_of()), "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.output)
+    assert statuses(report) == {"layer 0": "pass", "layer 3": "fail", "layer 11": "pass"}
+    assert report["checks"][1]["detail"] == "RuntimeError: no memory"
+
+
+def test_verify_without_safetensors(tmp_path, monkeypatch):
+    path = write_shards(tmp_path, tensors_of())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    result = run_verify(path, "--json")
+    assert result.exit_code == 1
+    assert "pip install 'cupymoe[checkpoint]'" in json.loads(result.output)["checks"][0]["detail"]
+
+
 def test_verify_fails_for_a_backend_that_is_wrong(tmp_path, monkeypatch):
     """Erf for tanh is seen in float32; a scale that is applied twice in bfloat16 too."""
     right = ReferenceBackend.__call__
@@ -125,6 +181,10 @@ def test_verify_fails_for_a_routing_that_is_wrong(tmp_path, monkeypatch):
         (
             lambda folder: write_config(write(folder, tensors_of()), hidden_activation=...),
             "hidden_activation must be there and is not assumed",
+        ),
+        (
+            lambda folder: write_config(write(folder, tensors_of()), rms_norm_eps="1e-6"),
+            "rms_norm_eps must be a finite number, at least 0, got '1e-6'",
         ),
     ],
 )
