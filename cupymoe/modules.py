@@ -18,6 +18,12 @@ def _autocasts(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
+def hooks_of(module: nn.Module) -> list[str]:
+    """Which kinds of hooks a module has."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [kind for kind in kinds if getattr(module, kind)]
+
+
 class Gemma4Router(nn.Module):
     """Which experts a token goes to; call-compatible with transformers' ``Gemma4TextRouter``.
 
@@ -34,27 +40,60 @@ class Gemma4Router(nn.Module):
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
+    @classmethod
+    def from_transformers(cls, router: Any) -> Gemma4Router:
+        """A router that shares a ``Gemma4TextRouter``'s parameters and ``proj``, adapters and all; nothing is copied.
+
+        Raises:
+            ValueError: the router has hooks, which nothing would call any more.
+        """
+        if hooks := hooks_of(router):
+            raise ValueError(
+                f"router must have no hooks, which would be lost, got {', '.join(hooks)} of {type(router).__name__}: "
+                "register them on what takes its place"
+            )
+        with torch.device("meta"):
+            ours = cls(Gemma4MoEConfig.from_transformers(router.config))
+        ours.proj, ours.scale, ours.per_expert_scale = router.proj, router.scale, router.per_expert_scale
+        ours.training = router.training
+        return ours
+
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Router logits ``[..., E]`` of ``[..., H]``: RMSNorm without a weight, times ``scale * H^-0.5``, projected."""
+        """Router logits ``[..., E]`` of ``[..., H]``: RMSNorm without a weight, times ``scale * H^-0.5``, projected.
+
+        Raises:
+            ValueError: a parameter is on another device.
+        """
         eps, size = self.config.rms_norm_eps, self.config.hidden_size
+        scale = self.scale
+        self._check_device("scale", scale, hidden_states)
         if self._is_plain(hidden_states):
-            logits = torch.ops.cupymoe.router_logits(
-                hidden_states.reshape(-1, size), self.scale, self.proj.weight, eps
-            ).reshape(*hidden_states.shape[:-1], self.config.num_experts)
+            projection = self.proj.weight
+            self._check_device("proj.weight", projection, hidden_states)
+            logits = torch.ops.cupymoe.router_logits(hidden_states.reshape(-1, size), scale, projection, eps).reshape(
+                *hidden_states.shape[:-1], self.config.num_experts
+            )
         else:
-            logits = self.proj(reference.router_input(hidden_states, self.scale, eps))
+            logits = self.proj(reference.router_input(hidden_states, scale, eps))
         return cast(torch.Tensor, logits)
 
     def _is_plain(self, hidden_states: torch.Tensor) -> bool:
-        """Whether ``proj`` is a product with its weight and nothing else: no adapter, no hook, no autocast."""
+        """Whether ``proj`` is a product with its weight and nothing else: no adapter, bias or hook, no autocast."""
         proj = self.proj
         return (
             type(proj) is nn.Linear
-            and not (proj._forward_hooks or proj._forward_pre_hooks or "forward" in vars(proj))
+            and not (hooks_of(proj) or "forward" in vars(proj))
             and hidden_states.dtype == self.scale.dtype == proj.weight.dtype
             and hidden_states.shape[-1] == self.config.hidden_size
             and not _autocasts(hidden_states.device.type)
+            and proj.bias is None
         )
+
+    @staticmethod
+    def _check_device(name: str, parameter: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        # A kernel is handed addresses, and would read a host's.
+        if parameter.device != hidden_states.device:
+            raise ValueError(f"{name} must be on hidden_states's device {hidden_states.device}, got {parameter.device}")
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(top_k_weights, top_k_index)``, ``[T, K]`` float32 and int64, of ``hidden_states`` ``[T, H]``."""
@@ -130,7 +169,8 @@ class Gemma4MoE(nn.Module):
         """A module that shares the parameters of a ``Gemma4TextDecoderLayer`` with experts; nothing is copied.
 
         Raises:
-            ValueError: the layer has no mixture of experts, or an activation that no member means.
+            ValueError: the layer has no mixture of experts, or an activation that no member means; or its router has
+                hooks.
         """
         router, experts = getattr(decoder_layer, "router", None), getattr(decoder_layer, "experts", None)
         if router is None or experts is None:
@@ -140,12 +180,12 @@ class Gemma4MoE(nn.Module):
             )
         with torch.device("meta"):
             module = cls(Gemma4MoEConfig.from_transformers(router.config), backend)
-        module.router.proj.weight = router.proj.weight
-        module.router.scale = router.scale
-        module.router.per_expert_scale = router.per_expert_scale
+        module.router = Gemma4Router.from_transformers(router)
         module.experts.gate_up_proj = experts.gate_up_proj
         module.experts.down_proj = experts.down_proj
-        return module.train(decoder_layer.training)
+        # Not train(), which would reach into what is shared.
+        module.training = module.experts.training = decoder_layer.training
+        return module
 
     def load_decoder_layer(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Copy the parameters from a whole decoder layer's state_dict; its other keys are not ours and are left alone.

@@ -82,6 +82,42 @@ def test_from_transformers_shares_every_parameter():
     assert not Gemma4MoE.from_transformers(layer.eval()).training
 
 
+def test_from_transformers_keeps_what_the_projection_is():
+    layer = decoder_layer()
+    layer.router.proj = Doubled(32, 6, bias=False)
+    moe = Gemma4MoE.from_transformers(layer.eval())
+    assert moe.router.proj is layer.router.proj
+    hidden_states = torch.randn(9, 32)
+    torch.testing.assert_close(moe(hidden_states), transformers_moe(layer, hidden_states, hidden_states))
+
+
+def test_from_transformers_leaves_the_mode_of_what_it_shares():
+    layer = decoder_layer().eval()
+    layer.router.proj.train()
+    moe = Gemma4MoE.from_transformers(layer)
+    assert (moe.training, moe.router.training, moe.experts.training) == (False, False, False)
+    assert layer.router.proj.training
+
+
+HOOKS = {
+    "_forward_hooks": lambda module, hook: module.register_forward_hook(hook),
+    "_forward_pre_hooks": lambda module, hook: module.register_forward_pre_hook(hook),
+    "_backward_hooks": lambda module, hook: module.register_full_backward_hook(hook),
+    "_backward_pre_hooks": lambda module, hook: module.register_full_backward_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_from_transformers_refuses_a_router_s_hooks(kind):
+    """Nothing would call them."""
+    layer = decoder_layer()
+    handle = HOOKS[kind](layer.router, lambda *arguments: None)
+    with pytest.raises(ValueError, match=f"router must have no hooks, .* got {kind} of Gemma4TextRouter"):
+        Gemma4MoE.from_transformers(layer)
+    handle.remove()
+    assert Gemma4MoE.from_transformers(layer).router.scale is layer.router.scale
+
+
 @pytest.mark.parametrize("layer", [torch.nn.Linear(2, 2), "dense"], ids=["not a decoder layer", "dense decoder layer"])
 def test_from_transformers_wants_experts(layer):
     if layer == "dense":
@@ -158,6 +194,30 @@ def test_router_calls_a_projection_that_is_more_than_its_weight(device):
     wrapped.weight = router.proj.weight
     router.proj = wrapped
     torch.testing.assert_close(router.logits(states), 2 * plain)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_router_calls_every_kind_of_hook_of_its_projection(device, kind):
+    router, called = randomize(Gemma4Router(CONFIG)).to(device), []
+    HOOKS[kind](router.proj, lambda *arguments: called.append(kind))
+    router.logits(torch.randn(4, 32, device=device)).sum().backward()
+    assert called == [kind]
+
+
+def test_router_adds_a_bias_of_its_projection(device):
+    router, states = randomize(Gemma4Router(CONFIG)).to(device), torch.randn(4, 32, device=device)
+    plain = router.logits(states)
+    router.proj.bias = torch.nn.Parameter(torch.arange(6.0, device=device))
+    torch.testing.assert_close(router.logits(states), plain + torch.arange(6.0, device=device))
+
+
+@pytest.mark.parametrize("name", ["scale", "proj.weight"])
+def test_router_refuses_parameters_of_another_device(name):
+    router = Gemma4Router(CONFIG)
+    module = router.get_submodule(name.rpartition(".")[0])
+    setattr(module, name.rpartition(".")[2], torch.nn.Parameter(router.get_parameter(name).to("meta")))
+    with pytest.raises(ValueError, match=f"{name} must be on hidden_states's device cpu, got meta"):
+        router(torch.randn(4, 32))
 
 
 def test_router_under_autocast(device):

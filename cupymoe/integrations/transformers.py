@@ -13,7 +13,6 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from cupymoe.activation import MoEActivation
-from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
 from cupymoe.modules import Gemma4Router
@@ -89,7 +88,7 @@ def experts_forward(
 
 
 def replace_routers(model: nn.Module) -> int:
-    """Give every ``Gemma4TextRouter`` of a model our routing kernel; parameters are shared, nothing is copied.
+    """Give every ``Gemma4TextRouter`` of a model our routing kernel; parameters and adapters are shared, not copied.
 
     The experts chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md), and, up to
     32 tokens on CUDA, for logits that differ by the last bit (docs/routing.md).
@@ -98,25 +97,20 @@ def replace_routers(model: nn.Module) -> int:
         How many routers were replaced.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or one has hooks; none was replaced then.
     """
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
     found = [
-        (parent, name, child)
+        (parent, name, Gemma4Router.from_transformers(child))
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, Gemma4TextRouter)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no Gemma4TextRouter to replace")
-    for parent, name, theirs in found:
-        with torch.device("meta"):
-            ours = Gemma4Router(Gemma4MoEConfig.from_transformers(theirs.config))
-        ours.proj.weight = theirs.proj.weight
-        ours.scale = theirs.scale
-        ours.per_expert_scale = theirs.per_expert_scale
-        setattr(parent, name, ours.train(theirs.training))
+    for parent, name, ours in found:
+        setattr(parent, name, ours)
     return len(found)
 
 

@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 transformers_gemma4()
 integration = pytest.importorskip("cupymoe.integrations.peft")
-pytest.importorskip("cupymoe.integrations.transformers")
+replace_routers = pytest.importorskip("cupymoe.integrations.transformers").replace_routers
 # PEFT 0.21 reads a property under the name that transformers 5.24 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -267,6 +267,29 @@ def test_an_adapted_model_generates():
     ours = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     merged = model.merge_and_unload().generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(ours, merged)
+
+
+def test_an_adapter_of_the_routers_outlives_their_replacement():
+    """They keep its parameters, its training and its results; `from_transformers` does the same for one layer."""
+    model = text_model()
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=r".*router\.proj"))
+    ids = torch.randint(1, 64, (1, 6), generator=torch.Generator().manual_seed(8))
+    fresh = adapted_model(input_ids=ids).logits
+    train(adapted_model)
+    names = [name for name, _ in adapted_model.named_parameters()]
+    expected = adapted_model(input_ids=ids).logits
+    assert not torch.allclose(expected, fresh, rtol=1e-2)
+    layer, hidden_states = model.model.layers[0], torch.randn(5, 32)
+    _, weights, index = layer.router(hidden_states)
+    ours = Gemma4MoE.from_transformers(layer).router.route(hidden_states)
+    torch.testing.assert_close(ours, (weights, index), rtol=1e-5, atol=1e-6)
+
+    assert replace_routers(adapted_model) == 2
+    assert [name for name, _ in adapted_model.named_parameters()] == names
+    output = adapted_model(input_ids=ids).logits
+    assert relative_error(output, expected.double()) < LIMIT[torch.float32]
+    output.sum().backward()
+    assert all(p.grad.any() for name, p in adapted_model.named_parameters() if "lora_" in name)
 
 
 def test_no_adapter_to_use():

@@ -168,6 +168,15 @@ def test_replaced_routers_share_parameters_and_choose_alike():
     assert torch.allclose(logits(model, "cupymoe", ids), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_hooks_on_a_router_are_refused_before_any_is_replaced():
+    model = gemma4()
+    model.model.layers[1].router.register_forward_hook(lambda *arguments: None)
+    before = [*model.modules()]
+    with pytest.raises(ValueError, match=r"router must have no hooks, .* got _forward_hooks of Gemma4TextRouter"):
+        integration.replace_routers(model)
+    assert [*model.modules()] == before
+
+
 def test_no_router_to_replace():
     with pytest.raises(ValueError, match="has no Gemma4TextRouter to replace"):
         integration.replace_routers(torch.nn.Linear(2, 2))
