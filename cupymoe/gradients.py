@@ -6,6 +6,7 @@ Each takes what its function saved and returns unrounded gradients cast to the d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -130,15 +131,18 @@ def experts_backward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     activation: MoEActivation,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`reference.experts`: hidden_states, gate_up_proj, down_proj, top_k_weights.
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of :func:`reference.experts` with respect to its five tensors; None where not needed, and of the index.
 
     An expert without tokens has a gradient of zeros, and so has a masked pair's weight.
     """
     work = work_dtype(hidden_states.dtype)
-    grad_hidden = torch.zeros(hidden_states.shape, dtype=work, device=hidden_states.device)
-    grad_gate_up, grad_down = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
-    grad_weights = torch.zeros(top_k_weights.shape, dtype=work, device=hidden_states.device)
+    need_hidden, need_gate_up, need_down, _, need_weights = needed
+    grad_hidden = hidden_states.new_zeros(hidden_states.shape, dtype=work) if need_hidden else None
+    grad_gate_up = torch.zeros_like(gate_up_proj) if need_gate_up else None
+    grad_down = torch.zeros_like(down_proj) if need_down else None
+    grad_weights = top_k_weights.new_zeros(top_k_weights.shape, dtype=work) if need_weights else None
     for expert in range(gate_up_proj.shape[0]):
         token, k = torch.where(top_k_index == expert)
         if not len(token):
@@ -147,10 +151,22 @@ def experts_backward(
         w_gate_up, w_down = gate_up_proj[expert].to(work), down_proj[expert].to(work)
         gate_up = states @ w_gate_up.T
         intermediate = activate(gate_up, activation)
-        grad_weights[token, k] = (grad_output * (intermediate @ w_down.T)).sum(-1)
+        if grad_weights is not None:
+            grad_weights[token, k] = (grad_output * (intermediate @ w_down.T)).sum(-1)
         grad_expert_output = grad_output * top_k_weights[token, k, None].to(work)
-        grad_down[expert] = grad_expert_output.T @ intermediate
+        if grad_down is not None:
+            grad_down[expert] = grad_expert_output.T @ intermediate
+        if grad_gate_up is None and grad_hidden is None:
+            continue
         grad_of_gate_up = activation_backward(grad_expert_output @ w_down, gate_up, activation)
-        grad_gate_up[expert] = grad_of_gate_up.T @ states
-        grad_hidden.index_add_(0, token, grad_of_gate_up @ w_gate_up)
-    return grad_hidden.to(hidden_states.dtype), grad_gate_up, grad_down, grad_weights.to(top_k_weights.dtype)
+        if grad_gate_up is not None:
+            grad_gate_up[expert] = grad_of_gate_up.T @ states
+        if grad_hidden is not None:
+            grad_hidden.index_add_(0, token, grad_of_gate_up @ w_gate_up)
+    return (
+        None if grad_hidden is None else grad_hidden.to(hidden_states.dtype),
+        grad_gate_up,
+        grad_down,
+        None,
+        None if grad_weights is None else grad_weights.to(top_k_weights.dtype),
+    )

@@ -20,7 +20,7 @@ from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import registry
 from cupymoe.gradients import activation_backward
-from cupymoe.ops import experts_call, on_device_of, register
+from cupymoe.ops import experts_call, needed_gradients_fake, on_device_of, register
 
 RANK_MULTIPLE = 8
 """Of the ranks that torch's grouped GEMM takes in bfloat16: its rows are whole 16-byte packs."""
@@ -255,11 +255,6 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     ]
 
 
-def _backward_fake(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    *tensors, _, needed = arguments
-    return [tensor.new_empty(tensor.shape) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
-
-
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
@@ -286,5 +281,5 @@ register(
 register(
     f"lora_experts_backward(Tensor grad, {_TENSORS}, str activation, bool[] needed) -> Tensor[]",
     _backward,
-    _backward_fake,
+    needed_gradients_fake,
 )

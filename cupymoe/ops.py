@@ -306,9 +306,9 @@ def _fused_experts_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _fused_experts_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, ctx.activation)
-    grad_hidden_states, grad_gate_up_proj, grad_down_proj, grad_top_k_weights = grads
-    return grad_hidden_states, grad_gate_up_proj, grad_down_proj, None, grad_top_k_weights, None, None
+    needed = list(ctx.needs_input_grad[:5])
+    grads = iter(torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed))
+    return *(next(grads) if wanted else None for wanted in needed), None, None
 
 
 def _fused_experts_backward(
@@ -319,24 +319,19 @@ def _fused_experts_backward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with on_device_of(grad):
-        return gradients.experts_backward(
-            grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, MoEActivation(activation)
-        )
+    needed: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of the tensors that need one, in the op's order."""
+    grads = gradients.experts_backward(
+        grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, MoEActivation(activation), needed
+    )
+    return [gradient for gradient in grads if gradient is not None]
 
 
-def _fused_experts_backward_fake(
-    grad: torch.Tensor,
-    hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    activation: str,
-) -> tuple[torch.Tensor, ...]:
-    differentiable = (hidden_states, gate_up_proj, down_proj, top_k_weights)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in differentiable)
+def needed_gradients_fake(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    """Of a backward op whose arguments are the gradient, its tensors, the activation and which of them need one."""
+    *tensors, _, needed = arguments
+    return [tensor.new_empty(tensor.shape) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
 
 
 register(
@@ -349,7 +344,7 @@ register(
 )
 register(
     "fused_experts_backward(Tensor grad, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor top_k_index, Tensor top_k_weights, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor top_k_index, Tensor top_k_weights, str activation, bool[] needed) -> Tensor[]",
     _fused_experts_backward,
-    _fused_experts_backward_fake,
+    needed_gradients_fake,
 )

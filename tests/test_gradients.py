@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
-from cupymoe.gradients import route_backward, router_logits_backward
+from cupymoe import MoEActivation, fused_experts, gradients, moe_activation, reference, route
+from cupymoe.gradients import experts_backward, route_backward, router_logits_backward
 from tests.helpers import random_experts
 
 
@@ -97,6 +98,46 @@ def test_experts(activation):
     assert weights_grad[1, 0] == 0
     assert weights_grad[2, 1] == 0
     assert hidden_grad.any()
+
+
+INPUTS = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "products"),
+    [
+        (("hidden_states", "gate_up_proj", "down_proj", "top_k_weights"), 9),
+        (("hidden_states", "top_k_weights"), 6),  # frozen weights
+        (("hidden_states",), 5),
+        (("gate_up_proj",), 5),
+        (("down_proj",), 3),
+        (("top_k_weights",), 3),
+    ],
+)
+def test_experts_compute_the_gradients_that_are_asked_for(monkeypatch, wanted, products):
+    """The others cost nothing, and these are the same bits. Products of ``[I, H]`` with a token; gate_up's are two."""
+    case = random_experts(7, 4, 16, 8, 2, dtype=torch.float64)
+    grad = torch.randn_like(case.hidden_states)
+    asked = []
+
+    def counted(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            found = experts_backward(*arguments)
+        asked.append(counter.get_total_flops() / (2 * 7 * 2 * 16 * 8))
+        return found
+
+    monkeypatch.setattr(gradients, "experts_backward", counted)
+
+    def backward(names):
+        leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in zip(INPUTS, case, strict=True)}
+        fused_experts(**leaves, activation="gelu_tanh").backward(grad)
+        return {name: leaves[name].grad for name in wanted}
+
+    alone, among_all = backward(wanted), backward({*INPUTS} - {"top_k_index"})
+    assert asked == [products, 9]
+    for name in wanted:
+        assert alone[name].any()
+        assert torch.equal(alone[name], among_all[name])
 
 
 def test_experts_of_no_tokens():
