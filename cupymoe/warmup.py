@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,75 +12,139 @@ from torch import nn
 
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.integrations import is_set_to_cupymoe
+from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.expert_tiles import cut, prefers_tiles
+from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 
-NUM_TOKENS = (1, 64, 256, 384, 1024, 4096)
-"""One number of tokens of each regime, at Gemma 4's top 8."""
+_MAX_TOKENS = 32768
+
+
+def _way(num_tokens: int, num_experts: int, top_k: int, intermediate_size: int) -> tuple[Any, ...]:
+    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
+    num_pairs = num_tokens * top_k
+    if prefers_tiles(num_pairs, num_experts):
+        return cut(num_pairs, num_experts)
+    chosen = regime(num_tokens, top_k, intermediate_size)
+    return chosen, None if chosen.inline_pairs else pairs_per_lane(num_pairs)
+
+
+def one_of_each_way(num_experts: int, top_k: int, intermediate_size: int) -> tuple[int, ...]:
+    """The first number of tokens of every range that kernels are compiled for."""
+    counts: list[int] = []
+
+    def is_past(num_tokens: int) -> bool:
+        here, there = (_way(count, num_experts, top_k, intermediate_size) for count in (counts[-1], num_tokens))
+        return here != there
+
+    ahead = range(1, _MAX_TOKENS + 1)
+    while ahead:
+        counts.append(ahead[0])
+        ahead = ahead[bisect.bisect_left(ahead, True, key=is_past) :]
+    return tuple(counts)
+
+
+_GEMMA_4 = Gemma4MoEConfig.gemma4_26b_a4b()
+NUM_TOKENS = one_of_each_way(_GEMMA_4.num_experts, _GEMMA_4.top_k_experts, _GEMMA_4.moe_intermediate_size)
+"""At the sizes of Gemma 4 26B-A4B."""
 
 
 def warmup(
     target: nn.Module | Gemma4MoEConfig,
-    num_tokens: Iterable[int] = NUM_TOKENS,
+    num_tokens: Iterable[int] | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
 ) -> None:
     """Compile and load the kernels that calls of these numbers of tokens will use, by making such calls.
 
-    Every pair of a call is masked, so no weight is read; layers of one shape are called once.
+    Every pair of a call is masked, so no weight is read; layers of one kind are called once. Experts with PEFT's
+    adapters are called through them.
 
     Args:
         target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, or transformers' experts with
             ``experts_implementation="cupymoe"``; or the sizes of a mixture whose weights are not there yet, for which
             uninitialised ones are allocated meanwhile (1.5 GB for Gemma 4 26B-A4B).
-        num_tokens: each at least 1.
+        num_tokens: each at least 1. None: one of every range that kernels are compiled for at the sizes of a layer.
         dtype, device: of the future weights, where ``target`` gives sizes.
 
     Raises:
-        TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive number.
+        TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive integer, or
+            something else.
     """
-    counts = sorted(set(num_tokens))
-    if not counts or counts[0] < 1:
-        raise ValueError(f"num_tokens must be positive numbers, got {counts}")
+    counts = None if num_tokens is None else _checked(num_tokens)
     if isinstance(target, Gemma4MoEConfig):
         with torch.device("meta"):
             target = Gemma4MoE(target).to(dtype)
         target = target.to_empty(device=device)
     if not isinstance(target, nn.Module):
         raise TypeError(f"target must be a torch.nn.Module or a Gemma4MoEConfig, got {type(target).__name__}")
-    found = {_kind(module): module for module in target.modules() if _is_mixture(module)}
+    found = {_kind(part, caller): (part, caller) for part, caller in _parts(target).items()}
     if not found:
         raise ValueError(
             f"target must hold a Gemma4Router, a Gemma4Experts or experts set to cupymoe; {type(target).__name__} "
             "holds none"
         )
     with torch.inference_mode():
-        for module in found.values():
-            for count in counts:
-                _call(module, count)
+        for part, caller in found.values():
+            for count in counts or one_of_each_way(*_sizes(part)):
+                _call(part, caller, count)
 
 
-def _is_mixture(module: nn.Module) -> bool:
-    return isinstance(module, Gemma4Router | Gemma4Experts) or (is_set_to_cupymoe(module) and _has_experts(module))
+def _checked(num_tokens: Iterable[int]) -> list[int]:
+    try:
+        counts = sorted({operator.index(count) for count in num_tokens})
+    except TypeError:
+        raise TypeError(f"num_tokens must be an iterable of integers, (1, 64) say, got {num_tokens!r}") from None
+    if not counts or counts[0] < 1:
+        raise ValueError(f"num_tokens must be positive numbers, got {counts}")
+    return counts
+
+
+def _parts(target: nn.Module) -> dict[nn.Module, Any]:
+    """Routers and experts, each with what calls of it go through: the outermost of PEFT's wrappers, or itself."""
+    found: dict[nn.Module, Any] = {}
+    module: Any
+    for module in target.modules():  # from the outside in
+        part = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if isinstance(part, Gemma4Router | Gemma4Experts) or (is_set_to_cupymoe(part) and _has_experts(part)):
+            found.setdefault(part, module)
+    return found
 
 
 def _has_experts(module: nn.Module) -> bool:
     return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """Modules of one kind need the same kernels."""
-    parameters = ((name, p.shape, p.dtype, p.device) for name, p in module.named_parameters())
-    return (type(module), *parameters)
-
-
-def _call(module: Any, num_tokens: int) -> None:
-    if isinstance(module, Gemma4Router):
-        module.route(module.scale.new_zeros((num_tokens, module.config.hidden_size)))
-        return
-    num_experts, hidden_size, _ = module.down_proj.shape
-    config = module.config
+def _sizes(part: Any) -> tuple[int, int, int]:
+    """Experts, experts of a token, and intermediate size."""
+    config = part.config
+    if isinstance(part, Gemma4Router):
+        return config.num_experts, config.top_k_experts, config.moe_intermediate_size
+    num_experts, _, intermediate_size = part.down_proj.shape
     top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
-    hidden_states = module.down_proj.new_zeros((num_tokens, hidden_size))
+    return num_experts, top_k, intermediate_size
+
+
+def _kind(part: Any, caller: nn.Module) -> tuple[Any, ...]:
+    """Parts of one kind need the same kernels."""
+    if isinstance(part, Gemma4Router):
+        settings: tuple[Any, ...] = (part.config,)
+    elif isinstance(part, Gemma4Experts):
+        settings = part.config, part.activation, part.backend
+    else:
+        from cupymoe.integrations.transformers import activation_of
+
+        settings = _sizes(part), activation_of(part)
+    parameters = ((name, p.shape, p.dtype, p.device) for name, p in caller.named_parameters())
+    return (type(caller), settings, *parameters)
+
+
+def _call(part: Any, caller: Any, num_tokens: int) -> None:
+    if isinstance(part, Gemma4Router):
+        part.route(part.scale.new_zeros((num_tokens, part.config.hidden_size)))
+        return
+    num_experts, top_k, _ = _sizes(part)
+    hidden_states = part.down_proj.new_zeros((num_tokens, part.down_proj.shape[1]))
     index = torch.full((num_tokens, top_k), num_experts, device=hidden_states.device)
-    module(hidden_states, index, torch.zeros(index.shape, device=hidden_states.device))
+    caller(hidden_states, index, torch.zeros(index.shape, device=hidden_states.device))

@@ -1,11 +1,18 @@
 """warmup: what it compiles, and that a later call compiles nothing."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 
 import cupymoe.integrations.transformers  # noqa: F401  registers "cupymoe"
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, warmup
 from cupymoe.kernels import jit
+from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
+from cupymoe.kernels.plan_experts import pairs_per_lane
+from cupymoe.warmup import NUM_TOKENS, one_of_each_way
 from tests.helpers import randomize, transformers_config, transformers_gemma4
 
 CONFIG = Gemma4MoEConfig(
@@ -23,6 +30,98 @@ def test_calls_every_kind_once_at_every_number_of_tokens(monkeypatch):
             )
     warmup(layers, (5, 1, 5))
     assert sorted(called) == [("Gemma4Experts", 1), ("Gemma4Experts", 5), ("Linear", 1), ("Linear", 5)]
+
+
+def calls_of(model, monkeypatch, *arguments):
+    """(name of the class, activation or top k, tokens) of every call that warmup makes."""
+    calls = []
+    functional = sys.modules["cupymoe.modules"]
+    for name, what in (("fused_experts", "activation"), ("route", None)):
+        kept = getattr(functional, name)
+
+        def spy(states, *others, kept=kept, what=what, **settings):
+            calls.append((settings[what].name if what else others[0], len(states)))
+            return kept(states, *others, **settings)
+
+        monkeypatch.setattr(functional, name, spy)
+    warmup(model, *arguments)
+    return calls
+
+
+def test_equal_shapes_that_need_other_kernels(monkeypatch):
+    """The activation, top k, epsilon and the backend are compiled for, too."""
+    changes = ({}, {}, {"hidden_activation": "silu"}, {"top_k_experts": 3}, {"rms_norm_eps": 1e-5})
+    layers = [Gemma4MoE(dataclasses.replace(CONFIG, **change)) for change in changes]
+    layers.append(Gemma4MoE(CONFIG, backend="reference"))
+    calls = calls_of(torch.nn.ModuleList(layers), monkeypatch, (2,))
+    experts = [("GELU_TANH", 2), ("SILU", 2), ("GELU_TANH", 2), ("GELU_TANH", 2), ("GELU_TANH", 2)]
+    routers = [(2, 2), (2, 2), (3, 2), (2, 2)]
+    assert sorted(calls, key=str) == sorted(experts + routers, key=str)
+
+
+def test_transformers_experts_of_equal_shapes_and_other_activations(monkeypatch):
+    called = []
+    layers = []
+    for activation in ("gelu_pytorch_tanh", "silu", "silu"):
+        config = transformers_config("cupymoe", hidden_activation=activation)
+        layers.append(randomize(transformers_gemma4().Gemma4TextExperts(config)))
+        layers[-1].register_forward_hook(
+            lambda module, inputs, output: called.append((type(module.act_fn).__name__, len(inputs[0])))
+        )
+    warmup(torch.nn.ModuleList(layers), (3,))
+    assert called == [("GELUTanh", 3), ("SiLUActivation", 3)]
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    integration = pytest.importorskip("cupymoe.integrations.peft")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft.get_peft_model(
+        randomize(Gemma4MoE(CONFIG)), peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    )
+    called = []
+    if low_rank:
+        integration.use_low_rank(model)
+        kept = integration.lora_experts
+        monkeypatch.setattr(
+            integration, "lora_experts", lambda *a, **k: called.append(k["activation"].name) or kept(*a, **k)
+        )
+    experts = model.get_base_model().experts
+    experts.register_forward_hook(lambda module, inputs, output: called.append(len(inputs[0])))
+    warmup(model, (3,))
+    assert called == (["GELU_TANH", 3] if low_rank else [3])
+
+
+# --- which numbers of tokens ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "intermediate_size"), [(128, 8, 704), (8, 2, 14336), (256, 8, 2048), (512, 10, 512)]
+)
+def test_one_number_of_tokens_of_every_range(num_experts, top_k, intermediate_size):
+    """As the backend chooses, at every number of tokens up to 20000."""
+    ranges = {}
+    for num_tokens in range(1, 20000):
+        num_pairs = num_tokens * top_k
+        if prefers_tiles(num_pairs, num_experts):
+            compiled = cut(num_pairs, num_experts)
+        else:
+            its = regime(num_tokens, top_k, intermediate_size)
+            compiled = its, not its.inline_pairs and pairs_per_lane(num_pairs)
+        ranges.setdefault(compiled, num_tokens)
+    assert one_of_each_way(num_experts, top_k, intermediate_size) == tuple(ranges.values())
+
+
+def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
+    assert len({regime(count, 8, 704) for count in NUM_TOKENS if not prefers_tiles(8 * count, 128)}) == 4
+    assert {cut(8 * count, 128) for count in NUM_TOKENS if prefers_tiles(8 * count, 128)} == {*CUTS}
+
+
+def test_the_numbers_are_the_model_s_own(monkeypatch):
+    calls = calls_of(Gemma4MoE(CONFIG), monkeypatch)
+    assert [count for what, count in calls if what == "GELU_TANH"] == [*one_of_each_way(6, 2, 32)]
+    assert one_of_each_way(6, 2, 32) != NUM_TOKENS
 
 
 def test_sizes_without_weights():
@@ -49,6 +148,8 @@ def test_transformers_experts():
         ("gemma", (1,), TypeError, "target must be a torch.nn.Module or a Gemma4MoEConfig, got str"),
         (Gemma4MoE(CONFIG), (), ValueError, r"num_tokens must be positive numbers, got \[\]"),
         (Gemma4MoE(CONFIG), (4, 0), ValueError, r"num_tokens must be positive numbers, got \[0, 4\]"),
+        (CONFIG, 4, TypeError, r"num_tokens must be an iterable of integers, \(1, 64\) say, got 4"),
+        (CONFIG, ("1",), TypeError, r"num_tokens must be an iterable of integers, \(1, 64\) say, got \('1',\)"),
     ],
 )
 def test_bad_input(target, num_tokens, error, message):
