@@ -29,6 +29,9 @@ _ACTIVATIONS = {
     "ReLUSquaredActivation": MoEActivation.RELU2,
 }
 
+# Some models have a function for one.
+_FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -38,10 +41,16 @@ def activation_of(experts: Any) -> MoEActivation:
     Raises:
         ValueError: no member computes that function.
     """
-    name = type(experts.act_fn).__name__
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"cupymoe has no activation like {name} of {type(experts).__name__}; it has {[*_ACTIVATIONS]}")
-    return _ACTIVATIONS[name]
+    given = experts.act_fn
+    if not isinstance(given, nn.Module):
+        member, name = _FUNCTIONS.get(given), getattr(given, "__name__", repr(given))
+    else:
+        name = type(given).__name__
+        member = _ACTIVATIONS.get(name)
+    if member is None:
+        known = [*_ACTIVATIONS, *(function.__name__ for function in _FUNCTIONS)]
+        raise ValueError(f"cupymoe has no activation like {name} of {type(experts).__name__}; it has {known}")
+    return member
 
 
 def unsupported_reason(experts: Any) -> str | None:
@@ -54,8 +63,8 @@ def unsupported_reason(experts: Any) -> str | None:
         return "its weights are transposed"
     if not experts.is_concatenated:
         return "gate and up rows are interleaved"
-    gating = type(experts)._apply_gate
-    if (gating.__module__, gating.__name__) != ("transformers.integrations.moe", "_default_apply_gate"):
+    gating, default = type(experts)._apply_gate, ("transformers.integrations.moe", "_default_apply_gate")
+    if (gating.__module__, gating.__name__) != default or "_apply_gate" in vars(experts):
         return "it gates in its own way (_apply_gate)"
     if experts.gate_up_proj.dtype not in _DTYPES:
         return f"its weights are {experts.gate_up_proj.dtype}, not one of {_DTYPES}"

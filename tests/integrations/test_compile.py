@@ -81,6 +81,18 @@ def test_no_recompilation_but_torch_s_own(device, dynamic, graphs):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_experts_whose_activation_is_a_function(device):
+    experts = model(device).model.layers[0].experts
+    del experts.act_fn  # a module
+    experts.act_fn = torch.nn.functional.silu
+    states = torch.randn(5, 32, dtype=experts.down_proj.dtype, device=device)
+    arguments = states, torch.tensor([[0, 1]] * 5, device=device), torch.rand(5, 2, device=device)
+    with torch.no_grad():
+        expected = experts(*arguments)
+        assert_same(torch.compile(experts, fullgraph=True, backend="aot_eager")(*arguments), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_gradients(device):
     ids = tokens(6, device)
     gradients = []

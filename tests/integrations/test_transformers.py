@@ -1,5 +1,7 @@
 """cupymoe inside transformers' models: the same logits as eager, on one line, and a reason where it can't."""
 
+import functools
+
 import pytest
 import torch
 
@@ -40,7 +42,20 @@ def mixtral():
     )
 
 
-MODELS = {"gemma4": gemma4, "qwen3_moe": qwen3_moe, "mixtral": mixtral}
+def lfm2_moe():
+    """Its experts' activation is a function."""
+    config = transformers.Lfm2MoeConfig(
+        **SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        num_dense_layers=0,
+        layer_types=["conv", "full_attention"],
+    )
+    return transformers.Lfm2MoeForCausalLM(config)
+
+
+MODELS = {"gemma4": gemma4, "qwen3_moe": qwen3_moe, "mixtral": mixtral, "lfm2_moe": lfm2_moe}
 
 
 @pytest.fixture(params=MODELS)
@@ -136,14 +151,38 @@ def test_autocast_hidden_states_meet_bfloat16_weights():
         ({"is_transposed": True}, "its weights are transposed"),
         ({"is_concatenated": False}, "gate and up rows are interleaved"),
         ({"act_fn": torch.nn.Mish()}, "cupymoe has no activation like Mish of Gemma4TextExperts"),
+        (
+            {"act_fn": torch.nn.functional.mish},
+            "cupymoe has no activation like mish of Gemma4TextExperts; it has .*silu",
+        ),
+        (
+            {"act_fn": functools.partial(torch.nn.functional.gelu, approximate="tanh")},
+            r"cupymoe has no activation like functools.partial\(.*approximate='tanh'\) of Gemma4TextExperts",
+        ),
+        ({"_apply_gate": lambda gate_up: gate_up.chunk(2, -1)[0]}, "it gates in its own way"),
     ],
 )
 def test_what_it_can_t_serve_is_named(change, reason):
     experts = randomize(gemma4().model.layers[0].experts)
     for name, value in change.items():
+        experts._modules.pop(name, None)
         setattr(experts, name, value)
     with pytest.raises(ValueError, match=reason):
         integration.experts_forward(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "member"),
+    [(torch.nn.functional.silu, MoEActivation.SILU), (torch.nn.functional.gelu, MoEActivation.GELU)],
+)
+def test_an_activation_that_is_a_function(function, member):
+    experts = randomize(gemma4().model.layers[0].experts)
+    del experts.act_fn  # a module
+    experts.act_fn = function
+    assert integration.activation_of(experts) is member
+    arguments = torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    expected = experts(*arguments)  # eager
+    torch.testing.assert_close(integration.experts_forward(experts, *arguments), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_its_own_gating_is_refused():
