@@ -141,7 +141,7 @@ def _memory_span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.device.type == "meta" or not a.numel() or not b.numel():
+    if a.device.type == "meta" or isinstance(a, FakeTensor) or not a.numel() or not b.numel():
         return False
     (a_first, a_end), (b_first, b_end) = _memory_span(a), _memory_span(b)
     return a_first < b_end and b_first < a_end
@@ -273,6 +273,8 @@ def lora_experts(
 
 
 def _check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
+    if not isinstance(adapter, LowRank):
+        raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
     a, b, base = _describe(f"{name}.a", adapter.a), _describe(f"{name}.b", adapter.b), _describe("weight", weight)
     num_experts, out_size, in_size = weight.shape
     _check_shape(f"{name}.a", a, (num_experts, None, in_size))

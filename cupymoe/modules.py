@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cupymoe import reference
+from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts, route
 
@@ -120,10 +121,14 @@ class Gemma4Experts(nn.Module):
     Args:
         config: sizes and activation.
         backend: who computes; see :func:`cupymoe.fused_experts`.
+
+    Raises:
+        ValueError: there is no such backend.
     """
 
     def __init__(self, config: Gemma4MoEConfig, backend: str = "auto") -> None:
         super().__init__()
+        check_name(backend)
         self.config = config
         self.backend = backend
         self.activation = config.activation

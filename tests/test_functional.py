@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from cupymoe import MoEActivation, apply_moe_activation, gelu_tanh_and_mul, moe_activation, reference
 from cupymoe import route as route_function
@@ -176,6 +177,13 @@ def test_apply_refuses_overlap(device, activation, make_output):
     input = buffer if activation == "silu" else buffer[:3]
     with pytest.raises(ValueError, match="output must not overlap input"):
         apply_moe_activation(activation, make_output(buffer), input)
+
+
+def test_apply_under_fake_tensors():
+    """They have no addresses, and so don't overlap."""
+    with FakeTensorMode():
+        output = torch.empty(4, 4)
+        assert apply_moe_activation("silu", output, torch.empty(4, 8)) is output
 
 
 def test_apply_has_no_gradient(device):

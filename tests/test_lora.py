@@ -219,6 +219,7 @@ def test_everything_masked(device):
         (lambda a: LowRank(a.a, a.b[:, :-1]), r"gate_up_adapter.b must have shape \[6, 48, 5\], got \[6, 47, 5\]"),
         (lambda a: LowRank(a.a[:, 1:], a.b), r"gate_up_adapter.b must have shape \[6, 48, 4\], got \[6, 48, 5\]"),
         (lambda a: LowRank(a.a.double(), a.b), "gate_up_adapter.a must have hidden_states's dtype torch.float32"),
+        (tuple, "gate_up_adapter must be a cupymoe.LowRank or None, got tuple"),
         (lambda a: LowRank(a.a, None), "gate_up_adapter.b must be a torch.Tensor, got NoneType"),
     ],
 )

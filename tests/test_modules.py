@@ -254,6 +254,12 @@ def test_a_reassigned_parameter_is_seen(device):
     assert not moe(hidden_states).any()
 
 
+@pytest.mark.parametrize("module", [Gemma4MoE, Gemma4Experts])
+def test_an_unknown_backend_is_refused_at_once(module):
+    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'fused', .*\], got 'zzz'"):
+        module(CONFIG, backend="zzz")
+
+
 def test_backend_is_the_module_s():
     moe = randomize(Gemma4MoE(CONFIG, backend="grouped"))
     with pytest.raises(ValueError, match="backend 'grouped' does not serve this call"):
