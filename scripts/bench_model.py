@@ -231,6 +231,7 @@ class ModelBench:
             steps[name] = self._captured(decoder.step)
 
         def measure(name: str) -> float:
+            self.contenders.become(name)  # a graph is its contender's already, a step is the model's
             decoder.rewind()
             return synchronized_ms(lambda: [steps[name]() for _ in range(plan.replays)]) / plan.replays
 
@@ -263,40 +264,45 @@ class ModelBench:
         return self._cell(f"prefill of {tokens}", self._in_turn(measure, 4))
 
     def greedy(self) -> list[dict[str, Any]]:
-        """Each implementation's logits while it is fed the peer's greedy tokens, compared with the peer's.
+        """Each implementation's logits and choices beside the peer's, while it is fed the peer's greedy tokens.
 
-        Both choose the same token wherever the margin between the peer's best two logits exceeds the largest difference
-        of their logits; a step where they don't is ``wrong``. CUDA graphs where the implementation can be captured.
+        Each logit may move by the largest difference, so that both choose the same token wherever the margin between the
+        peer's best two exceeds twice that; a step where they don't is ``wrong``. Steps whose margin exceeds it once are
+        counted too. CUDA graphs where the implementation can be captured.
         """
         plan = self.plan
         prompt = random_tokens(plan.config, 1, plan.prompt, device=self.device)
         decoder = Decoder(self.contenders.model, prompt, plan.cache_length)
 
-        def logits(name: str, forced: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(name: str, forced: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             self.contenders.become(name)
             decoder.prefill()
             step = decoder.step if name == YARDSTICK else self._captured(decoder.step)
             decoder.rewind()
-            found, tokens = [], []
+            fed, found, chosen = [], [], []
             for i in range(plan.greedy_steps):
                 if forced is not None:
                     decoder.token.copy_(forced[i])
-                tokens.append(decoder.token.clone())
+                fed.append(decoder.token.clone())
                 found.append(step()[0].float())
-            return torch.stack(found), torch.stack(tokens)
+                chosen.append(decoder.token[0, 0].clone())
+            return torch.stack(fed), torch.stack(found), torch.stack(chosen)
 
-        expected, tokens = logits(PEER, None)
-        return [self._agreement(name, expected, logits(name, tokens)[0]) for name in (OURS, ROUTED, YARDSTICK)]
+        tokens, expected, _ = run(PEER, None)
+        return [self._agreement(name, expected, *run(name, tokens)[1:]) for name in (OURS, ROUTED, YARDSTICK)]
 
-    def _agreement(self, name: str, expected: torch.Tensor, got: torch.Tensor) -> dict[str, Any]:
+    def _agreement(self, name: str, expected: torch.Tensor, got: torch.Tensor, chosen: torch.Tensor) -> dict[str, Any]:
         difference = (got - expected).abs().amax(-1)
         best = expected.topk(2).values
-        same = got.argmax(-1) == expected.argmax(-1)
-        decided = best[:, 0] - best[:, 1] > difference
+        same = chosen == expected.argmax(-1)
+        margin = best[:, 0] - best[:, 1]
+        beyond, decided = margin > difference, margin > 2 * difference
         return {
             "name": name,
             "steps": len(expected),
             "same": int(same.sum()),
+            "beyond": int(beyond.sum()),
+            "beyond_same": int((beyond & same).sum()),
             "decided": int(decided.sum()),
             "wrong": int((decided & ~same).sum()),
             "largest_difference": float(f"{difference.max().item():.4g}"),
@@ -353,7 +359,7 @@ def failures(found: dict[str, Any]) -> list[str]:
 def main(layers: int, small: bool, output: Path, seed: int) -> None:
     """Time a whole model on this machine's GPU.
 
-    Exits with 1, and writes no report, if a logit is not finite or a token differs beyond rounding.
+    Exits with 1 if a logit is not finite or a token differs beyond rounding; the report is written first, and says so.
     """
     warnings.simplefilter("ignore")  # transformers' own
     on_cuda = torch.cuda.is_available()
@@ -370,10 +376,10 @@ def main(layers: int, small: bool, output: Path, seed: int) -> None:
     found = bench.run()
     report = {**start, **found}
     click.echo(f"\n{model_table(report)}\n\n{greedy_table(report)}\n\n{time.perf_counter() - began:.0f} s in all")
-    if failed := failures(found):
-        raise click.ClickException("\n".join(failed))
     if not small and layers == gemma4_26b_a4b().num_hidden_layers:
         write_report(report_folder(output, start["device"]) / "model.json", report)
+    if failed := failures(found):
+        raise click.ClickException("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -209,12 +209,20 @@ def model_table(report: Report) -> str:
 def greedy_table(report: Report) -> str:
     """The other table of ``model.json``: greedy choices and logits, compared with the peer's at the same tokens."""
     peer = next(iter(report["cells"][0]["ms"]))
+    columns = {
+        "steps": "steps",
+        "same": "same token",
+        "beyond": "margin beyond difference",
+        "beyond_same": "of these the same",
+        "decided": "margin beyond twice that",
+        "wrong": "of these wrong",
+    }
     return markdown(
-        [f"beside {peer}", "steps", "same token", "margin beyond difference", "of these wrong", "largest difference"],
+        [f"beside {peer}", *columns.values(), "largest difference"],
         [
             [
                 row["name"],
-                *(str(row[key]) for key in ("steps", "same", "decided", "wrong")),
+                *(str(row[key]) for key in columns),
                 f"{row['largest_difference']:.3f} (std of logits {row['std_of_logits']:.2f})",
             ]
             for row in report["greedy"]

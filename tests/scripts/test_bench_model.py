@@ -34,6 +34,30 @@ def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_report_with_failures_is_written_and_exits_with_1(bench_model, monkeypatch, tmp_path):
+    """The minutes on a GPU are spent."""
+    plan = bench_model.small_plan()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    row = {"name": "cupymoe", "steps": 8, "same": 7, "beyond": 8, "beyond_same": 7, "decided": 8, "wrong": 1}
+    row |= {"largest_difference": 0.1, "std_of_logits": 1.0, "finite": True}
+    cell = {"what": "prefill", "ms": {name: {"p50": 1.0} for name in bench_model.CONTENDERS}}
+
+    class Measured:
+        def __init__(self, *arguments):
+            pass
+
+        def run(self):
+            return {"layers": 30, "parameters": 1, "prompt": plan.prompt, "cells": [cell], "greedy": [row]}
+
+    monkeypatch.setattr(bench_model, "ModelBench", Measured)
+    result = CliRunner().invoke(bench_model.main, ["--output", str(tmp_path)])
+    assert result.exit_code == 1, result.output
+    assert "cupymoe chose another token than grouped_mm at 1 steps beyond rounding" in result.output
+    assert json.loads((tmp_path / "a-card" / "model.json").read_text())["greedy"] == [row]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_it_says_so(bench_model):
     result = CliRunner().invoke(bench_model.main, [])
@@ -94,31 +118,63 @@ def test_contenders_run_what_they_are_named_for(bench_model, bench):
         assert isinstance(layer.router, Gemma4Router) == ours
 
 
+@pytest.mark.parametrize("cell", ["decode_graph", "generate", "prefill"])
+def test_every_cell_times_the_contender_it_names(bench_model, bench, monkeypatch, cell):
+    ran = {}
+
+    def each_once(measure, repeats):
+        for name in bench_model.CONTENDERS:
+            seen.clear()
+            measure(name)
+            ran[name] = {*seen}
+        return {name: [1.0] for name in bench_model.CONTENDERS}
+
+    model, seen = bench.contenders.model, []
+    model.register_forward_pre_hook(
+        lambda *_: seen.append((model.config._experts_implementation, type(model.model.layers[0].router).__name__))
+    )
+    monkeypatch.setattr(bench, "_in_turn", each_once)
+    with torch.inference_mode():
+        getattr(bench, cell)(*{"decode_graph": (1,), "generate": (1, 2), "prefill": (5,)}[cell])
+    assert ran == {
+        "grouped_mm": {("grouped_mm", "Gemma4TextRouter")},
+        "cupymoe": {("cupymoe", "Gemma4TextRouter")},
+        "cupymoe + router": {("cupymoe", "Gemma4Router")},
+    }
+
+
 @pytest.mark.parametrize(
-    ("margin", "shift", "same", "decided", "wrong"),
+    ("margin", "shift", "same", "beyond", "decided", "wrong"),
     [
-        (0.5, 0.0, 1, 1, 0),  # equal
-        (0.5, 0.3, 1, 1, 0),  # moved, and no other choice
-        (0.1, 0.3, 0, 0, 0),  # another choice within the difference
-        (0.4, 0.3, 1, 1, 0),
+        (0.5, 0.0, 1, 1, 1, 0),  # equal
+        (0.7, 0.3, 1, 1, 1, 0),  # moved, and no other choice
+        (0.5, 0.3, 1, 1, 0, 0),  # it might have been another
+        (0.1, 0.3, 0, 0, 0, 0),  # another choice within the difference
     ],
 )
-def test_a_step_within_rounding(bench, margin, shift, same, decided, wrong):
+def test_a_step_within_rounding(bench, margin, shift, same, beyond, decided, wrong):
     expected = torch.tensor([[1.0, 1.0 - margin, -1.0]])
     got = expected + torch.tensor([[0.0, shift, 0.0]])
-    found = bench._agreement("x", expected, got)
-    assert (found["same"], found["decided"], found["wrong"]) == (same, decided, wrong)
+    found = bench._agreement("x", expected, got, got.argmax(-1))
+    assert [found[key] for key in ("same", "beyond", "decided", "wrong")] == [same, beyond, decided, wrong]
+
+
+def test_logits_that_move_towards_each_other_are_within_rounding(bench):
+    """Both moved by 0.1, less than the margin of 0.15, and the choice is another."""
+    expected, got = torch.tensor([[1.0, 0.85, 0.0]]), torch.tensor([[0.9, 0.95, 0.0]])
+    found = bench._agreement("cupymoe", expected, got, got.argmax(-1))
+    assert [found[key] for key in ("same", "beyond", "beyond_same", "decided", "wrong")] == [0, 1, 0, 0, 0]
 
 
 def test_a_wrong_token_fails(bench_model, bench):
-    expected, got = torch.tensor([[1.0, 0.6, 0.0]]), torch.tensor([[0.7, 0.9, 0.0]])
-    row = bench._agreement("cupymoe", expected, got)
-    assert row["wrong"] == 1
+    expected = torch.tensor([[1.0, 0.6, 0.0]])
+    row = bench._agreement("cupymoe", expected, expected + 0.1, torch.tensor([1]))
+    assert (row["decided"], row["wrong"]) == (1, 1)
     assert bench_model.failures({"greedy": [row]}) == [
         "cupymoe chose another token than grouped_mm at 1 steps beyond rounding"
     ]
     assert bench_model.failures({"greedy": [{**row, "name": "eager"}]}) == []
-    row = bench._agreement("cupymoe", expected, torch.full_like(expected, torch.nan))
+    row = bench._agreement("cupymoe", expected, torch.full_like(expected, torch.nan), torch.tensor([0]))
     assert "cupymoe gave logits that are not finite" in bench_model.failures({"greedy": [row]})
 
 
@@ -133,4 +189,6 @@ def test_tables_of_a_report(bench, tmp_path):
     assert result.exit_code == 0, result.output
     assert "decode, step, batch 1" in result.output
     assert "| cupymoe + router ms |" in result.output
-    assert "largest difference |" in result.output
+    assert (
+        "| margin beyond difference | of these the same | margin beyond twice that | of these wrong |" in result.output
+    )
