@@ -102,15 +102,21 @@ class Bench:
         peers = {name: peer for name, peer in self.peers.items() if tokens <= (peer.max_tokens or tokens)}
         return {**ours, **peers}
 
-    def error(self, name: str, tokens: int, captured: Captured, oracles: list[Oracle]) -> float:
-        """Relative error of a fresh replay's outputs; what is wrong with them goes to the failures."""
+    def error(
+        self, name: str, tokens: int, captured: Captured, oracles: list[Oracle], limit: float | None = None
+    ) -> float:
+        """Relative error of a fresh replay's outputs; what is wrong with them goes to the failures.
+
+        ``limit`` is ours or a peer's, as the name says, unless it is given.
+        """
         for output in captured.outputs:
             output.fill_(float("nan"))
         captured.graph.replay()
         if not all(output.isfinite().all() for output in captured.outputs):
             self.failures.append(f"{name} gave values that are not finite, or left some unwritten, at T={tokens}")
         error = relative_error(oracles, captured.outputs)
-        limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
+        if limit is None:
+            limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
         if not error <= limit:
             self.failures.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
         return float(f"{error:.4g}")

@@ -17,6 +17,8 @@ RANK = 16
 TOKENS = (1, 4096)
 STD = 0.02
 """Of A and B: what they add is 8% of the weights."""
+ERROR_LIMIT = 0.006
+"""Weights merged in bfloat16 give 0.0037, rounding after each unmerged product 0.0050 (both computed on a CPU)."""
 
 
 class Adapters(NamedTuple):
@@ -93,7 +95,7 @@ def measure_lora(bench: Any) -> dict[str, Any]:
         captured = {
             name: capture(calls) for name, calls in contenders(cases, bench.layers, adapters, bench.config).items()
         }
-        errors = {name: bench.error(name, tokens, each, truths) for name, each in captured.items()}
+        errors = {name: bench.error(name, tokens, each, truths, ERROR_LIMIT) for name, each in captured.items()}
         rows.append({"tokens": tokens, "error": errors, "ms": time_in_turn(captured)})
         del captured
         free_memory()

@@ -266,9 +266,9 @@ class ModelBench:
     def greedy(self) -> list[dict[str, Any]]:
         """Each implementation's logits and choices beside the peer's, while it is fed the peer's greedy tokens.
 
-        Each logit may move by the largest difference, so that both choose the same token wherever the margin between the
-        peer's best two exceeds twice that; a step where they don't is ``wrong``. Steps whose margin exceeds it once are
-        counted too. CUDA graphs where the implementation can be captured.
+        Each logit may move by the largest difference, so that both choose the same token wherever the margin between
+        the peer's best two exceeds twice that; a step where they don't is ``wrong``. Steps whose margin exceeds it once
+        are counted too. CUDA graphs where the implementation can be captured.
         """
         plan = self.plan
         prompt = random_tokens(plan.config, 1, plan.prompt, device=self.device)

@@ -58,3 +58,57 @@ def test_says_that_it_needs_a_gpu(bench):
     result = CliRunner().invoke(bench.main, [])
     assert result.exit_code == 1
     assert "measures a CUDA GPU, and torch sees none" in result.output
+
+
+class Replayed:
+    """Stands for the CUDA graph of some calls."""
+
+    def __init__(self, calls):
+        self.calls, self.graph = calls, self
+        self.outputs = [call() for call in calls]
+
+    def replay(self):
+        for output, call in zip(self.outputs, self.calls, strict=True):
+            output.copy_(call())
+
+
+def bench_on_the_cpu(bench):
+    built = object.__new__(bench.Bench)
+    built.config, built.failures = CONFIG, []
+    built.layers = bench.make_layers(CONFIG, "cpu")[1]
+    return built
+
+
+def test_errors_of_lora_are_judged_as_our_own(bench, monkeypatch):
+    """By a limit below a peer's; here of a call that is 0.8% off."""
+    import bench_lora
+
+    built = bench_on_the_cpu(bench)
+    monkeypatch.setattr(bench_lora, "TOKENS", (3,))
+    monkeypatch.setattr(bench_lora, "capture", Replayed)
+    monkeypatch.setattr(bench_lora, "time_in_turn", lambda captured: {})
+    kept = bench_lora.lora_experts
+    found = bench_lora.measure_lora(built)
+    assert built.failures == []
+    assert found["adapted"][0]["error"].keys() == {"merged", "unmerged", "merging"}
+    monkeypatch.setattr(bench_lora, "lora_experts", lambda *a, **k: kept(*a, **k) * 1.008)
+    bench_lora.measure_lora(built)
+    assert [failure.partition(" has")[0] for failure in built.failures] == ["unmerged"]
+    assert built.failures[0].endswith(f"at T=3, above {bench_lora.ERROR_LIMIT}")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "fails"), [("cupymoe", None, True), ("peer", None, False), ("x", 0.006, True)]
+)
+def test_an_error_limit_is_ours_a_peer_s_or_given(bench, name, limit, fails):
+    built = bench_on_the_cpu(bench)
+    cases = bench.make_cases(CONFIG, built.layers, 3)
+    oracles = [bench.Oracle.of(CONFIG, case) for case in cases]
+    contender = bench.imported_contender(f"{__name__}:nearly", CONFIG)
+    error = built.error(name, 3, Replayed([contender.bind(case) for case in cases]), oracles, limit)
+    assert error == pytest.approx(0.008, rel=0.1)
+    assert bool(built.failures) == fails
+
+
+def nearly(*arguments):
+    return experts(*arguments) * 1.008
