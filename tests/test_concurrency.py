@@ -9,12 +9,16 @@ import torch
 
 from cupymoe import Gemma4Experts, Gemma4MoEConfig, fused_experts, route
 from cupymoe.backends import registry
+from cupymoe.backends.fused import tiles_reason
 from cupymoe.kernels import jit
+from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 from tests.helpers import Experts, oracle, random_experts, relative_error, run_python
 
 BACKENDS = [name for name in registry() if name != "reference"]
 SIZES = {"num_experts": 60, "hidden": 256, "intermediate": 176, "top_k": 6}
-NUM_TOKENS = (1, 7, 21, 64, 200, 300, 600, 1300, 2000)  # every regime of fused, tiles and clusters among them
+STREAMED = (1, 7, 21, 64, 200, 300, 600)  # every regime of the weight stream, where tiles don't serve a call
+NUM_TOKENS = (*STREAMED, 1300, 3000, 4000)  # and every cut of the tiles, from 320 tokens on
 LONG = 50_000_000  # cycles of sleep, longer than it takes to queue what comes after
 
 
@@ -60,10 +64,19 @@ def in_threads(work, count=8):
         return list(pool.map(run, range(count)))
 
 
-def shared_cases(**sizes):
-    """Calls of every regime on the weights of the first."""
-    first, *others = (random_case(num_tokens, **sizes) for num_tokens in NUM_TOKENS)
+def shared_cases(counts=NUM_TOKENS, **sizes):
+    """Calls of these numbers of tokens on the weights of the first."""
+    first, *others = (random_case(num_tokens, **sizes) for num_tokens in counts)
     return [first, *(Experts(other[0], *first[1:3], *other[3:]) for other in others)]
+
+
+def test_the_numbers_of_tokens_reach_every_kernel():
+    num_experts, top_k = SIZES["num_experts"], SIZES["top_k"]
+    tiled = [count for count in NUM_TOKENS if prefers_tiles(count * top_k, num_experts)]
+    assert {cut(count * top_k, num_experts) for count in tiled} == {*CUTS}
+    every_regime = {regime(count, 3, 56) for count in range(1, 2000)}
+    assert {regime(count, 3, 56) for count in STREAMED} == every_regime
+    assert tiles_reason(3 * max(STREAMED), 11, 104) is not None
 
 
 @pytest.mark.gpu
@@ -86,7 +99,7 @@ def test_eight_threads_share_a_module():
 @pytest.mark.gpu
 def test_eight_threads_make_the_first_calls():
     """Of sizes that no other test has: threads wait for one compilation, and none sees a kernel half made."""
-    cases = shared_cases(num_experts=11, hidden=104, intermediate=56, top_k=3)
+    cases = shared_cases(STREAMED, num_experts=11, hidden=104, intermediate=56, top_k=3)
     logits = torch.randn(40, 11, device="cuda")
     module = module_of(cases[0])
     torch.cuda.synchronize()
