@@ -1,0 +1,83 @@
+"""sanitize.py without a GPU or its tools: which kernels are watched, what is reached, and that a blind tool fails."""
+
+import stat
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cupymoe.backends.fused import tiles_reason
+from cupymoe.kernels import cuda_sources, jit
+from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    import sanitize
+
+    return sanitize
+
+
+def test_every_kernel_is_watched(sanitize):
+    entries = sanitize.entry_points()
+    kernels = sum(cuda_sources.expanded(name).count("__global__") for name in cuda_sources.names())
+    assert len({*entries}) == len(entries) == kernels
+    assert {*entries} >= {*cuda_sources.names(), "count_by_expert"}
+
+
+def test_every_regime_and_every_cut_is_reached(sanitize):
+    reached = set()
+    for num_experts, hidden_size, counts in sanitize.CASES:
+        for count in counts:
+            num_pairs = count * sanitize.TOP_K
+            tiled = prefers_tiles(num_pairs, num_experts) and tiles_reason(num_pairs, num_experts, hidden_size) is None
+            reached.add(cut(num_pairs, num_experts) if tiled else regime(count, sanitize.TOP_K, 48))
+    assert reached == {*CUTS, *(regime(count, sanitize.TOP_K, 48) for count in range(1, 1000))}
+
+
+def test_planted_faults_compile(sanitize):
+    nvrtc = jit.import_nvrtc()
+    assert {*sanitize.FAULTS} == {*sanitize.TOOLS}
+    for tool in sanitize.TOOLS:
+        program = nvrtc.createProgram(sanitize.planted_source(tool), "planted.cu", [], [])
+        nvrtc.compileProgram(program, ("-arch=sm_90a",))
+        assert sanitize.PLANTED.encode() in nvrtc.getCUBIN(program)
+        nvrtc.destroyProgram(program)
+
+
+# Stands for compute-sanitizer: reports the planted kernel, or a finding of the suite, only if its name is watched.
+TOOL = r"""#!/bin/bash
+echo "========= COMPUTE-SANITIZER"
+case " $* " in *" {missing} "*) exit 0;; esac
+case " $* " in
+*"kne=planted_fault "*"--planted "*) echo "=========     at planted_fault+0x70 in planted.cu:1"; exit 9;;
+*" --suite "*) {suite};;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "suite", "exit_code", "message"),
+    [
+        ("never", "echo every kernel ran", 0, "memcheck   0 findings\nsynccheck  0 findings"),
+        ("synccheck", "echo every kernel ran", 1, "synccheck  BLIND: it did not report a fault that was planted"),
+        ("never", "echo every kernel ran; exit 9", 1, "memcheck   FAILED"),
+        ("never", "exit 0", 1, "memcheck   FAILED"),
+    ],
+    ids=["clean", "a blind tool", "a finding", "a suite cut short"],
+)
+def test_verdict(sanitize, monkeypatch, tmp_path, missing, suite, exit_code, message):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(missing=missing, suite=suite))
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    result = CliRunner().invoke(sanitize.main, ["--tool", "memcheck", "--tool", "synccheck"])
+    assert result.exit_code == exit_code, result.output
+    assert message in result.output
+
+
+def test_a_traceback_is_no_report(sanitize):
+    assert not sanitize.reports_planted('File "sanitize.py", in planted_fault\n========= ERROR SUMMARY: 0 errors')
+    assert sanitize.reports_planted("\n=========     at planted_fault+0x70 in planted.cu:1")
