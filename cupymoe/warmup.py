@@ -74,9 +74,7 @@ def warmup(
     """
     counts = None if num_tokens is None else _checked(num_tokens)
     if isinstance(target, Gemma4MoEConfig):
-        with torch.device("meta"):
-            target = Gemma4MoE(target).to(dtype)
-        target = target.to_empty(device=device)
+        target = _uninitialised(target, dtype, device)
     if not isinstance(target, nn.Module):
         raise TypeError(f"target must be a torch.nn.Module or a Gemma4MoEConfig, got {type(target).__name__}")
     found = {_kind(part, caller): (part, caller) for part, caller in _parts(target).items()}
@@ -89,6 +87,16 @@ def warmup(
         for part, caller in found.values():
             for count in counts or one_of_each_way(*_sizes(part)):
                 _call(part, caller, count)
+
+
+def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
+    with torch.device("meta"):
+        moe = Gemma4MoE(config)
+    for module in moe.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Not to_empty(): it begins with importing sympy, which takes longer than loading the kernels.
+            module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+    return moe
 
 
 def _checked(num_tokens: Iterable[int]) -> list[int]:

@@ -137,15 +137,17 @@ def issue_us(call: Call) -> float:
 
 _FIRST_CALL = """
 import time, torch
-from cupymoe import Gemma4MoEConfig
+from cupymoe import Gemma4MoE, Gemma4MoEConfig
 from cupymoe.kernels.jit import import_cupy
 from cupymoe.warmup import NUM_TOKENS, warmup
-torch.zeros(1, device="cuda")
+with torch.device("cuda"):
+    moe = Gemma4MoE(Gemma4MoEConfig.gemma4_26b_a4b()).to(torch.bfloat16)
+torch.cuda.synchronize()
 seconds = [time.perf_counter()]
 import_cupy()
 seconds.append(time.perf_counter())
 for tokens in (1,), NUM_TOKENS:
-    warmup(Gemma4MoEConfig.gemma4_26b_a4b(), tokens)
+    warmup(moe, tokens)
     torch.cuda.synchronize()
     seconds.append(time.perf_counter())
 print(*(later - sooner for sooner, later in zip(seconds, seconds[1:])))
