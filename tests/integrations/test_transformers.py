@@ -216,6 +216,16 @@ def test_hooks_on_a_router_are_refused_before_any_is_replaced():
     assert [*model.modules()] == before
 
 
+def test_hooks_that_transformers_left_are_no_obstacle():
+    """A call that asks for hidden states installs them on the routers, too."""
+    model = randomize(gemma4()).eval()
+    expected = model(tokens(1, 5), output_hidden_states=True).hidden_states
+    assert model.model.layers[0].router._forward_hooks
+    assert integration.replace_routers(model) == 2
+    for ours, theirs in zip(model(tokens(1, 5), output_hidden_states=True).hidden_states, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_no_router_to_replace():
     with pytest.raises(ValueError, match="has no Gemma4TextRouter to replace"):
         integration.replace_routers(torch.nn.Linear(2, 2))
