@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
 
-``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against transformers and the floor.
-``sweep``: times alone, over a fine range of tokens and of every way to compute a call; what the README's plot shows.
+``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
+are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
+``sweep``: times, over a fine range of tokens and of every way to compute a call; what the README's plot shows.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs.
 """
@@ -24,8 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_adapters import installed_contenders, reason
 from bench_lora import measure_lora
 from bench_peers import (
+    PEER_ERROR_LIMIT,
     SKEWED,
     Case,
     Contender,
@@ -76,21 +79,26 @@ from cupymoe.kernels import cuda_sources, jit
 
 ERROR_LIMIT = 0.0042
 """transformers' own relative error at this shape, which ours may not exceed."""
-PEER_ERROR_LIMIT = 0.01
-"""Above it a peer did not compute what we do, and its time says nothing."""
 HOST_LOOPS, HOST_REPEATS, HOST_ISSUES = 300, 5, 200
 
 
 class Bench:
-    """The weights, the contenders and the failures of one run."""
+    """The weights, the contenders and the failures of one run.
 
-    def __init__(self, config: Gemma4MoEConfig, device: torch.device, imported: dict[str, Contender]) -> None:
+    A package that fails, or computes something else, is left out with a note; any other contender then fails the run.
+    """
+
+    def __init__(
+        self, config: Gemma4MoEConfig, device: torch.device, imported: dict[str, Contender], installed: bool
+    ) -> None:
         self.config = config
         self.buffer, self.layers = make_layers(config, device)
         self.peers, notes = transformers_contenders(config, self.layers)
-        self.peers.update(imported)
+        packages, reasons = installed_contenders(config, self.layers) if installed else ({}, [])
+        self.peers.update({**packages, **imported})
+        self.optional = packages.keys() - imported.keys()
         self.failures: list[str] = []
-        for note in notes:
+        for note in notes + reasons:
             click.echo(note)
 
     def contenders(self, cases: list[Case]) -> dict[str, Contender]:
@@ -109,17 +117,35 @@ class Bench:
 
         ``limit`` is ours or a peer's, as the name says, unless it is given.
         """
-        for output in captured.outputs:
-            output.fill_(float("nan"))
-        captured.graph.replay()
-        if not all(output.isfinite().all() for output in captured.outputs):
-            self.failures.append(f"{name} gave values that are not finite, or left some unwritten, at T={tokens}")
-        error = relative_error(oracles, captured.outputs)
-        if limit is None:
-            limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
-        if not error <= limit:
-            self.failures.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
-        return float(f"{error:.4g}")
+        error, wrong = checked(name, tokens, captured, oracles, limit)
+        self.failures += wrong
+        return error
+
+    def captured(
+        self, contenders: dict[str, Contender], cases: list[Case], oracles: list[Oracle] | None = None
+    ) -> tuple[dict[str, Captured], dict[str, float]]:
+        """Each contender's calls in a graph, and with oracles their errors."""
+        tokens = cases[0].inputs.hidden_states.shape[0]
+        graphs: dict[str, Captured] = {}
+        errors: dict[str, float] = {}
+        for name, each in contenders.items():
+            try:
+                graph = capture([each.bind(case) for case in cases])
+                error, wrong = checked(name, tokens, graph, oracles) if oracles else (None, [])
+            except Exception as raised:
+                if name not in self.optional:
+                    raise
+                wrong = [f"{name} failed at T={tokens}: {reason(raised)}"]
+            if wrong and name in self.optional:
+                del self.peers[name]
+                self.optional -= {name}
+                click.echo(f"{name} is not measured from here on: {wrong[0]}")
+                continue
+            self.failures += wrong
+            graphs[name] = graph
+            if error is not None:
+                errors[name] = error
+        return graphs, errors
 
     def experts_row(self, tokens: int, ceilings: Ceilings, routing: str | None = None) -> dict[str, Any]:
         """One of the ``"rows"`` of ``experts.json``, or of ``"skewed"``."""
@@ -136,10 +162,7 @@ class Bench:
     ) -> dict[str, Any]:
         """The contenders' times beside the floor; with oracles, their errors too."""
         tokens, hit_experts = cases[0].inputs.hidden_states.shape[0], mean_hit_experts(cases)
-        captured = {name: capture([each.bind(case) for case in cases]) for name, each in contenders.items()}
-        error = {}
-        if oracles is not None:
-            error = {name: self.error(name, tokens, each, oracles) for name, each in captured.items()}
+        captured, error = self.captured(contenders, cases, oracles)
         read = capture_read(self.buffer, floor_bytes(self.config, tokens, hit_experts), len(cases))
         ms = time_in_turn({"read": read, **captured})
         compute_ms = floor_flops(self.config, tokens) / ceilings.bf16_tflops / 1e9
@@ -172,13 +195,17 @@ class Bench:
         return {"ceilings": ceilings._asdict(), "rows": rows, **({"skewed": skewed_rows} if skewed else {})}
 
     def sweep(self, tokens: tuple[int, ...]) -> dict[str, Any]:
-        """What ``sweep.json`` holds beside the heading: times alone, of every way that a call could take."""
+        """What ``sweep.json`` holds beside the heading: times of every way that a call could take.
+
+        Errors are measured only where a package must show that it is right.
+        """
         ceilings = self.ceilings()
         rows = []
         for count in tokens:
             cases = make_cases(self.config, self.layers, count)
             contenders = {**self.contenders(cases), **ways_of_fused(self.config, cases[0])}
-            rows.append(self.timed_row(cases, contenders, ceilings))
+            oracles = [Oracle.of(self.config, case) for case in cases] if self.optional else None
+            rows.append(self.timed_row(cases, contenders, ceilings, oracles))
             echo_row(rows[-1])
         return {"ceilings": ceilings._asdict(), "rows": rows}
 
@@ -204,10 +231,9 @@ class Bench:
         """What ``host.json`` holds beside the heading: eager calls at one token."""
         cases = make_cases(self.config, self.layers, 1)
         oracles = [Oracle.of(self.config, case) for case in cases]
-        calls = {name: [each.bind(case) for case in cases] for name, each in self.contenders(cases).items()}
-        graphs = {name: capture(each) for name, each in calls.items()}
-        for name, captured in graphs.items():
-            self.error(name, 1, captured, oracles)
+        contenders = self.contenders(cases)
+        graphs, _ = self.captured(contenders, cases, oracles)
+        calls = {name: [contenders[name].bind(case) for case in cases] for name in graphs}
         gpu_ms = time_in_turn(graphs)
         wall: dict[str, list[float]] = {name: [] for name in calls}
         for each in calls.values():
@@ -230,6 +256,24 @@ class Bench:
         }
 
 
+def checked(
+    name: str, tokens: int, captured: Captured, oracles: list[Oracle], limit: float | None = None
+) -> tuple[float, list[str]]:
+    """Relative error of a fresh replay's outputs, and what is wrong with them."""
+    wrong = []
+    for output in captured.outputs:
+        output.fill_(float("nan"))
+    captured.graph.replay()
+    if not all(output.isfinite().all() for output in captured.outputs):
+        wrong.append(f"{name} gave values that are not finite, or left some unwritten, at T={tokens}")
+    error = relative_error(oracles, captured.outputs)
+    if limit is None:
+        limit = ERROR_LIMIT if name.startswith("cupymoe") else PEER_ERROR_LIMIT
+    if not error <= limit:
+        wrong.append(f"{name} has a relative error of {error:.5f} at T={tokens}, above {limit}")
+    return float(f"{error:.4g}"), wrong
+
+
 def echo_row(row: dict[str, Any]) -> None:
     """Its medians, as soon as they are known; the memory of its cases goes back."""
     free_memory()
@@ -247,8 +291,9 @@ def versions() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         **jit.installed_cupys(),
     }
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found["transformers"] = metadata.version("transformers")
+    for package in ("transformers", "vllm", "sglang", "sonic-moe"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     return found
 
 
@@ -332,14 +377,21 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "peers",
     callback=parse_peers,
     multiple=True,
-    help="NAME=package.module:function, measured beside transformers; called as docs/audit.md says. May be repeated.",
+    help="NAME=package.module:function, measured too; called as docs/audit.md says. May be repeated.",
+)
+@click.option(
+    "--installed/--no-installed",
+    default=True,
+    show_default=True,
+    help="Measure vLLM, SGLang and SonicMoE where they are installed. SonicMoE's first call takes minutes.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of weights, inputs and routing.")
 @torch.inference_mode()
-def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, str], seed: int) -> None:
+def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, str], installed: bool, seed: int) -> None:
     """Measure cupymoe and its peers on this machine's GPU.
 
-    Exits with 1, and writes no report, if an output is not finite or an error is above its limit.
+    Exits with 1, and writes no report, if an output is not finite or an error is above its limit. vLLM, SGLang and
+    SonicMoE are left out where that happens to them.
     """
     if not torch.cuda.is_available():
         raise click.ClickException("bench.py measures a CUDA GPU, and torch sees none on this machine")
@@ -366,18 +418,18 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, st
         stages, failed = measure_stages(config, device)
         tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
     if regime in ("host", "all"):
-        bench = Bench(config, device, imported)
+        bench = Bench(config, device, imported, installed)
         report = keep("host", bench.host(), bench.failures)
         tables += [host_table(report), first_call_table(report)]
         del bench
         free_memory()
     if regime in ("lora", "all"):
-        bench = Bench(config, device, imported)
+        bench = Bench(config, device, imported, installed=False)
         tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
         del bench
         free_memory()
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
-        bench = Bench(config, device, imported)
+        bench = Bench(config, device, imported, installed)
         if regime == "decode":
             report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
             tables.append(skewed_table(report))

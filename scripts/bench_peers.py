@@ -21,6 +21,8 @@ WEIGHT_STD = 0.02
 ORACLE_TOKENS = 256
 CASES_UP_TO = {4: 24, 64: 12, 256: 6, 1024: 3, math.inf: 2}
 """Calls in one graph, by the number of tokens up to which they serve."""
+PEER_ERROR_LIMIT = 0.01
+"""Above it a peer did not compute what we do, and its time says nothing."""
 BATCHED_MM_MAX_TOKENS = 16
 """``batched_mm`` copies the weights of every pair: 12 MB each, 1.5 GB at 16 tokens."""
 
@@ -194,7 +196,7 @@ def ways_of_fused(config: Gemma4MoEConfig, case: Case) -> dict[str, Contender]:
 
 
 def imported_contender(target: str, config: Gemma4MoEConfig) -> Contender:
-    """Any function that ``cupymoe audit`` takes, ``package.module:function``: how vLLM, SGLang or SonicMoE come in.
+    """Any function that ``cupymoe audit`` takes, ``package.module:function``.
 
     Raises:
         TargetError: it can't be imported.
