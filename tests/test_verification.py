@@ -60,6 +60,27 @@ def test_many_tokens_are_checked_as_few_are(monkeypatch):
     }
 
 
+def test_few_tokens_are_compared_over_several_calls(monkeypatch):
+    """The error of one token scatters by a tenth; the calls stay as small as the check says."""
+    right, calls, compared = ReferenceBackend.__call__, [], []
+
+    def recorded(self, states, *rest):
+        calls.append(len(states))
+        return right(self, states, *rest)
+
+    def oracle(states, *rest):
+        compared.append(len(states))
+        return reference.experts(states, *rest)
+
+    monkeypatch.setattr(ReferenceBackend, "__call__", recorded)
+    monkeypatch.setattr(experts, "reference", SimpleNamespace(experts=oracle))
+    for num_tokens, count in ((1, 16), (7, 3), (16, 1), (64, 1)):
+        assert [result.status for result in experts._against_float64(small("cpu"), num_tokens)][-1] == "pass"
+        assert calls == [num_tokens] * count
+        assert compared == [num_tokens * count]
+        calls.clear(), compared.clear()
+
+
 @pytest.mark.usefixtures("_many")
 @pytest.mark.parametrize("tokens", [slice(0, 100), slice(MANY - 100, MANY)], ids=["first", "last"])
 def test_a_fault_of_some_of_many_tokens_is_seen(monkeypatch, tokens):
