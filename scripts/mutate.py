@@ -242,6 +242,15 @@ MUTATIONS = (
         TILES,
     ),
     cuda(
+        "a wait for a stage that may be filled and emptied already",
+        "common/expert_tiles.cuh",
+        "if (step >= ahead) {",
+        "wait_barrier(pipeline.emptied(turn.stage), turn.parity); if (step >= ahead) {",
+        TILES,
+        source="experts_down_wgmma",
+        define="BLOCKS=2",
+    ),
+    cuda(
         "the upper half of a tile's rows stored twice",
         "experts_down_wgmma.cu",
         "i / 2 * 4 + half * 2 + i % 2",

@@ -69,7 +69,8 @@ def test_the_model_is_gemma_4_26b_a4b_s_text_part(bench_model):
     config = bench_model.gemma4_26b_a4b()
     model = bench_model.build(config, torch.device("meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert 25.1e9 < parameters < 25.4e9
+    head = config.vocab_size * config.hidden_size  # of its own
+    assert 25.1e9 < parameters - head < 25.4e9
     assert config.layer_types.count("full_attention") == 5
     experts = model.model.layers[29].experts
     assert experts.gate_up_proj.shape == (128, 1408, 2816)
@@ -135,7 +136,7 @@ def test_every_cell_times_the_contender_it_names(bench_model, bench, monkeypatch
     )
     monkeypatch.setattr(bench, "_in_turn", each_once)
     with torch.inference_mode():
-        getattr(bench, cell)(*{"decode_graph": (1,), "generate": (1, 2), "prefill": (5,)}[cell])
+        getattr(bench, cell)(*{"decode_graph": (1,), "generate": (1,), "prefill": (5,)}[cell])
     assert ran == {
         "grouped_mm": {("grouped_mm", "Gemma4TextRouter")},
         "cupymoe": {("cupymoe", "Gemma4TextRouter")},
