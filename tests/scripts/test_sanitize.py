@@ -1,6 +1,7 @@
 """sanitize.py without a GPU or its tools: which kernels are watched, what is reached, and that a blind tool fails."""
 
 import stat
+import sys
 
 import pytest
 import torch
@@ -73,9 +74,14 @@ def test_verdict(sanitize, monkeypatch, tmp_path, missing, suite, exit_code, mes
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: str(tool))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    monkeypatch.setattr(sys, "executable", "true")  # what runs without a tool
     result = CliRunner().invoke(sanitize.main, ["--tool", "memcheck", "--tool", "synccheck"])
     assert result.exit_code == exit_code, result.output
     assert message in result.output
+    monkeypatch.setattr(sys, "executable", "false")
+    result = CliRunner().invoke(sanitize.main, [])
+    assert result.exit_code == 1
+    assert "the kernels fail without a tool" in result.output
 
 
 def test_a_traceback_is_no_report(sanitize):
