@@ -176,7 +176,7 @@ def test_an_entry_that_can_not_be_read(cache):
 
 def test_an_interrupt_during_the_first_compile(cupy, monkeypatch):
     """The lock is free again, nothing half-made is kept, and the next call compiles."""
-    variant = Variant("raw_read", ("INTERRUPTED",))
+    variant = Variant("raw_read", (*VARIANT.defines, "INTERRUPTED"))
     compile = cupy.RawModule.compile
 
     class Interrupted(cupy.RawModule):
