@@ -55,9 +55,10 @@ def test_one_regime_from_few_to_many(few, many):
     assert regime(few, k, intermediate) != regime(many + 1, k, intermediate) or many == 1024
 
 
-@pytest.mark.parametrize("num_pairs", [1, 8, 127, 128, 129, 8192])
-def test_workspace_parts_do_not_overlap(num_pairs):
-    its_shape = shape(num_pairs, 128, 2816, 704, 8)
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 8), (127, 1), (16, 8), (129, 1), (17, 8), (1024, 8)])
+def test_workspace_parts_do_not_overlap(num_tokens, top_k):
+    num_pairs = num_tokens * top_k
+    its_shape = shape(num_tokens, 128, 2816, 704, top_k)
     workspace = new_workspace(torch.empty(0), its_shape, num_pairs)
     memory, *starts = workspace
     chunks = min(num_pairs, 128 + num_pairs // its_shape.regime.tokens)
