@@ -86,7 +86,7 @@ def oracles(cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig
 
 
 def measure_lora(bench: Any) -> dict[str, Any]:
-    """What ``lora.json`` holds beside the heading; ``bench`` is bench.py's, and keeps what was wrong."""
+    """What ``lora.json`` holds beside the heading; ``bench`` is a ``bench_experts.Bench``, and keeps what was wrong."""
     adapters = [Adapters.of(layer) for layer in bench.layers]
     rows = []
     for tokens in TOKENS:

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import report_folder, report_heading, write_report
+from bench_report import report_folder, report_heading, write_report
 from bench_timing import capture, free_memory, percentiles
 from readme_table import greedy_table, heading, model_table
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache

@@ -16,14 +16,21 @@ def bench():
     return bench
 
 
+@pytest.fixture(scope="module")
+def peers():
+    import bench_peers
+
+    return bench_peers
+
+
 def experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
     return reference.experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, CONFIG.activation)
 
 
-def test_a_peer_is_called_with_the_case(bench):
-    _, layers = bench.make_layers(CONFIG, "cpu")
-    cases = bench.make_cases(CONFIG, layers, 5)
-    contender = bench.imported_contender(f"{__name__}:experts", CONFIG)
+def test_a_peer_is_called_with_the_case(peers):
+    _, layers = peers.make_layers(CONFIG, "cpu")
+    cases = peers.make_cases(CONFIG, layers, 5)
+    contender = peers.imported_contender(f"{__name__}:experts", CONFIG)
     for case in cases:
         inputs = case.inputs
         assert torch.equal(
@@ -33,9 +40,9 @@ def test_a_peer_is_called_with_the_case(bench):
 
 
 @pytest.mark.parametrize("routing", [None, "one expert has a quarter of the pairs", "four experts"])
-def test_routings(bench, routing):
+def test_routings(peers, routing):
     config = Gemma4MoEConfig(32, 24, 64, 8, "gelu_pytorch_tanh")
-    index = bench.make_cases(config, bench.make_layers(config, "cpu")[1], 400, routing)[0].inputs.top_k_index
+    index = peers.make_cases(config, peers.make_layers(config, "cpu")[1], 400, routing)[0].inputs.top_k_index
     share = (index == 0).float().mean().item()
     if routing is None:
         assert all(len(set(row)) == 8 for row in index.tolist())
@@ -72,18 +79,21 @@ class Replayed:
             output.copy_(call())
 
 
-def bench_on_the_cpu(bench):
-    built = object.__new__(bench.Bench)
+@pytest.fixture
+def built(peers):
+    """A Bench on the CPU, without what a GPU is measured for."""
+    from bench_experts import Bench
+
+    built = object.__new__(Bench)
     built.config, built.failures = CONFIG, []
-    built.layers = bench.make_layers(CONFIG, "cpu")[1]
+    built.layers = peers.make_layers(CONFIG, "cpu")[1]
     return built
 
 
-def test_errors_of_lora_are_judged_as_our_own(bench, monkeypatch):
+def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):
     """By a limit below a peer's; here of a call that is 0.8% off."""
     import bench_lora
 
-    built = bench_on_the_cpu(bench)
     monkeypatch.setattr(bench_lora, "TOKENS", (3,))
     monkeypatch.setattr(bench_lora, "capture", Replayed)
     monkeypatch.setattr(bench_lora, "time_in_turn", lambda captured: {})
@@ -100,11 +110,10 @@ def test_errors_of_lora_are_judged_as_our_own(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "limit", "fails"), [("cupymoe", None, True), ("peer", None, False), ("x", 0.006, True)]
 )
-def test_an_error_limit_is_ours_a_peer_s_or_given(bench, name, limit, fails):
-    built = bench_on_the_cpu(bench)
-    cases = bench.make_cases(CONFIG, built.layers, 3)
-    oracles = [bench.Oracle.of(CONFIG, case) for case in cases]
-    contender = bench.imported_contender(f"{__name__}:nearly", CONFIG)
+def test_an_error_limit_is_ours_a_peer_s_or_given(built, peers, name, limit, fails):
+    cases = peers.make_cases(CONFIG, built.layers, 3)
+    oracles = [peers.Oracle.of(CONFIG, case) for case in cases]
+    contender = peers.imported_contender(f"{__name__}:nearly", CONFIG)
     error = built.error(name, 3, Replayed([contender.bind(case) for case in cases]), oracles, limit)
     assert error == pytest.approx(0.008, rel=0.1)
     assert bool(built.failures) == fails

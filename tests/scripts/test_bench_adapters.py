@@ -304,13 +304,13 @@ class FakeGraph:
 @pytest.fixture
 def bench_of(adapters, monkeypatch):
     """A Bench on the CPU, whose graphs are plain calls."""
-    import bench
+    import bench_experts
 
-    monkeypatch.setattr(bench, "capture", FakeGraph)
-    monkeypatch.setattr(bench, "ERROR_LIMIT", 0.01)
+    monkeypatch.setattr(bench_experts, "capture", FakeGraph)
+    monkeypatch.setattr(bench_experts, "ERROR_LIMIT", 0.01)
 
     def make(imported=None):
-        return bench.Bench(CONFIG, torch.device("cpu"), imported or {}, installed=True)
+        return bench_experts.Bench(CONFIG, torch.device("cpu"), imported or {}, installed=True)
 
     return make
 

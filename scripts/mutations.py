@@ -1,0 +1,312 @@
+"""The faults that ``mutate.py`` makes, one line each: in the activations, in the other kernels, in the launchers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ACTIVATION = ("tests/kernels/test_gated_activation.py",)
+GATHER = ("tests/kernels/test_gather.py",)
+COMBINE = ("tests/kernels/test_combine.py",)
+ROUTE = ("tests/kernels/test_route.py",)
+LOGITS = ("tests/kernels/test_router_logits.py",)
+SORT = ("tests/kernels/test_sort_by_expert.py",)
+EXPERTS = (
+    "tests/test_experts_cuda.py::test_every_activation",
+    "tests/test_experts_cuda.py::test_masked_ids",
+    "tests/test_experts_cuda.py::test_all_tokens_to_one_expert_and_the_rest_empty",
+    "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
+)
+TILES = ("tests/kernels/test_experts_wgmma.py",)
+PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
+BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
+STREAMS = (
+    "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
+    "tests/test_concurrency.py::test_two_modules_on_two_streams_at_once",
+)
+
+
+class Mutation(NamedTuple):
+    """One fault: ``old``, which stands once in ``path``, becomes ``new``."""
+
+    fault: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """That have to see it."""
+    source: str = ""
+    """Of what is CUDA: a source that holds it,"""
+    define: str = ""
+    """and a define of the compilations in which it makes a difference."""
+
+    def apply(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: ``old`` does not stand in the file exactly once.
+        """
+        file = folder / self.path
+        text = file.read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"{self.fault}: stands {count} times in {self.path}, not once: {self.old!r}")
+        file.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+def cuda(fault: str, file: str, old: str, new: str, tests: tuple[str, ...], **compiled: str) -> Mutation:
+    """A fault in a CUDA source or header."""
+    return Mutation(fault, f"cuda_src/{file}", old, new, tests, **{"source": Path(file).stem, **compiled})
+
+
+def launcher(fault: str, file: str, old: str, new: str, tests: tuple[str, ...]) -> Mutation:
+    """A fault in the Python that launches."""
+    return Mutation(fault, f"cupymoe/{file}", old, new, tests)
+
+
+def activation(fault: str, old: str, new: str, function: str) -> Mutation:
+    """A fault in one activation function, compiled into the 16-bit kernel."""
+    return cuda(
+        fault,
+        "common/activations.cuh",
+        old,
+        new,
+        ACTIVATION,
+        source="gated_activation",
+        define=f"ACTIVATION={function}",
+    )
+
+
+MUTATIONS = (
+    activation(
+        "erf for tanh", "mul_rn(gelu_tanh<kPrecise>(gate), up)", "mul_rn(gelu<kPrecise>(gate), up)", "GELU_TANH"
+    ),
+    activation("tanh for erf", "mul_rn(gelu<kPrecise>(gate), up)", "mul_rn(gelu_tanh<kPrecise>(gate), up)", "GELU"),
+    activation(
+        "gate for up in one activation",
+        "mul_rn(gelu_tanh<kPrecise>(gate), up)",
+        "mul_rn(gelu_tanh<kPrecise>(up), gate)",
+        "GELU_TANH",
+    ),
+    activation("a coefficient to four digits", "fma_rn(a * a, 0.10294324f,", "fma_rn(a * a, 0.1029f,", "GELU_TANH"),
+    activation("a clamp without its lower end", ": up < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : up;", ": up;", "SWIGLUSTEP"),
+    activation("the limit of another activation", "gate > SWIGLU_LIMIT ?", "gate > 2 * SWIGLU_LIMIT ?", "SWIGLUOAI"),
+    cuda(
+        "truncation for rounding",
+        "common/dtypes.cuh",
+        "cvt.rn.bf16.f32",
+        "cvt.rz.bf16.f32",
+        ACTIVATION,
+        source="gated_activation",
+        define="SCALAR=bf16",
+    ),
+    cuda(
+        "the gate read as the up",
+        "gated_activation.cu",
+        "(INTERLEAVED ? 2 * col + VEC : COLS + col)",
+        "(INTERLEAVED ? 2 * col + VEC : col)",
+        ACTIVATION,
+    ),
+    cuda("one row too many", "gated_activation.cu", "if (row >= (num_rows ?", "if (row > (num_rows ?", ACTIVATION),
+    cuda("slot 0 taken for masked in gather", "gather.cu", "if (slot >= 0)", "if (slot > 0)", GATHER),
+    cuda(
+        "slots of the first choice for all",
+        "gather.cu",
+        "slot_of_pair[token * TOP_K + k]",
+        "slot_of_pair[token * TOP_K]",
+        GATHER,
+    ),
+    cuda("slot 0 taken for masked in combine", "combine.cu", "if (slots[i] < 0)", "if (slots[i] <= 0)", COMBINE),
+    cuda(
+        "weights of the first choices for all",
+        "combine.cu",
+        "top_k_weights[token * TOP_K + k0 + i]",
+        "top_k_weights[token * TOP_K + i]",
+        COMBINE,
+        define="ROWS_IN_FLIGHT=2",
+    ),
+    cuda(
+        "a wait dropped: combine before the experts have ended",
+        "combine.cu",
+        "    wait_for_previous_grid();\n",
+        "\n",
+        BITS,
+    ),
+    cuda(
+        "ties to the higher lane",
+        "route.cu",
+        "__ffs(__ballot_sync(FULL_WARP, local == top)) - 1",
+        "31 - __clz(__ballot_sync(FULL_WARP, local == top))",
+        ROUTE,
+    ),
+    cuda("ties to the higher index", "route.cu", "if (keys[i] > local)", "if (keys[i] >= local)", ROUTE),
+    cuda("-0 below +0", "route.cu", "if (bits == 0x80000000u) bits = 0;", "", ROUTE),
+    cuda("an expert chosen twice", "route.cu", "/ sum, keys[i] = 0;", "/ sum;", ROUTE),
+    cuda(
+        "renormalised where it was not asked for",
+        "route.cu",
+        "if (RENORMALIZE) weight",
+        "if (!RENORMALIZE) weight",
+        ROUTE,
+    ),
+    cuda("the scale of the place", "route.cu", "per_expert_scale[experts[j]]", "per_expert_scale[k]", ROUTE),
+    cuda(
+        "half of a sum", "common/warp.cuh", "int offset = 16; offset;", "int offset = 8; offset;", ROUTE, source="route"
+    ),
+    cuda("wrong scale", "router_logits.cu", "scales.values[v]))), ROOT)", "scales.values[v]))), 2 * ROOT)", LOGITS),
+    cuda("the sign of epsilon", "router_logits.cu", "/ HIDDEN + EPS", "/ HIDDEN - EPS", LOGITS),
+    cuda(
+        "a lane counts itself",
+        "sort_by_expert.cu",
+        "u32 earlier = same & ((1u << lane) - 1);",
+        "u32 earlier = same & ((2u << lane) - 1);",
+        SORT,
+    ),
+    cuda(
+        "a barrier dropped: offsets read while they are summed",
+        "sort_by_expert.cu",
+        "    __syncthreads();\n    for (int expert = threadIdx.x; blockIdx.x == 0",
+        "\n    for (int expert = threadIdx.x; blockIdx.x == 0",
+        SORT,
+    ),
+    cuda(
+        "expert E taken for valid",
+        "common/pairs.cuh",
+        "expert < NUM_EXPERTS ?",
+        "expert <= NUM_EXPERTS ?",
+        SORT,
+        source="sort_by_expert",
+    ),
+    cuda(
+        "int64 ids cut to 32 bits",
+        "common/pairs.cuh",
+        "INDEX expert = top_k_index[pair];",
+        "int expert = (int)top_k_index[pair];",
+        SORT,
+        source="sort_by_expert",
+        define="INDEX=long long",
+    ),
+    cuda(
+        "gate for up in the fused experts",
+        "experts_up.cu",
+        "(gates.values[i], ups.values[i])",
+        "(ups.values[i], gates.values[i])",
+        EXPERTS,
+    ),
+    cuda(
+        "a row stored twice",
+        "experts_down.cu",
+        "from_float<SLOT_SCALAR>(second.values[i])",
+        "from_float<SLOT_SCALAR>(first.values[i])",
+        EXPERTS,
+    ),
+    cuda(
+        "only the first chunk of an expert",
+        "common/expert_plan.cuh",
+        "rank % TOKENS == 0;",
+        "rank == 0;",
+        EXPERTS,
+        source="experts_up",
+        define="INLINE_PAIRS=128",
+    ),
+    cuda(
+        "the last, unfilled chunk forgotten",
+        "plan_experts.cu",
+        "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
+        "block_exclusive_sum(count / TOKENS,",
+        EXPERTS,
+    ),
+    cuda(
+        "gate for up in the tiles",
+        "experts_up_wgmma.cu",
+        "activate<ACTIVATION, false>(gate[0], gate[4])",
+        "activate<ACTIVATION, false>(gate[4], gate[0])",
+        TILES,
+    ),
+    cuda(
+        "a wait for a stage that may be filled and emptied already",
+        "common/expert_tiles.cuh",
+        "if (step >= ahead) {",
+        "wait_barrier(pipeline.emptied(turn.stage), turn.parity); if (step >= ahead) {",
+        TILES,
+        source="experts_down_wgmma",
+        define="BLOCKS=2",
+    ),
+    cuda(
+        "the upper half of a tile's rows stored twice",
+        "experts_down_wgmma.cu",
+        "i / 2 * 4 + half * 2 + i % 2",
+        "i / 2 * 4 + i % 2",
+        TILES,
+    ),
+    cuda(
+        "tickets not set to zero",
+        "sort_by_expert.cu",
+        "tickets[threadIdx.x] = 0;",
+        "tickets[threadIdx.x] += 0;",
+        BITS,
+    ),
+    launcher(
+        "the tickets that another kernel has used up",
+        "kernels/experts_down_wgmma.py",
+        "pairs.tickets.data_ptr() + 4",
+        "pairs.tickets.data_ptr()",
+        TILES,
+    ),
+    launcher(
+        "a stale map of the weights",
+        "kernels/experts_up_wgmma.py",
+        "*_gate_up_map(gate_up_proj.data_ptr(), shape),",
+        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape)),",
+        PARAMETERS,
+    ),
+    launcher(
+        "a grid too small by its last block",
+        "kernels/combine.py",
+        "blocks = -(-shape.hidden_size // (width * _FEW_TOKENS_THREADS))",
+        "blocks = shape.hidden_size // (width * _FEW_TOKENS_THREADS)",
+        EXPERTS,
+    ),
+    launcher(
+        "the last tokens without a block",
+        "kernels/route.py",
+        "(-(-num_tokens // WARPS), 1)",
+        "(max(1, num_tokens // WARPS), 1)",
+        ROUTE,
+    ),
+    launcher(
+        "the alignment of the output forgotten",
+        "kernels/gated_activation.py",
+        "(source | target) % 16 == 0",
+        "source % 16 == 0",
+        ACTIVATION,
+    ),
+    launcher(
+        "the alignment of rows forgotten",
+        "kernels/bridge.py",
+        "return width if aligned and columns % width == 0 else 1",
+        "return width if columns % width == 0 else 1",
+        GATHER,
+    ),
+    launcher("the counts of two blocks missing", "kernels/sort_by_expert.py", "if blocks > 1:", "if blocks > 2:", SORT),
+    launcher("always the default stream", "kernels/launch.py", "config.stream = stream", "config.stream = 0", STREAMS),
+    launcher(
+        "stale parameters",
+        "kernels/launch.py",
+        "        _PACK[len(arguments)](thread.values, 0, *arguments)",
+        "        any(thread.values) or _PACK[len(arguments)](thread.values, 0, *arguments)",
+        ACTIVATION,
+    ),
+    launcher(
+        "a stale workspace, shared by all streams",
+        "kernels/expert_stream.py",
+        "memory = like.new_empty(size, dtype=torch.uint8)",
+        "memory = vars(new_workspace).setdefault(size, like.new_empty(size, dtype=torch.uint8))",
+        STREAMS,
+    ),
+    launcher(
+        "the last expert's rows not activated",
+        "backends/grouped.py",
+        "num_rows=group_ends[num_experts - 1 :]",
+        "num_rows=group_ends[num_experts - 2 :]",
+        EXPERTS,
+    ),
+)
