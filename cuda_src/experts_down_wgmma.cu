@@ -76,5 +76,5 @@ struct DownGemm {
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
                    const int* expert_offsets, u32* ticket, scalar_t* expert_output) {
-    multiply_experts<true>(DownGemm{intermediate_map, expert_output}, down_map, Schedule{expert_offsets, ticket});
+    multiply_experts(DownGemm{intermediate_map, expert_output}, down_map, Schedule{expert_offsets, ticket});
 }

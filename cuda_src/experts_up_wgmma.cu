@@ -83,5 +83,5 @@ struct UpGemm {
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, const scalar_t* hidden_states, const int* expert_offsets,
                  const int* token_of_slot, u32* ticket, scalar_t* intermediate) {
-    multiply_experts<false>(UpGemm{hidden_states, token_of_slot, intermediate}, gate_up_map, Schedule{expert_offsets, ticket});
+    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate}, gate_up_map, Schedule{expert_offsets, ticket});
 }

@@ -75,15 +75,9 @@ sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, i
     __syncthreads();
 
     if (warp == 0) {
-        int carry = 0;
-        for (int base = 0; base < NUM_EXPERTS; base += 32) {
-            int expert = base + lane;
-            int count = expert < NUM_EXPERTS ? offsets[expert] : 0;
-            int inclusive = warp_inclusive_sum(count);
-            if (expert < NUM_EXPERTS) offsets[expert] = carry + inclusive - count;
-            carry += __shfl_sync(FULL_WARP, inclusive, 31);
-        }
-        if (lane == 0 && blockIdx.x == 0) expert_offsets[NUM_EXPERTS] = carry;
+        int kept = warp_exclusive_sums(
+            NUM_EXPERTS, [&](int expert) { return offsets[expert]; }, [&](int expert, int sum) { offsets[expert] = sum; });
+        if (lane == 0 && blockIdx.x == 0) expert_offsets[NUM_EXPERTS] = kept;
     }
     __syncthreads();
     for (int expert = threadIdx.x; blockIdx.x == 0 && expert < NUM_EXPERTS; expert += BLOCK_THREADS) {

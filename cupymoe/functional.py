@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
 
-from cupymoe import ops  # noqa: F401  registers torch.ops.cupymoe
+from cupymoe import ops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
 from cupymoe.kernels.bridge import SCALARS
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class _Description(NamedTuple):
@@ -29,8 +32,7 @@ class _Description(NamedTuple):
 def _describe(name: str, tensor: torch.Tensor) -> _Description:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    # As a plain tuple: the constructor of a NamedTuple costs as much as all that it is given.
-    return tuple.__new__(_Description, (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()))
+    return _Description(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
 
 
 def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
@@ -187,7 +189,7 @@ def route(
         _check_shape("per_expert_scale", scale, (num_experts,))
         _check_served_by_kernel("per_expert_scale", scale)
         _check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
-    weights, index = torch.ops.cupymoe.route(router_logits, top_k, per_expert_scale, renormalize)
+    weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, renormalize)
     return weights, index
 
 
@@ -227,8 +229,15 @@ def fused_experts(
     )
     if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
         top_k_weights = top_k_weights.to(work)
-    output: torch.Tensor = torch.ops.cupymoe.fused_experts.default(
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member.value, backend
+    output: torch.Tensor = ops.dispatch(
+        torch.ops.cupymoe.fused_experts.default,
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        member.value,
+        backend,
     )
     return output
 
@@ -293,10 +302,24 @@ def _describe_and_check_experts(
     activation: MoEActivation,
     backend: str,
 ) -> None:
-    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 3. A traced size has no hash.
-    traced = torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor)
-    check = _check_experts if traced else _check_experts_cached
-    check(
+    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 2. A traced size has no hash.
+    if not (torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor)):
+        try:
+            _check_kind(
+                activation,
+                backend,
+                gate_up_proj.is_contiguous(),
+                down_proj.is_contiguous(),
+                _kind(hidden_states),
+                _kind(gate_up_proj),
+                _kind(down_proj),
+                _kind(top_k_index),
+                _kind(top_k_weights),
+            )
+            return
+        except AttributeError:  # not a tensor: the checks below say which
+            pass
+    _check_experts(
         _describe("hidden_states", hidden_states),
         _describe("gate_up_proj", gate_up_proj),
         _describe("down_proj", down_proj),
@@ -336,4 +359,27 @@ def _check_experts(
     check_name(backend)
 
 
-_check_experts_cached = functools.lru_cache(maxsize=4096)(_check_experts)
+_kind = operator.attrgetter("shape", "dtype", "device")
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind(
+    activation: MoEActivation,
+    backend: str,
+    contiguous_gate_up: bool,
+    contiguous_down: bool,
+    hidden_states: _Kind,
+    gate_up_proj: _Kind,
+    down_proj: _Kind,
+    top_k_index: _Kind,
+    top_k_weights: _Kind,
+) -> None:
+    _check_experts(
+        _Description(*hidden_states, True),
+        _Description(*gate_up_proj, contiguous_gate_up),
+        _Description(*down_proj, contiguous_down),
+        _Description(*top_k_index, True),
+        _Description(*top_k_weights, True),
+        activation,
+        backend,
+    )

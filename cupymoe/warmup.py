@@ -15,6 +15,7 @@ from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.plan_experts import pairs_per_lane
+from cupymoe.kernels.sort_by_expert import block_of
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 
 _MAX_TOKENS = 32768
@@ -24,7 +25,7 @@ def _way(num_tokens: int, num_experts: int, top_k: int, intermediate_size: int) 
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     num_pairs = num_tokens * top_k
     if prefers_tiles(num_pairs, num_experts):
-        return cut(num_pairs, num_experts)
+        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
     chosen = regime(num_tokens, top_k, intermediate_size)
     return chosen, None if chosen.inline_pairs else pairs_per_lane(num_pairs)
 

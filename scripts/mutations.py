@@ -114,14 +114,21 @@ MUTATIONS = (
         "slot_of_pair[token * TOP_K]",
         GATHER,
     ),
-    cuda("slot 0 taken for masked in combine", "combine.cu", "if (slots[i] < 0)", "if (slots[i] <= 0)", COMBINE),
     cuda(
-        "weights of the first choices for all",
-        "combine.cu",
-        "top_k_weights[token * TOP_K + k0 + i]",
-        "top_k_weights[token * TOP_K + i]",
+        "slot 0 taken for masked in combine",
+        "common/weighted_rows.cuh",
+        "if (slots[i] < 0)",
+        "if (slots[i] <= 0)",
         COMBINE,
-        define="ROWS_IN_FLIGHT=2",
+        source="combine",
+    ),
+    cuda(
+        "the first choices for all",
+        "combine.cu",
+        "k + i < TOP_K ? slot_of_pair[k + i] : -1",
+        "k + i < TOP_K ? slot_of_pair[i] : -1",
+        COMBINE,
+        define="ROWS_IN_FLIGHT=4",
     ),
     cuda(
         "a wait dropped: combine before the experts have ended",
@@ -261,8 +268,8 @@ MUTATIONS = (
     launcher(
         "a grid too small by its last block",
         "kernels/combine.py",
-        "blocks = -(-shape.hidden_size // (width * _FEW_TOKENS_THREADS))",
-        "blocks = shape.hidden_size // (width * _FEW_TOKENS_THREADS)",
+        "-(-columns // (width * _THREADS))",
+        "columns // (width * _THREADS)",
         EXPERTS,
     ),
     launcher(

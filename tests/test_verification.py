@@ -141,3 +141,11 @@ def test_seeds_out_of_range(seed):
         result = CliRunner().invoke(main, [*command, "--seed", seed])
         assert result.exit_code == 2
         assert f"Invalid value for '--seed': {seed} is not in the range" in result.output
+
+
+def test_a_compiler_that_says_nothing_of_registers_is_no_pass(monkeypatch):
+    """NVRTC's log is empty where it took a cubin from a cache."""
+    monkeypatch.setattr(compilation, "compile_offline", lambda *job: SimpleNamespace(spill_bytes=0, registers=0))
+    results = list(compilation.checks(SimpleNamespace(on_gpu=False)))
+    assert {result.status for result in results} == {"fail"}
+    assert "nothing of registers" in results[0].detail

@@ -12,6 +12,7 @@ from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 from cupymoe.kernels.plan_experts import pairs_per_lane
+from cupymoe.kernels.sort_by_expert import block_of
 from cupymoe.warmup import NUM_TOKENS, one_of_each_way
 from tests.helpers import randomize, transformers_config, transformers_gemma4
 
@@ -105,7 +106,7 @@ def test_one_number_of_tokens_of_every_range(num_experts, top_k, intermediate_si
     for num_tokens in range(1, 20000):
         num_pairs = num_tokens * top_k
         if prefers_tiles(num_pairs, num_experts):
-            compiled = cut(num_pairs, num_experts)
+            compiled = cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
         else:
             its = regime(num_tokens, top_k, intermediate_size)
             compiled = its, not its.inline_pairs and pairs_per_lane(num_pairs)

@@ -118,6 +118,15 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 #endif
 }
 
+// A word past the first-level cache: for what is read before the wait, when nothing has emptied that cache of what lay at the
+// address in the call before.
+template <typename T> __device__ __forceinline__ T load_from_l2(const T* address) {
+    static_assert(sizeof(T) == 4, "a word");
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return *reinterpret_cast<T*>(&word);
+}
+
 // Lets the next grid start its blocks. Only after wait_for_previous_grid(): then what is two grids back is complete too.
 __device__ __forceinline__ void release_next_grid() {
 #if __CUDA_ARCH__ >= 900

@@ -9,6 +9,18 @@ __device__ __forceinline__ u32 rank_in_cluster() {
     return rank;
 }
 
+__device__ __forceinline__ u32 cluster_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+
+__device__ __forceinline__ u32 cluster_count() {
+    u32 count;
+    asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+    return count;
+}
+
 __device__ __forceinline__ u32 address_in_block(u32 address, u32 rank) {
     u32 result;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));

@@ -13,11 +13,12 @@
 // Slots  An expert's slots are shared out to as few tiles as hold them, in units of UNIT_SLOTS as evenly as it goes: tiles that
 //        share weights then stay in step, and the second finds them in L2. With three PRODUCTS an expert of 257 to 384 slots is
 //        one tile; with two the products are wider.
-// Order  Tiles are taken from a counter: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
+// Order  Tiles are taken from a counter, but for each cluster's first: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
 //        weights. So clusters at work together share weights and tokens in L2, and device memory gives each about once.
 //
-// A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens, where a slot's token row is, where the map has a
-// block's part of a tile's weights, and store(), which gets the sums of 16 slots a warp.
+// A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
+// where a slot's token row is, where the map has a block's part of a tile's weights, and store(), which gets the sums of 16 slots
+// a warp.
 #pragma once
 #include "cluster.cuh"
 #include "ring.cuh"
@@ -68,6 +69,12 @@ static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1) * 8 + 15, "
 
 extern __shared__ __align__(1024) unsigned char block_memory[];  // the ring, then Shared
 
+// In a block of the cluster; to itself a lone block arrives as any other, which compute-sanitizer wants.
+__device__ __forceinline__ void arrive_in(u32 barrier, u32 rank) {
+    if (BLOCKS == 1) arrive(barrier);
+    else arrive_in_block(barrier, rank);
+}
+
 struct Pipeline {
     Shared& shared;
     u32 ring;  // shared address
@@ -84,33 +91,28 @@ struct Pipeline {
         wait_barrier(tile_ready(index), index / 2 % 2);
         Tile tile = shared.tiles[index % 2];
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive_in_block(tile_read(index), 0);
+        if (threadIdx.x % 32 == 0) arrive_in(tile_read(index), 0);
         return tile;
     }
 };
 
-// Past the first-level cache: experts_down_wgmma reads before its wait, when nothing has emptied that cache of what lay at the
-// address in the call before.
-__device__ __forceinline__ int load_from_l2(const int* address) {
-    int value;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
-}
-
 // Fills first_slot and first_tile. One warp.
 __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& shared) {
+    constexpr int kRounds = NUM_EXPERTS / 32 + 1;
     u32 lane = threadIdx.x % 32;
-    for (int expert = lane; expert <= NUM_EXPERTS; expert += 32) shared.first_slot[expert] = load_from_l2(expert_offsets + expert);
-    __syncwarp();
-    int carry = 0;
-    for (int base = 0; base < NUM_EXPERTS; base += 32) {
-        int expert = base + lane;
-        int slots = expert < NUM_EXPERTS ? shared.first_slot[expert + 1] - shared.first_slot[expert] : 0;
-        int tiles = (slots + TILE_SLOTS - 1) / TILE_SLOTS, inclusive = warp_inclusive_sum(tiles);
-        if (expert < NUM_EXPERTS) shared.first_tile[expert] = carry + inclusive - tiles;
-        carry += __shfl_sync(FULL_WARP, inclusive, 31);
+    int offsets[kRounds];  // all on their way before one is needed
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) offsets[i] = load_from_l2(expert_offsets + min(i * 32 + lane, NUM_EXPERTS));
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) {
+        if (i * 32 + lane <= NUM_EXPERTS) shared.first_slot[i * 32 + lane] = offsets[i];
     }
-    if (lane == 0) shared.first_tile[NUM_EXPERTS] = carry;
+    __syncwarp();
+    int tiles = warp_exclusive_sums(
+        NUM_EXPERTS,
+        [&](int expert) { return (shared.first_slot[expert + 1] - shared.first_slot[expert] + TILE_SLOTS - 1) / TILE_SLOTS; },
+        [&](int expert, int sum) { shared.first_tile[expert] = sum; });
+    if (lane == 0) shared.first_tile[NUM_EXPERTS] = tiles;
 }
 
 // Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. One warp
@@ -120,7 +122,7 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
     constexpr u32 kColumns = (Gemm::kRows + TILE_ROWS - 1) / TILE_ROWS;
     const Shared& shared = pipeline.shared;
     u32 lane = threadIdx.x % 32, ticket = __shfl_sync(FULL_WARP, next_ticket, 0), expert = 0;
-    if (lane == 0) next_ticket = atomicAdd(schedule.ticket, 1u);
+    if (lane == 0) next_ticket = cluster_count() + atomicAdd(schedule.ticket, 1u);
 #pragma unroll 8
     for (u32 base = 1; base <= NUM_EXPERTS; base += 32) {
         bool before = base + lane <= NUM_EXPERTS && shared.first_tile[base + lane] * kColumns <= ticket;
@@ -146,7 +148,12 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
     }
     if (lane < BLOCKS) {
         wait_barrier(pipeline.tile_read(index), index / 2 % 2 ^ 1);
-        store_in_block(shared_address(&shared.tiles[index % 2]), words, pipeline.tile_ready(index), lane);
+        if (BLOCKS == 1) {
+            store_pack(reinterpret_cast<u32*>(&pipeline.shared.tiles[index % 2]), Pack<u32, 4>{words[0], words[1], words[2], words[3]});
+            arrive(pipeline.tile_ready(index));
+        } else {
+            store_in_block(shared_address(&shared.tiles[index % 2]), words, pipeline.tile_ready(index), lane);
+        }
     }
     __syncwarp();
 }
@@ -190,8 +197,8 @@ template <class Gemm> struct RowLoader {
     }
 };
 
-// kTokensAreNew: the previous grid writes the token rows, but not weights and offsets, so the first weights come before its end.
-template <bool kTokensAreNew, class Gemm>
+// Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
+template <class Gemm>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule, const Pipeline& pipeline) {
     constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
@@ -204,16 +211,16 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
     };
     u32 ticket = 0;
     if (scheduler) {
-        if (leader) ticket = atomicAdd(schedule.ticket, 1u);
+        ticket = cluster_index();  // a cluster's first; the others are counted after these
         take_tile(gemm, schedule, pipeline, 0, ticket);
     }
     Turn turn = {0, 1};
     u32 ahead = 0;  // steps of the first tile whose weights are under way
     for (u32 index = 0;; index++) {
-        if (leader) arrive_expecting(pipeline.tile_ready(index), sizeof(Tile));
+        if (leader) arrive_expecting(pipeline.tile_ready(index), BLOCKS == 1 ? 0 : sizeof(Tile));
         __syncwarp();
         Tile tile = pipeline.tile(index);
-        if (kTokensAreNew && index == 0) {
+        if (Gemm::kDenseTokens && index == 0) {
             if (leader && tile.expert >= 0) {
                 for (; ahead < min((u32)STAGES, kSteps); ahead++) load_weights(tile, ahead, ahead);
             }
@@ -274,7 +281,7 @@ __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pi
             commit_products();
             wait_for_products();
         }
-        if (lane < BLOCKS) arrive_in_block(pipeline.emptied(turn.stage), lane);
+        if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
     }
 }
 
@@ -302,7 +309,7 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
     }
 }
 
-template <bool kTokensAreNew, class Gemm>
+template <class Gemm>
 __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule) {
     Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
     Pipeline pipeline = {shared, shared_address(block_memory)};
@@ -313,12 +320,12 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
             init_barrier(pipeline.emptied(s), BLOCKS * CONSUMER_THREADS / 32);
         }
         for (int i = 0; i < 2; i++) {
-            init_barrier(pipeline.tile_ready(i), 1);
+            init_barrier(pipeline.tile_ready(i), BLOCKS == 1 ? 2 : 1);  // a lone block's scheduler arrives itself
             init_barrier(pipeline.tile_read(i), BLOCKS * BLOCK_THREADS / 32);
         }
         publish_barriers();
     }
-    if (!kTokensAreNew) {
+    if (!Gemm::kDenseTokens) {
         wait_for_previous_grid();
         release_next_grid();
     }
@@ -326,14 +333,14 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
     sync_cluster();
     if (threadIdx.x < CONSUMER_THREADS) {
         grow_registers<CONSUMER_REGISTERS>();
-        if (kTokensAreNew) {
+        if (Gemm::kDenseTokens) {
             wait_for_previous_grid();
             release_next_grid();
         }
         consume_ring(gemm, pipeline);
     } else {
         shrink_registers<PRODUCER_REGISTERS>();
-        fill_ring<kTokensAreNew>(gemm, weights, schedule, pipeline);
+        fill_ring(gemm, weights, schedule, pipeline);
     }
     sync_cluster();  // a block's memory must not go while the other may write there
 }

@@ -110,7 +110,8 @@ def stream(
         plan_experts(top_k_index, num_experts, shape.regime.tokens, workspace)
     experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace)
     experts_down(down_proj, top_k_index, shape, workspace)
-    return combine_workspace(shape, workspace, top_k_weights, output)
+    combine_workspace(shape, workspace, top_k_weights, output)
+    return output
 
 
 def tiles(

@@ -85,15 +85,12 @@ def experts_forward(
     if reason := unsupported_reason(self):
         name = type(self).__name__
         raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
-    output = fused_experts(
-        hidden_states.to(self.gate_up_proj.dtype),
-        self.gate_up_proj,
-        self.down_proj,
-        top_k_index,
-        top_k_weights,
-        activation=activation_of(self),
-    )
-    return output.to(hidden_states.dtype)
+    gate_up_proj, down_proj, dtype = self.gate_up_proj, self.down_proj, hidden_states.dtype
+    if dtype != gate_up_proj.dtype:
+        hidden_states = hidden_states.to(gate_up_proj.dtype)
+    activation = activation_of(self)
+    output = fused_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=activation)
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def replace_routers(model: nn.Module) -> int:

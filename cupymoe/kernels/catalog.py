@@ -54,13 +54,15 @@ def _variants() -> Iterator[Variant]:
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
     for index_dtype in INDEX_TYPES:
         for num_experts in (sizes.num_experts, sort_by_expert.MAX_EXPERTS):
-            yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts)
+            for num_pairs in (sort_by_expert.PAIRS_PER_BLOCK, sort_by_expert.FEW_PAIRS):
+                block = sort_by_expert.block_of(num_pairs, num_experts)
+                yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block)
     yield raw_read.variant()
     for shape in _fused_shapes():
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
             for pairs_per_lane in (1, 2, 4, 8):
                 yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
-            yield combine.workspace_variant(shape)[0]
+            yield combine.workspace_variant(shape)
         yield experts_up.variant(shape)
         yield experts_down.variant(shape)
     for tile_shape in _tile_shapes():

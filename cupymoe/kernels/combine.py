@@ -6,36 +6,52 @@ import functools
 
 import torch
 
-from cupymoe.kernels.bridge import SCALARS, current_stream, row_defines, row_geometry, vector_width
+from cupymoe.kernels.bridge import SCALARS, current_stream, row_defines, vector_width
 from cupymoe.kernels.expert_stream import Shape, Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
-# Rows that a thread loads before it adds them. Measured at 16384 tokens: 2 give 97% of a copy's bandwidth, 8 give 72%.
-_MANY_TOKENS_ROWS, _FEW_TOKENS_ROWS = 2, 8
-_FEW_TOKENS_THREADS = 64
+# Rows that a thread loads before it adds them: 8 hide latency at few tokens, and cost bandwidth, by occupancy, at many.
+_MANY_TOKENS_ROWS, _FEW_TOKENS_ROWS = 4, 8
+_THREADS = 64
 
 
 def variant(
-    dtype: torch.dtype, slot_dtype: torch.dtype, columns: int, width: int, top_k: int, rows: int, threads: int
+    dtype: torch.dtype,
+    slot_dtype: torch.dtype,
+    columns: int,
+    width: int,
+    top_k: int,
+    rows: int,
+    *,
+    old_choices: bool,
 ) -> Variant:
-    """The compilation for two dtypes, row width, number of choices, rows in flight and threads of a block."""
-    defines = row_defines(dtype, columns, width, top_k, threads)
-    return Variant("combine", (*defines, f"SLOT_SCALAR={SCALARS[slot_dtype]}", f"ROWS_IN_FLIGHT={rows}"))
+    """The compilation for two dtypes, row width, number of choices and rows in flight.
+
+    With ``old_choices`` a launch of ours lies between the last write to ``slot_of_pair`` and ``top_k_weights`` and this
+    one.
+    """
+    defines = row_defines(dtype, columns, width, top_k, _THREADS)
+    options = f"SLOT_SCALAR={SCALARS[slot_dtype]}", f"ROWS_IN_FLIGHT={rows}", f"OLD_CHOICES={int(old_choices)}"
+    return Variant("combine", (*defines, *options))
 
 
 def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
     """The compilation behind rows of the output's own dtype, for many tokens."""
-    threads = row_geometry(columns, width)[1]
-    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS_ROWS, threads)
+    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS_ROWS, old_choices=False)
+
+
+def _blocks(columns: int, width: int) -> int:
+    """Of a row."""
+    return -(-columns // (width * _THREADS))
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
-    """The kernel, and the blocks and threads of a row."""
+def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int]:
+    """The kernel, and the blocks of a row."""
     width = vector_width(dtype, columns, aligned)
     run = kernel(rows_variant(dtype, columns, width, top_k), "combine", device, dependent=True)
-    return run, *row_geometry(columns, width)
+    return run, _blocks(columns, width)
 
 
 def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -50,10 +66,10 @@ def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weigh
     columns = expert_output.shape[1]
     output = expert_output.new_empty((num_tokens, columns))
     device, address = output.device.index, expert_output.data_ptr()
-    run, blocks, threads = _plan(output.dtype, columns, address % 16 == 0, top_k, device)
+    run, blocks = _plan(output.dtype, columns, address % 16 == 0, top_k, device)
     run(
         (num_tokens, blocks),
-        threads,
+        _THREADS,
         current_stream(device),
         address,
         slot_of_pair.data_ptr(),
@@ -63,48 +79,33 @@ def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weigh
     return output
 
 
-def workspace_variant(shape: Shape) -> tuple[Variant, int]:
-    """The compilation behind the experts of a shape, and the blocks of a row: as many threads as there is work for."""
-    width = 16 // shape.slot_dtype.itemsize
-    blocks = -(-shape.hidden_size // (width * _FEW_TOKENS_THREADS))
-    return (
-        variant(
-            shape.dtype,
-            shape.slot_dtype,
-            shape.hidden_size,
-            width,
-            shape.top_k,
-            min(_FEW_TOKENS_ROWS, shape.top_k),
-            _FEW_TOKENS_THREADS,
-        ),
-        blocks,
-    )
+def workspace_variant(shape: Shape) -> Variant:
+    """The compilation behind the experts of a shape."""
+    width, rows = 16 // shape.slot_dtype.itemsize, min(_FEW_TOKENS_ROWS, shape.top_k)
+    return variant(shape.dtype, shape.slot_dtype, shape.hidden_size, width, shape.top_k, rows, old_choices=True)
 
 
 @functools.cache
 def _workspace_plan(shape: Shape, device: int) -> tuple[Kernel, int]:
-    its_variant, blocks = workspace_variant(shape)
-    return kernel(its_variant, "combine", device, dependent=True), blocks
+    run = kernel(workspace_variant(shape), "combine", device, dependent=True)
+    return run, _blocks(shape.hidden_size, 16 // shape.slot_dtype.itemsize)
 
 
-def combine_workspace(
-    shape: Shape, workspace: Workspace, top_k_weights: torch.Tensor, output: torch.Tensor
-) -> torch.Tensor:
+def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.Tensor, output: torch.Tensor) -> None:
     """As :func:`combine`, of the experts' outputs in a workspace; begins before they are all there, and waits.
 
     Args:
         top_k_weights: ``[T, K]`` float32, contiguous, at least one token.
-        output: ``[T, H]``, contiguous, 16-byte aligned; written and returned.
+        output: ``[T, H]``, contiguous, 16-byte aligned.
     """
     device = output.get_device()
     run, blocks = _workspace_plan(shape, device)
     run(
         (output.shape[0], blocks),
-        _FEW_TOKENS_THREADS,
+        _THREADS,
         current_stream(device),
         workspace.expert_output,
         workspace.slot_of_pair,
         top_k_weights.data_ptr(),
         output.data_ptr(),
     )
-    return output

@@ -238,6 +238,9 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
     nvrtc = import_nvrtc()
     # What CuPy adds on its own, so that this compiles what a device would run.
     options = (*_options(variant, arch), "-ftz=true", "--ptxas-options=-v")
+    if nvrtc.getVersion() >= (12, 9):
+        # Where there is a driver, NVRTC may take the cubin from the driver's cache, and its log is then empty.
+        options += ("-no-cache",)
     program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
     start = time.perf_counter()
     try:

@@ -12,6 +12,7 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 PAIRS_PER_BLOCK = 1024
+FEW_PAIRS = 8192
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
 
@@ -29,28 +30,41 @@ class SortedPairs(NamedTuple):
     """``[2]`` int32 zeros, from which two later kernels count the work that they hand out."""
 
 
-def warps(num_experts: int) -> int:
-    """Warps of a block: each has a counter per expert, in at most 48 KB."""
-    return 16 if num_experts <= 256 else 8
+class Block(NamedTuple):
+    """What one block sorts."""
+
+    pairs: int
+    warps: int
+    """Each has a counter per expert, in at most 48 KB."""
 
 
-def variant(index_dtype: torch.dtype, num_experts: int, top_k: int) -> Variant:
-    """The compilation for one number of experts and of choices."""
+def block_of(num_pairs: int, num_experts: int) -> Block:
+    """The blocks of a call: one where that does, smaller ones where all of them together are few."""
+    if num_experts > 256:
+        return Block(PAIRS_PER_BLOCK, 8)
+    few = PAIRS_PER_BLOCK < num_pairs <= FEW_PAIRS
+    return Block(PAIRS_PER_BLOCK // 2 if few else PAIRS_PER_BLOCK, 16)
+
+
+def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block) -> Variant:
+    """The compilation for one number of experts and of choices, and one size of a block."""
     return Variant(
         "sort_by_expert",
         (
             f"INDEX={INDEX_TYPES[index_dtype]}",
             f"NUM_EXPERTS={num_experts}",
             f"TOP_K={top_k}",
-            f"WARPS={warps(num_experts)}",
-            f"PAIRS_PER_BLOCK={PAIRS_PER_BLOCK}",
+            f"WARPS={block.warps}",
+            f"PAIRS_PER_BLOCK={block.pairs}",
         ),
     )
 
 
 @functools.cache
-def _kernel(entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, device: int, dependent: bool) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, top_k), entry, device, dependent=dependent)
+def _kernel(
+    entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block, device: int, dependent: bool
+) -> Kernel:
+    return kernel(variant(index_dtype, num_experts, top_k, block), entry, device, dependent=dependent)
 
 
 def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
@@ -66,15 +80,16 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
     sizes = [num_experts + 1, num_pairs, num_pairs, 2]
     buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
     expert_offsets, token_of_slot, slot_of_pair, tickets = buffer.split_with_sizes(sizes)
-    blocks, threads = -(-num_pairs // PAIRS_PER_BLOCK), warps(num_experts) * 32
+    block = block_of(num_pairs, num_experts)
+    blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
     block_counts = 0
     if blocks > 1:
         counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, device, True)(
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, device, True)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, device, blocks > 1)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, device, blocks > 1)(
         (blocks, 1),
         threads,
         stream,

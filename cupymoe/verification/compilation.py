@@ -35,6 +35,8 @@ def _compile(name: str, its_variants: list[Variant], archs: tuple[str, ...]) -> 
     except CompileError as error:
         return Result(name, "fail", str(error))
     spilled = sum(report.spill_bytes for report in reports)
+    if not all(report.registers for report in reports):
+        return Result(name, "fail", "NVRTC said nothing of registers and spills")
     registers = max(report.registers for report in reports)
     detail = (
         f"{len(its_variants)} variants x {', '.join(archs)}: at most {registers} registers, {spilled} bytes spilled"

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from cupymoe.kernels.sort_by_expert import PAIRS_PER_BLOCK, sort_by_expert
+from cupymoe.kernels.sort_by_expert import FEW_PAIRS, PAIRS_PER_BLOCK, sort_by_expert
 from tests.helpers import poison_free_memory
 
 pytestmark = pytest.mark.gpu
 
 # One compilation for each; above 256 experts a block has fewer warps.
 SIZES = [(1, 1), (8, 2), (60, 1), (64, 6), (128, 8), (192, 1), (257, 1), (1024, 8)]
-PAIRS = [1, 2, 31, 33, 1000, PAIRS_PER_BLOCK - 1, PAIRS_PER_BLOCK, PAIRS_PER_BLOCK + 1, 2 * PAIRS_PER_BLOCK, 20000]
+BOUNDS = [bound + more for bound in (PAIRS_PER_BLOCK, FEW_PAIRS) for more in (-1, 0, 1)]
+PAIRS = [1, 2, 31, 33, 1000, *BOUNDS, 2 * PAIRS_PER_BLOCK, 20000]
 INDEX_DTYPES = [torch.int32, torch.int64]
 
 
@@ -44,7 +45,7 @@ def test_is_a_stable_sort(num_experts, top_k, dtype):
 
 
 @pytest.mark.parametrize("dtype", INDEX_DTYPES)
-@pytest.mark.parametrize("num_pairs", [5, 3000, 20000])
+@pytest.mark.parametrize("num_pairs", [5, 900, 3000, 20000])
 def test_masked_pairs_take_no_slot(num_pairs, dtype):
     """-1, E and what lies far outside; in int64 also what is a valid expert in its low 32 bits."""
     info = torch.iinfo(dtype)
@@ -55,7 +56,7 @@ def test_masked_pairs_take_no_slot(num_pairs, dtype):
     check(masks, 60)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 17, 600, 2500])
+@pytest.mark.parametrize("num_tokens", [1, 17, 300, 600, 2500])
 @pytest.mark.parametrize("expert", [0, 77, 127])
 def test_all_tokens_to_one_expert(expert, num_tokens):
     check(torch.full((num_tokens, 8), expert, device="cuda"), 128)

@@ -87,14 +87,13 @@ def test_verdicts(monkeypatch, test, mutated, expected, word, timeout):
 
     mutation = mutate.Mutation("a fault", "test_it.py", "import pytest\n", "import pytest  #\n", ("test_it.py",))
     monkeypatch.setattr(mutate, "copy_checkout", copy_checkout)
-    monkeypatch.setattr(mutate, "MUTATIONS", (mutation,))
-    as_expected, line = mutate.judge(mutation if mutated else None, timeout)
+    as_expected, line = mutate.judge(mutation if mutated else None, mutation.tests, timeout)
     assert (as_expected, line.split()[0]) == (expected, word)
 
 
 def test_a_test_that_is_gone_is_no_catch(monkeypatch):
     monkeypatch.setattr(mutate, "copy_checkout", lambda folder: (folder / "file").write_text("a"))
-    as_expected, line = mutate.judge(mutate.Mutation("a fault", "file", "a", "b", ("gone.py",)), timeout=30)
+    as_expected, line = mutate.judge(mutate.Mutation("a fault", "file", "a", "b", ()), ("gone.py",), timeout=30)
     assert not as_expected
     assert "pytest gave 4" in line
 

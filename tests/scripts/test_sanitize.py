@@ -53,7 +53,7 @@ echo "========= COMPUTE-SANITIZER"
 case " $* " in *" {missing} "*) exit 0;; esac
 case " $* " in
 *"kne=planted_fault "*"--planted "*) echo "=========     at planted_fault+0x70 in planted.cu:1"; exit 9;;
-*" --suite "*) {suite};;
+*" --part "*) {suite};;
 esac
 """
 
@@ -74,7 +74,10 @@ def test_verdict(sanitize, monkeypatch, tmp_path, missing, suite, exit_code, mes
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: str(tool))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
-    monkeypatch.setattr(sys, "executable", "true")  # what runs without a tool
+    python = tmp_path / "python"  # what runs without a tool
+    python.write_text("#!/bin/bash\necho every kernel ran\n")
+    python.chmod(tool.stat().st_mode)
+    monkeypatch.setattr(sys, "executable", str(python))
     result = CliRunner().invoke(sanitize.main, ["--tool", "memcheck", "--tool", "synccheck"])
     assert result.exit_code == exit_code, result.output
     assert message in result.output
