@@ -317,7 +317,7 @@ def _describe_and_check_experts(
                 _kind(top_k_weights),
             )
             return
-        except AttributeError:  # not a tensor: the checks below say which
+        except (AttributeError, TypeError):  # the checks below say which is no tensor, or what else is wrong
             pass
     _check_experts(
         _describe("hidden_states", hidden_states),

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from cupymoe import reference
+from cupymoe import ops, reference
 from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import fused_experts, route
@@ -78,9 +78,9 @@ class Gemma4Router(nn.Module):
         if self._is_plain(hidden_states):
             projection = self.proj.weight
             self._check_device("proj.weight", projection, hidden_states)
-            logits = torch.ops.cupymoe.router_logits(hidden_states.reshape(-1, size), scale, projection, eps).reshape(
-                *hidden_states.shape[:-1], self.config.num_experts
-            )
+            flat = hidden_states.reshape(-1, size)
+            logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, eps)
+            logits = logits.reshape(*hidden_states.shape[:-1], self.config.num_experts)
         else:
             logits = self.proj(reference.router_input(hidden_states, scale, eps))
         return cast(torch.Tensor, logits)

@@ -10,33 +10,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
-from cupymoe.kernels.expert_tiles import cut, prefers_tiles
+from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.plan_experts import pairs_per_lane
-from cupymoe.kernels.sort_by_expert import block_of
+from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 
 _MAX_TOKENS = 32768
 
 
-def _way(num_tokens: int, num_experts: int, top_k: int, intermediate_size: int) -> tuple[Any, ...]:
-    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
+def _way(num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[Any, ...]:
+    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens.
+
+    Never the same again once it has changed.
+    """
     num_pairs = num_tokens * top_k
-    if prefers_tiles(num_pairs, num_experts):
-        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
+    if takes_tiles(num_pairs, num_experts, hidden_size):
+        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts), num_pairs > FEW_PAIRS
+    if stream_reason(num_pairs, num_experts) is not None:
+        return ()  # another backend's
     chosen = regime(num_tokens, top_k, intermediate_size)
     return chosen, None if chosen.inline_pairs else pairs_per_lane(num_pairs)
 
 
-def one_of_each_way(num_experts: int, top_k: int, intermediate_size: int) -> tuple[int, ...]:
+def one_of_each_way(num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:
     """The first number of tokens of every range that kernels are compiled for."""
+    sizes = num_experts, top_k, hidden_size, intermediate_size
     counts: list[int] = []
 
     def is_past(num_tokens: int) -> bool:
-        here, there = (_way(count, num_experts, top_k, intermediate_size) for count in (counts[-1], num_tokens))
-        return here != there
+        return _way(counts[-1], *sizes) != _way(num_tokens, *sizes)
 
     ahead = range(1, _MAX_TOKENS + 1)
     while ahead:
@@ -46,7 +52,9 @@ def one_of_each_way(num_experts: int, top_k: int, intermediate_size: int) -> tup
 
 
 _GEMMA_4 = Gemma4MoEConfig.gemma4_26b_a4b()
-NUM_TOKENS = one_of_each_way(_GEMMA_4.num_experts, _GEMMA_4.top_k_experts, _GEMMA_4.moe_intermediate_size)
+NUM_TOKENS = one_of_each_way(
+    _GEMMA_4.num_experts, _GEMMA_4.top_k_experts, _GEMMA_4.hidden_size, _GEMMA_4.moe_intermediate_size
+)
 """At the sizes of Gemma 4 26B-A4B."""
 
 
@@ -125,14 +133,14 @@ def _has_experts(module: nn.Module) -> bool:
     return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
 
 
-def _sizes(part: Any) -> tuple[int, int, int]:
-    """Experts, experts of a token, and intermediate size."""
+def _sizes(part: Any) -> tuple[int, int, int, int]:
+    """Experts, experts of a token, hidden and intermediate size."""
     config = part.config
     if isinstance(part, Gemma4Router):
-        return config.num_experts, config.top_k_experts, config.moe_intermediate_size
-    num_experts, _, intermediate_size = part.down_proj.shape
+        return config.num_experts, config.top_k_experts, config.hidden_size, config.moe_intermediate_size
+    num_experts, hidden_size, intermediate_size = part.down_proj.shape
     top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
-    return num_experts, top_k, intermediate_size
+    return num_experts, top_k, hidden_size, intermediate_size
 
 
 def _kind(part: Any, caller: nn.Module) -> tuple[Any, ...]:
@@ -153,7 +161,7 @@ def _call(part: Any, caller: Any, num_tokens: int) -> None:
     if isinstance(part, Gemma4Router):
         part.route(part.scale.new_zeros((num_tokens, part.config.hidden_size)))
         return
-    num_experts, top_k, _ = _sizes(part)
-    hidden_states = part.down_proj.new_zeros((num_tokens, part.down_proj.shape[1]))
+    num_experts, top_k, hidden_size, _ = _sizes(part)
+    hidden_states = part.down_proj.new_zeros((num_tokens, hidden_size))
     index = torch.full((num_tokens, top_k), num_experts, device=hidden_states.device)
     caller(hidden_states, index, torch.zeros(index.shape, device=hidden_states.device))

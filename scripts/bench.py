@@ -3,7 +3,7 @@
 
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
 are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
-``sweep``: times, over a fine range of tokens and of every way to compute a call; what the README's plot shows.
+``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs.
 """

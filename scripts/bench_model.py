@@ -258,7 +258,7 @@ class ModelBench:
             first = run(model, 1)
             return (run(model, 1 + new_tokens) - first) / new_tokens
 
-        return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, self.plan.samples // 2))
+        return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, self.plan.samples))
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A cell of one forward over a prompt, to its last logits."""

@@ -169,9 +169,11 @@ def stages_table(report: Report) -> str:
 
 
 def host_table(report: Report) -> str:
-    """The table of ``host.json``: an eager call's wall clock, its host part alone, and the GPU's time, medians."""
+    """The table of ``host.json``, medians: an eager call's wall clock in a loop, the time until one call on an idle GPU
+    returns, which has caches to fill that a loop has full, and the GPU's time.
+    """
     return markdown(
-        ["call", "tokens", "wall us", "host us", "GPU us"],
+        ["call", "tokens", "wall us", "first to return us", "GPU us"],
         [
             [
                 call["name"],

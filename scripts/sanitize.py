@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Every kernel at small sizes under NVIDIA's compute-sanitizer: bad accesses, races, uninitialised reads, bad barriers.
 
-Runs this file again under each tool, with torch's memory pooling off, so that an access past a tensor is seen. Before
+Runs this file again under each tool, with torch's memory pooling off, so that an access past a tensor is seen. Beside
 that runs a kernel with a fault that the tool has to report: one that watches no kernel is not taken for a clean run.
 """
 
@@ -49,7 +49,7 @@ CASES = (
 )
 SIZES = ((48, torch.bfloat16), (96, torch.float16))  # intermediate size, dtype
 PLANTED = "planted_fault"
-DONE = "every kernel ran"
+DONE = "the part is done"
 Run = subprocess.CompletedProcess[str]
 # For each tool, what 64 threads do wrong to 64 integers that were never written.
 FAULTS = {
@@ -189,7 +189,11 @@ def reports_planted(output: str) -> bool:
 
 def unclean(runs: Iterable[Run]) -> list[str]:
     """What the parts printed that did not end well."""
-    return [run.stdout for run in runs if run.returncode or DONE not in run.stdout]
+    return [
+        f"{' '.join(run.args)} gave {run.returncode}\n{run.stdout}"
+        for run in runs
+        if run.returncode or DONE not in run.stdout
+    ]
 
 
 def verdict(tool: str, planted: Run, wrong: list[str]) -> bool:
@@ -230,12 +234,12 @@ def main(tools: tuple[str, ...], part: int | None, planted: str | None, jobs: in
         # Once without a tool: it fills the kernel cache, from which all tools then load.
         if wrong := unclean(run.result() for run in start_suite()):
             raise click.ClickException("\n".join(["the kernels fail without a tool", *wrong]))
-        planted = {tool: start("--planted", tool, tool=tool) for tool in tools}
+        faults = {tool: start("--planted", tool, tool=tool) for tool in tools}
         suites = {tool: start_suite(tool) for tool in tools}
         failed = [
             tool
             for tool in tools
-            if not verdict(tool, planted[tool].result(), unclean(run.result() for run in suites[tool]))
+            if not verdict(tool, faults[tool].result(), unclean(run.result() for run in suites[tool]))
         ]
     if failed:
         raise click.ClickException(f"not clean: {', '.join(failed)}")

@@ -57,10 +57,14 @@ class FusedBackend:
     ) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         num_experts, hidden_size, _ = down_proj.shape
-        num_pairs = top_k_index.numel()
-        preferred = prefers_tiles(num_pairs, num_experts) or stream_reason(num_pairs, num_experts) is not None
-        compute = tiles if preferred and tiles_reason(num_pairs, num_experts, hidden_size) is None else stream
+        compute = tiles if takes_tiles(top_k_index.numel(), num_experts, hidden_size) else stream
         return compute(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+
+
+def takes_tiles(num_pairs: int, num_experts: int, hidden_size: int) -> bool:
+    """Whether a call that the backend serves goes by tiles; else it is streamed."""
+    preferred = prefers_tiles(num_pairs, num_experts) or stream_reason(num_pairs, num_experts) is not None
+    return preferred and tiles_reason(num_pairs, num_experts, hidden_size) is None
 
 
 def stream_reason(num_pairs: int, num_experts: int) -> str | None:

@@ -69,23 +69,26 @@ def test_a_fault_that_stands_nowhere_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("test", "mutated", "expected", "word", "timeout"),
+    ("test", "mutated", "hangs", "expected", "word", "timeout"),
     [
-        ("assert True", False, True, "passed", 60),
-        ("assert False", False, False, "FAILED", 60),
-        ("assert True", True, False, "MISSED", 60),
-        ("assert False", True, True, "caught", 60),
-        ("while True: pass", True, True, "hung", 3),
+        ("assert True", False, False, True, "passed", 60),
+        ("assert False", False, False, False, "FAILED", 60),
+        ("assert True", True, False, False, "MISSED", 60),
+        ("assert False", True, False, True, "caught", 60),
+        ("while True: pass", True, True, True, "HUNG", 3),
+        ("while True: pass", True, False, False, "HUNG", 3),
     ],
 )
-def test_verdicts(monkeypatch, test, mutated, expected, word, timeout):
+def test_verdicts(monkeypatch, test, mutated, hangs, expected, word, timeout):
     """Of a checkout that holds one test, marked as the real ones are."""
 
     def copy_checkout(folder):
         (folder / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["gpu"]\n')
         (folder / "test_it.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test_it():\n    {test}\n")
 
-    mutation = mutate.Mutation("a fault", "test_it.py", "import pytest\n", "import pytest  #\n", ("test_it.py",))
+    mutation = mutate.Mutation(
+        "a fault", "test_it.py", "import pytest\n", "import pytest  #\n", ("test_it.py",), hangs=hangs
+    )
     monkeypatch.setattr(mutate, "copy_checkout", copy_checkout)
     as_expected, line = mutate.judge(mutation if mutated else None, mutation.tests, timeout)
     assert (as_expected, line.split()[0]) == (expected, word)
