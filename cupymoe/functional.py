@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
@@ -17,22 +17,22 @@ from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
 
-_Kind = tuple[torch.Size, torch.dtype, torch.device]
-
 
 class _Description(NamedTuple):
-    """What the checks look at."""
+    """What most checks look at."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    is_contiguous: bool
+
+
+_attributes = operator.attrgetter("shape", "dtype", "device")  # the same as a plain tuple, at half the cost
 
 
 def _describe(name: str, tensor: torch.Tensor) -> _Description:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return _Description(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+    return _Description(tensor.shape, tensor.dtype, tensor.device)
 
 
 def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
@@ -302,42 +302,45 @@ def _describe_and_check_experts(
     activation: MoEActivation,
     backend: str,
 ) -> None:
-    # An eager call of a known kind is looked up: the checks cost 20 us, the lookup 2. A traced size has no hash.
-    if not (torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor)):
-        try:
-            _check_kind(
-                activation,
-                backend,
-                gate_up_proj.is_contiguous(),
-                down_proj.is_contiguous(),
-                _kind(hidden_states),
-                _kind(gate_up_proj),
-                _kind(down_proj),
-                _kind(top_k_index),
-                _kind(top_k_weights),
-            )
-            return
-        except (AttributeError, TypeError):  # the checks below say which is no tensor, or what else is wrong
-            pass
-    _check_experts(
-        _describe("hidden_states", hidden_states),
-        _describe("gate_up_proj", gate_up_proj),
-        _describe("down_proj", down_proj),
-        _describe("top_k_index", top_k_index),
-        _describe("top_k_weights", top_k_weights),
-        activation,
-        backend,
-    )
+    if not _is_known(activation, backend, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+        _check_experts(
+            activation,
+            backend,
+            _describe("hidden_states", hidden_states),
+            _describe("gate_up_proj", gate_up_proj),
+            _describe("down_proj", down_proj),
+            _describe("top_k_index", top_k_index),
+            _describe("top_k_weights", top_k_weights),
+        )
+    if not (gate_up_proj.is_contiguous() and down_proj.is_contiguous()):
+        name = "down_proj" if gate_up_proj.is_contiguous() else "gate_up_proj"
+        raise ValueError(f"{name} must be contiguous: weights are never copied")
+
+
+def _is_known(activation: MoEActivation, backend: str, *tensors: torch.Tensor) -> bool:
+    """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
+    if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
+        return False  # a traced size has no hash
+    try:
+        _check_kind(activation, backend, *map(_attributes, tensors))
+    except (AttributeError, TypeError):
+        return False  # the checks say which is no tensor, or what else is wrong
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind(activation: MoEActivation, backend: str, *attributes: tuple[Any, ...]) -> None:
+    _check_experts(activation, backend, *(_Description(*each) for each in attributes))
 
 
 def _check_experts(
+    activation: MoEActivation,
+    backend: str,
     hidden_states: _Description,
     gate_up_proj: _Description,
     down_proj: _Description,
     top_k_index: _Description,
     top_k_weights: _Description,
-    activation: MoEActivation,
-    backend: str,
 ) -> None:
     _check_shape("hidden_states", hidden_states, (None, None))
     _check_floating("hidden_states", hidden_states)
@@ -347,8 +350,6 @@ def _check_experts(
     _check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         _check_same(name, weight, "hidden_states", hidden_states, dtype=True)
-        if not weight.is_contiguous:
-            raise ValueError(f"{name} must be contiguous: weights are never copied")
     _check_shape("top_k_index", top_k_index, (num_tokens, None))
     if top_k_index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
@@ -357,29 +358,3 @@ def _check_experts(
     _check_floating("top_k_weights", top_k_weights)
     _check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
     check_name(backend)
-
-
-_kind = operator.attrgetter("shape", "dtype", "device")
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_kind(
-    activation: MoEActivation,
-    backend: str,
-    contiguous_gate_up: bool,
-    contiguous_down: bool,
-    hidden_states: _Kind,
-    gate_up_proj: _Kind,
-    down_proj: _Kind,
-    top_k_index: _Kind,
-    top_k_weights: _Kind,
-) -> None:
-    _check_experts(
-        _Description(*hidden_states, True),
-        _Description(*gate_up_proj, contiguous_gate_up),
-        _Description(*down_proj, contiguous_down),
-        _Description(*top_k_index, True),
-        _Description(*top_k_weights, True),
-        activation,
-        backend,
-    )

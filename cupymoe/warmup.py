@@ -23,13 +23,10 @@ _MAX_TOKENS = 32768
 
 
 def _way(num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[Any, ...]:
-    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens.
-
-    Never the same again once it has changed.
-    """
+    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     num_pairs = num_tokens * top_k
     if takes_tiles(num_pairs, num_experts, hidden_size):
-        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts), num_pairs > FEW_PAIRS
+        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
     if stream_reason(num_pairs, num_experts) is not None:
         return ()  # another backend's
     chosen = regime(num_tokens, top_k, intermediate_size)
@@ -41,14 +38,19 @@ def one_of_each_way(num_experts: int, top_k: int, hidden_size: int, intermediate
     sizes = num_experts, top_k, hidden_size, intermediate_size
     counts: list[int] = []
 
+    def stretch(num_tokens: int) -> tuple[Any, ...]:
+        # Beyond few pairs the sort's blocks are again what they were before: a way may come back once.
+        return *_way(num_tokens, *sizes), num_tokens * top_k > FEW_PAIRS
+
     def is_past(num_tokens: int) -> bool:
-        return _way(counts[-1], *sizes) != _way(num_tokens, *sizes)
+        return stretch(counts[-1]) != stretch(num_tokens)
 
     ahead = range(1, _MAX_TOKENS + 1)
     while ahead:
         counts.append(ahead[0])
         ahead = ahead[bisect.bisect_left(ahead, True, key=is_past) :]
-    return tuple(counts)
+    first_of = {_way(count, *sizes): count for count in reversed(counts)}
+    return tuple(sorted(first_of.values()))
 
 
 _GEMMA_4 = Gemma4MoEConfig.gemma4_26b_a4b()
