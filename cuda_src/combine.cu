@@ -14,7 +14,8 @@
     !defined(ROWS_IN_FLIGHT) || !defined(OLD_CHOICES) || !defined(BLOCK_THREADS)
 #error "define SCALAR, SLOT_SCALAR, COLS, VEC, TOP_K, ROWS_IN_FLIGHT, OLD_CHOICES and BLOCK_THREADS"
 #endif
-#include "common/weighted_rows.cuh"
+#define FIRST_CHOICES (OLD_CHOICES ? ROWS_IN_FLIGHT : 0)  // loaded before the wait
+static_assert(FIRST_CHOICES <= TOP_K, "ROWS_IN_FLIGHT");
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 combine(const SLOT_SCALAR* expert_output, const int* slot_of_pair, const float* __restrict__ top_k_weights,
@@ -22,22 +23,36 @@ combine(const SLOT_SCALAR* expert_output, const int* slot_of_pair, const float* 
     u64 token = blockIdx.x;
     u32 col = (blockIdx.y * BLOCK_THREADS + threadIdx.x) * VEC;
     slot_of_pair += token * TOP_K, top_k_weights += token * TOP_K;
-    int old_slots[ROWS_IN_FLIGHT];
-    float old_weights[ROWS_IN_FLIGHT];
+    int slots[ROWS_IN_FLIGHT];
+    float weights[ROWS_IN_FLIGHT];
 #pragma unroll
-    for (int i = 0; OLD_CHOICES && i < ROWS_IN_FLIGHT; i++) {
-        old_slots[i] = load_from_l2(slot_of_pair + i), old_weights[i] = load_from_l2(top_k_weights + i);
-    }
+    for (int k = 0; k < FIRST_CHOICES; k++) slots[k] = load_from_l2(slot_of_pair + k), weights[k] = load_from_l2(top_k_weights + k);
     wait_for_previous_grid();
     release_next_grid();
     if (col >= COLS) return;
+
+    // All rows of a group are loaded before one is added: more of them hide latency where blocks are few, and cost occupancy,
+    // so bandwidth, where they are many.
     float sums[VEC] = {};
+    Pack<SLOT_SCALAR, VEC> rows[ROWS_IN_FLIGHT];
 #pragma unroll
-    for (int k = 0; k < TOP_K; k += ROWS_IN_FLIGHT) {
-        bool old = OLD_CHOICES && k == 0;
-        add_weighted_rows<ROWS_IN_FLIGHT>(
-            sums, expert_output + col, COLS, [&](int i) { return old ? old_slots[i] : k + i < TOP_K ? slot_of_pair[k + i] : -1; },
-            [&](int i) { return old ? old_weights[i] : top_k_weights[k + i]; });
+    for (int first = 0; first < TOP_K; first += ROWS_IN_FLIGHT) {
+#pragma unroll
+        for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
+            int k = first + i;
+            if (k >= FIRST_CHOICES) slots[i] = k < TOP_K ? slot_of_pair[k] : -1;
+            if (slots[i] >= 0) rows[i] = load_pack<SLOT_SCALAR, VEC>(expert_output + (u64)slots[i] * COLS + col);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
+            if (slots[i] < 0) continue;
+            float weight = first + i < FIRST_CHOICES ? weights[i] : top_k_weights[first + i];
+#pragma unroll
+            for (int v = 0; v < VEC; v++) sums[v] = fma_rn(weight, to_float(rows[i].values[v]), sums[v]);
+        }
     }
-    store_pack(output + token * COLS + col, rounded_pack<SCALAR>(sums));
+    Pack<SCALAR, VEC> rounded;
+#pragma unroll
+    for (int v = 0; v < VEC; v++) rounded.values[v] = from_float<SCALAR>(sums[v]);
+    store_pack(output + token * COLS + col, rounded);
 }

@@ -3,7 +3,7 @@
 // Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py)
 //        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, written by the grid before this one
 //        expert_offsets   [NUM_EXPERTS + 1] i32
-//        ticket           u32                      0; counts the tiles that are taken
+//        ticket           u32                      0; counts the tiles that are taken after each cluster's first
 // Writes expert_output    [slots, HIDDEN] SCALAR
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 16 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.

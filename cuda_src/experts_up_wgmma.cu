@@ -3,7 +3,7 @@
 // Reads  gate_up_map    TensorMap of gate_up_proj [NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN] SCALAR (kernels/experts_up_wgmma.py)
 //        hidden_states  [T, HIDDEN] SCALAR
 //        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
-//        ticket         u32                      0; counts the tiles that are taken
+//        ticket         u32                      0; counts the tiles that are taken after each cluster's first
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.

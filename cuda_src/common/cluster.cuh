@@ -3,23 +3,15 @@
 #pragma once
 #include "async_copy.cuh"
 
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ u32 cluster_index() {
-    u32 index;
-    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-    return index;
-}
-
-__device__ __forceinline__ u32 cluster_count() {
-    u32 count;
-    asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
-    return count;
-}
+#define SPECIAL_REGISTER(name, which)                               \
+    __device__ __forceinline__ u32 name() {                         \
+        u32 value;                                                  \
+        asm volatile("mov.u32 %0, %%" which ";" : "=r"(value));     \
+        return value;                                               \
+    }
+SPECIAL_REGISTER(rank_in_cluster, "cluster_ctarank")
+SPECIAL_REGISTER(cluster_index, "clusterid.x")
+SPECIAL_REGISTER(cluster_count, "nclusterid.x")
 
 __device__ __forceinline__ u32 address_in_block(u32 address, u32 rank) {
     u32 result;

@@ -13,8 +13,12 @@
 // Slots  An expert's slots are shared out to as few tiles as hold them, in units of UNIT_SLOTS as evenly as it goes: tiles that
 //        share weights then stay in step, and the second finds them in L2. With three PRODUCTS an expert of 257 to 384 slots is
 //        one tile; with two the products are wider.
-// Order  Tiles are taken from a counter, but for each cluster's first: by expert; within one, by groups of GROUP_TILES tiles of slots; within a group by
-//        weights. So clusters at work together share weights and tokens in L2, and device memory gives each about once.
+// Order  Tiles are taken from a counter, but for each cluster's first: by expert; within one, by groups of GROUP_TILES tiles
+//        of slots; within a group by weights. So clusters at work together share weights and tokens in L2, and device memory
+//        gives each about once.
+// Cache  Where tokens are gathered, an expert's mean number of slots decides what L2 holds on to. Below WEIGHTS_ONCE_BELOW
+//        weights go first: each is wanted once, and what the next grid reads stays. From there to TOKENS_KEPT_BELOW tokens
+//        stay: other experts want them again. Each is 1 to 2% of a call there, and both together less than either.
 //
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
 // where a slot's token row is, where the map has a block's part of a tile's weights, and store(), which gets the sums of 16 slots
@@ -32,6 +36,8 @@
 #define BLOCK_SLOTS (TILE_SLOTS / BLOCKS)
 #define SLOT_GROUPS (2 / BLOCKS)  // warpgroups that share the slots; those that share the weight rows are BLOCKS
 #define GROUP_TILES 8
+#define WEIGHTS_ONCE_BELOW 80
+#define TOKENS_KEPT_BELOW 176
 #define CONSUMER_THREADS 256
 #define PRODUCER_THREADS 128
 #define CONSUMER_REGISTERS 224
@@ -175,7 +181,7 @@ template <class Gemm> struct RowLoader {
         }
     }
 
-    __device__ __forceinline__ void load(u32 stage, u32 step) const {
+    __device__ __forceinline__ void load(u32 stage, u32 step, u64 policy) const {
         const unsigned char* step_source = source + step * ROW_BYTES;
         u32 bytes = Gemm::kDepth % BLOCK_K == 0 || step * BLOCK_K + threadIdx.x % 8 * 8 < Gemm::kDepth ? 16 : 0;
         u32 to = stage + offset;
@@ -185,12 +191,12 @@ template <class Gemm> struct RowLoader {
 #pragma unroll
             for (int j = 0; j < 4; j++) sources[j] = step_source + (u64)rows[i + j] * (Gemm::kDepth * sizeof(SCALAR));
             if (i + 4 <= passes) {
-                copy_4_packs<ROWS_PER_PASS * ROW_BYTES>(to, sources, bytes);
+                copy_4_packs<ROWS_PER_PASS * ROW_BYTES>(to, sources, bytes, policy);
                 continue;
             }
 #pragma unroll
             for (int j = 0; j < 3; j++) {
-                if (i + j < passes) copy_pack(to + j * ROWS_PER_PASS * ROW_BYTES, sources[j], bytes);
+                if (i + j < passes) copy_pack(to + j * ROWS_PER_PASS * ROW_BYTES, sources[j], bytes, policy);
             }
             break;
         }
@@ -202,12 +208,18 @@ template <class Gemm>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule, const Pipeline& pipeline) {
     constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
+    u64 weights_policy = evict_unchanged_policy(), tokens_policy = weights_policy;
+    if (!Gemm::kDenseTokens) {
+        u32 mean_slots = pipeline.shared.first_slot[NUM_EXPERTS] / NUM_EXPERTS;
+        if (mean_slots < WEIGHTS_ONCE_BELOW) weights_policy = evict_first_policy();
+        else if (mean_slots < TOKENS_KEPT_BELOW) tokens_policy = evict_last_policy();
+    }
     bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
     auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
         u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
         arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
         copy_box_to_blocks<BLOCKS>(pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), weights, step * BLOCK_K,
-                                   gemm.third_coordinate(tile, rank), gemm.fourth_coordinate(tile, rank), pipeline.filled(stage));
+                                   gemm.third_coordinate(tile, rank), gemm.fourth_coordinate(tile, rank), pipeline.filled(stage), weights_policy);
     };
     u32 ticket = 0;
     if (scheduler) {
@@ -245,10 +257,11 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
             __syncwarp();
         } else {
             RowLoader<Gemm> loader(gemm, tile, thread);
+#pragma unroll 1  // of four unrolled steps ptxas made copies that tests/kernels/test_machine_code.py calls broken
             for (u32 step = 0; step < kSteps; step++, turn.next()) {
                 wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                 if (leader) load_weights(tile, step, turn.stage);
-                loader.load(pipeline.tokens(turn.stage), step);
+                loader.load(pipeline.tokens(turn.stage), step, tokens_policy);
                 arrive_after_copies(pipeline.filled(turn.stage));
             }
         }
@@ -320,7 +333,8 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
             init_barrier(pipeline.emptied(s), BLOCKS * CONSUMER_THREADS / 32);
         }
         for (int i = 0; i < 2; i++) {
-            init_barrier(pipeline.tile_ready(i), BLOCKS == 1 ? 2 : 1);  // a lone block's scheduler arrives itself
+            // A lone block's scheduler arrives itself. That it is the leader's warp would do with one arrival; then registers spill.
+            init_barrier(pipeline.tile_ready(i), BLOCKS == 1 ? 2 : 1);
             init_barrier(pipeline.tile_read(i), BLOCKS * BLOCK_THREADS / 32);
         }
         publish_barriers();

@@ -1,0 +1,43 @@
+"""Machine code that a fault of the assembler would break."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import files
+
+import pytest
+
+from cupymoe.kernels import experts_down, experts_up, experts_up_wgmma
+from cupymoe.kernels.expert_tiles import CUTS
+from cupymoe.kernels.jit import Variant, compile_offline
+from tests.kernels import test_expert_stream as stream
+from tests.kernels import test_expert_tiles as tiles
+
+
+def machine_code(variant: Variant, folder) -> str:
+    (nvdisasm,) = (path.locate() for path in files("nvidia-cuda-nvdisasm") if path.name == "nvdisasm")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compile_offline(variant, "sm_90a").cubin)
+    return subprocess.run([str(nvdisasm), str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def copying_variants() -> Iterator[Variant]:
+    """What copies 16 bytes at a time with a cache policy."""
+    for sizes in stream.SIZES:
+        for num_tokens in stream.NUM_TOKENS:
+            shape = stream.shape(num_tokens, *sizes)
+            yield experts_up.variant(shape)
+            if not shape.regime.down.whole_rows:  # they come by bulk copies
+                yield experts_down.variant(shape)
+    for sizes in tiles.SIZES:
+        for cut in CUTS:
+            yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
+
+
+@pytest.mark.parametrize("variant", dict.fromkeys(copying_variants()))
+def test_no_copy_that_the_assembler_breaks(variant, tmp_path):
+    """ptxas 12.9 and 13.0 can emit an LDGSTS with its cache policy in an odd uniform register, or its shared address
+    split over two registers: an illegal instruction on the device (seen on an H100, 2026-11-24)."""
+    copies = re.findall(r".*LDGSTS.*", machine_code(variant, tmp_path))
+    assert copies
+    assert not [copy for copy in copies if re.search(r"desc\[UR\d*[13579]\]|\[R\d+\+UR", copy)]
