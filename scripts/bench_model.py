@@ -7,6 +7,7 @@ and whether both choose the same tokens. The bfloat16 weights are made on the GP
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
@@ -120,7 +121,7 @@ class Contenders:
 
     def __init__(self, model: Gemma4ForCausalLM) -> None:
         self.model = model
-        self._theirs = [layer.router for layer in model.model.layers]
+        self._theirs = [copy.copy(layer.router) for layer in model.model.layers]  # the parameters are shared
         replace_routers(model)
         self._ours = [layer.router for layer in model.model.layers]
 

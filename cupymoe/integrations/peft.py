@@ -18,7 +18,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
-from cupymoe.modules import Gemma4Experts
+from cupymoe.modules import Gemma4Experts, hooks_of
 
 _PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -58,15 +58,28 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             yield wrapper
             wrapper = wrapper.base_layer
 
+    def _inner(self) -> Iterator[nn.Module]:
+        """What a call of PEFT's goes through below this wrapper."""
+        module: nn.Module = self
+        while isinstance(module, layer.ParamWrapper):
+            module = module.base_layer
+            yield module
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[T, H]`` of ``x`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
 
-        PEFT's own way for experts that cupymoe does not compute, disabled adapters, and keyword arguments.
+        PEFT's own way for experts that cupymoe does not compute or that have hooks, disabled adapters, and keyword
+        arguments.
         """
         experts: Any = self.get_base_layer()
         wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
         activation = _activation(experts)
-        plain = not kwargs and len(args) == 2 and not any(wrapper.disable_adapters for wrapper in wrappers.values())
+        plain = (
+            not kwargs
+            and len(args) == 2
+            and not any(wrapper.disable_adapters for wrapper in wrappers.values())
+            and not any(hooks_of(module) or "forward" in vars(module) for module in self._inner())
+        )
         if activation is None or not plain or not wrappers.keys() <= set(_PARAMETERS):
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output

@@ -6,16 +6,17 @@ for every model whose experts are gated, concatenated (gate rows, then up rows),
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
-from cupymoe.modules import Gemma4Router
 
 # transformers' activation modules by class name; several spell the same function.
 _ACTIVATIONS = {
@@ -31,6 +32,29 @@ _ACTIVATIONS = {
 
 # Some models have a function for one.
 _FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}
+
+# What transformers says of a class of experts: the value that is served, and what another means.
+_PROPERTIES = {
+    "has_gate": (True, "its experts are not gated"),
+    "has_bias": (False, "its experts have a bias"),
+    "has_post_expert_norm": (False, "its experts' outputs are normalised"),
+    "is_transposed": (False, "its weights are transposed"),
+    "is_concatenated": (True, "gate and up rows are interleaved"),
+}
+
+
+def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
+    """Those, and the ones that a newer transformers has: served at the default, at which older models are."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(decorator).parameters.items()}
+    newer = {
+        name: (default, f"its {name} is {not default}, of which cupymoe knows nothing")
+        for name, default in defaults.items()
+        if isinstance(default, bool) and name not in _PROPERTIES
+    }
+    return {**_PROPERTIES, **newer}
+
+
+_ALL_PROPERTIES = _properties(use_experts_implementation)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -55,19 +79,14 @@ def activation_of(experts: Any) -> MoEActivation:
 
 def unsupported_reason(experts: Any) -> str | None:
     """Which property of an experts module cupymoe can't serve; None if it serves all of them."""
-    if not experts.has_gate:
-        return "its experts are not gated"
-    if experts.has_bias:
-        return "its experts have a bias"
-    if experts.is_transposed:
-        return "its weights are transposed"
-    if not experts.is_concatenated:
-        return "gate and up rows are interleaved"
+    for name, (served, reason) in _ALL_PROPERTIES.items():
+        if getattr(experts, name, served) != served:
+            return reason
+    if experts.gate_up_proj.dtype not in _DTYPES:
+        return f"its weights are {experts.gate_up_proj.dtype}, not one of {_DTYPES}"
     gating, default = type(experts)._apply_gate, ("transformers.integrations.moe", "_default_apply_gate")
     if (gating.__module__, gating.__name__) != default or "_apply_gate" in vars(experts):
         return "it gates in its own way (_apply_gate)"
-    if experts.gate_up_proj.dtype not in _DTYPES:
-        return f"its weights are {experts.gate_up_proj.dtype}, not one of {_DTYPES}"
     return None
 
 
@@ -94,30 +113,37 @@ def experts_forward(
 
 
 def replace_routers(model: nn.Module) -> int:
-    """Give every ``Gemma4TextRouter`` of a model our routing kernel; parameters and adapters are shared, not copied.
+    """Let every ``Gemma4TextRouter`` of a model compute as :class:`cupymoe.Gemma4Router`.
 
-    The experts chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md), and, up to
-    32 tokens on CUDA, for logits that differ by the last bit (docs/routing.md).
+    The modules stay, with their parameters, adapters and hooks; ``output_router_logits`` goes on to work. The experts
+    chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md), and, up to 32 tokens on
+    CUDA, for logits that differ by the last bit (docs/routing.md).
 
     Returns:
-        How many routers were replaced.
+        How many routers there are.
 
     Raises:
-        ValueError: the model has none, or one has hooks; none was replaced then.
+        ValueError: the model has none, or one whose ``forward`` was replaced; nothing was changed then.
     """
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
-    found = [
-        (parent, name, Gemma4Router.from_transformers(child))
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Gemma4TextRouter)
-    ]
+    from cupymoe.integrations import gemma4_router
+
+    found = [module for module in model.modules() if isinstance(module, Gemma4TextRouter)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no Gemma4TextRouter to replace")
-    for parent, name, ours in found:
-        setattr(parent, name, ours)
+    for router in found:
+        gemma4_router.check(router)
+    for router in found:
+        gemma4_router.take_over(router)
     return len(found)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+try:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+except ImportError:
+    pass
+else:
+    # They have a registry of their own, which would call our name unknown: experts_forward says what is in the way.
+    ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

@@ -225,6 +225,18 @@ def text_model(layers=2):
     return randomize(transformers.Gemma4ForCausalLM(config)).eval()
 
 
+@pytest.mark.parametrize("place", ["experts", "inner wrapper"])
+def test_a_hook_below_is_called(place, way):
+    """As PEFT calls it: whoever watches or changes the experts goes on to."""
+    model = adapted(moe(), way)
+    wrapper = model.base_model.model.experts
+    module = wrapper.get_base_layer() if place == "experts" else wrapper.base_layer
+    handle = module.register_forward_hook(lambda module, arguments, output: output * 0)
+    assert not model(states(("cpu", torch.float32))).any()
+    handle.remove()
+    assert model(states(("cpu", torch.float32))).any()
+
+
 def test_a_model_of_transformers(placed):
     """Logits and gradients of both ways; and eager's, which the wrapper leaves to transformers."""
     ids = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(8)).to(placed[0])

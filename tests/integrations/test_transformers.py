@@ -1,10 +1,13 @@
 """cupymoe inside transformers' models: the same logits as eager, on one line, and a reason where it can't."""
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
 
+import cupymoe
 from cupymoe import MoEActivation
 from tests.helpers import randomize, transformers_config, transformers_gemma4
 
@@ -148,6 +151,7 @@ def test_autocast_hidden_states_meet_bfloat16_weights():
     [
         ({"has_gate": False}, "its experts are not gated"),
         ({"has_bias": True}, "its experts have a bias"),
+        ({"has_post_expert_norm": True}, "its experts' outputs are normalised"),
         ({"is_transposed": True}, "its weights are transposed"),
         ({"is_concatenated": False}, "gate and up rows are interleaved"),
         ({"act_fn": torch.nn.Mish()}, "cupymoe has no activation like Mish of Gemma4TextExperts"),
@@ -169,6 +173,35 @@ def test_what_it_can_t_serve_is_named(change, reason):
         setattr(experts, name, value)
     with pytest.raises(ValueError, match=reason):
         integration.experts_forward(experts, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
+def test_a_property_that_a_newer_transformers_has_is_served_at_its_default():
+    def decorator(experts_class=None, *, has_gate=True, has_bias=False, has_tails=False, is_flat=True):
+        pass
+
+    properties = integration._properties(decorator)
+    assert properties["has_tails"] == (False, "its has_tails is True, of which cupymoe knows nothing")
+    assert properties["is_flat"] == (True, "its is_flat is False, of which cupymoe knows nothing")
+    assert properties["has_gate"] == (True, "its experts are not gated")
+
+
+def test_a_property_that_cupymoe_does_not_know_is_named(monkeypatch):
+    experts = randomize(gemma4().model.layers[0].experts)
+    monkeypatch.setitem(integration._ALL_PROPERTIES, "has_tails", (False, "its has_tails is True"))
+    assert integration.unsupported_reason(experts) is None
+    experts.has_tails = True
+    assert integration.unsupported_reason(experts) == "its has_tails is True"
+
+
+def test_float8_experts_are_refused_by_their_dtype():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model = gemma4()
+    quantization = transformers.FineGrainedFP8Config()
+    model = fp8.replace_with_fp8_linear(model, quantization_config=quantization, modules_to_not_convert=["lm_head"])
+    model.set_experts_implementation("cupymoe")
+    experts = model.model.layers[0].experts
+    with pytest.raises(ValueError, match=r"does not serve FP8Experts: its weights are torch.float8_e4m3fn, not one of"):
+        experts(torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -207,13 +240,59 @@ def test_replaced_routers_share_parameters_and_choose_alike():
     assert torch.allclose(logits(model, "cupymoe", ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_hooks_on_a_router_are_refused_before_any_is_replaced():
+def test_a_router_s_hooks_outlive_its_replacement():
+    model, seen = randomize(gemma4()).eval(), []
+    model.model.layers[1].router.register_forward_hook(lambda router, *_: seen.append(router))
+    assert integration.replace_routers(model) == 2
+    model(tokens(1, 3))
+    assert seen == [model.model.layers[1].router]
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_router_logits_are_recorded_after_the_replacement(called_before):
+    model, ids = randomize(gemma4()).eval(), tokens(1, 5)
+    untouched = copy.deepcopy(model)
+    expected = untouched(ids, output_router_logits=True)
+    if not hasattr(expected, "router_logits"):
+        pytest.skip("this transformers records none")
+    if called_before:
+        model(ids, output_router_logits=True)
+    integration.replace_routers(model)
+    ours = model(ids, output_router_logits=True).router_logits
+    assert len(ours) == 2
+    for our, their in zip(ours, expected.router_logits, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
+
+
+def test_replaced_routers_are_replaced_once_and_can_be_copied_and_pickled():
+    model, ids = randomize(gemma4()).eval(), tokens(1, 5)
+    assert [integration.replace_routers(model) for _ in range(2)] == [2, 2]
+    expected = model(ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other.model.layers[0].router, cupymoe.Gemma4Router)
+        assert torch.equal(other(ids).logits, expected)
+
+
+def test_a_router_under_accelerate_s_hook_computes_as_ours(monkeypatch):
+    """Its hook replaces the router's forward, and calls the one that it kept."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = randomize(gemma4()).eval(), tokens(1, 5)
+    expected = model(ids).logits
+    router = model.model.layers[0].router
+    hooks.add_hook_to_module(router, hooks.ModelHook())
+    integration.replace_routers(model)
+    calls, route = [], router._route
+    monkeypatch.setattr(router, "_route", lambda logits: calls.append(1) or route(logits))
+    assert torch.allclose(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert calls == [1]
+
+
+def test_a_router_whose_forward_was_replaced_is_refused_before_any_changes():
     model = gemma4()
-    model.model.layers[1].router.register_forward_hook(lambda *arguments: None)
-    before = [*model.modules()]
-    with pytest.raises(ValueError, match=r"router must have no hooks, .* got _forward_hooks of Gemma4TextRouter"):
+    model.model.layers[1].router.forward = lambda hidden_states: None
+    with pytest.raises(ValueError, match="router must have no forward of its own, which would hide ours"):
         integration.replace_routers(model)
-    assert [*model.modules()] == before
+    assert not any(isinstance(module, cupymoe.Gemma4Router) for module in model.modules())
 
 
 def test_hooks_that_transformers_left_are_no_obstacle():
