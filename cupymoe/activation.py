@@ -45,12 +45,15 @@ class MoEActivation(Enum):
         """The member that a config's spelling means.
 
         ``"gelu"`` is erf; ``"gelu_tanh"`` and transformers' other spellings of the tanh form (``"gelu_pytorch_tanh"``,
-        ``"gelu_new"``, ``"gelu_fast"``, ``"gelu_accurate"``, ``"gelu_python_tanh"``) are GELU_TANH; ``"swish"`` is
-        SILU.
+        ``"gelu_new"``, ``"gelu_fast"``, ``"gelu_accurate"``, ``"gelu_python_tanh"``) are GELU_TANH; ``"gelu_python"``
+        is GELU, ``"swish"`` SILU.
 
         Raises:
+            TypeError: ``name`` is no string.
             ValueError: the name is not known; the message lists those that are.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"activation must be a MoEActivation or its name, got {name!r}")
         try:
             return cls(_ALIASES.get(name, name))
         except ValueError:

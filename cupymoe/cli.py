@@ -15,7 +15,6 @@ import torch
 
 import cupymoe
 from cupymoe import verification
-from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, registry
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, jit
@@ -114,8 +113,8 @@ def info() -> None:
             reason = backend.unsupported_reason(_gemma4_call(device, dtype))
             click.echo(f"  {name:10} {dtype_name:9} {'serves it' if reason is None else reason}")
     click.echo("\nCUDA sources")
-    for line in _sources(device):
-        click.echo(f"  {line}")
+    for name in cuda_sources.names():
+        click.echo(f"  {name:18} {_readiness(name, device)}")
 
 
 def _nvrtc_version() -> str:
@@ -127,7 +126,7 @@ def _nvrtc_version() -> str:
 
 def _cache_state() -> str:
     folder = jit.cache_folder()
-    existing = folder
+    existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     return folder if os.path.isdir(existing) and os.access(existing, os.W_OK) else f"{folder} (not writable)"
@@ -138,7 +137,7 @@ def _gemma4_call(device: torch.device, dtype: torch.dtype) -> ExpertsCall:
     return ExpertsCall(
         device=device,
         dtype=dtype,
-        activation=MoEActivation.GELU_TANH,
+        activation=config.activation,
         num_tokens=1,
         top_k=config.top_k_experts,
         num_experts=config.num_experts,
@@ -149,17 +148,19 @@ def _gemma4_call(device: torch.device, dtype: torch.dtype) -> ExpertsCall:
     )
 
 
-def _sources(device: torch.device) -> list[str]:
-    """Each source with how long it took to get its first variant ready: compiled, or out of the cache."""
+def _readiness(source: str, device: torch.device) -> str:
+    """How long a source took to get its first variant ready, compiled or out of the cache; or why it is not."""
     if device.type != "cuda":
-        return [f"{name:18} not compiled: no CUDA device" for name in cuda_sources.names()]
-    lines = []
-    for name in cuda_sources.names():
-        variant = next(variant for variant in catalog.variants() if variant.source == name)
-        start = time.perf_counter()
-        jit.kernel(variant, name, device.index)
-        lines.append(f"{name:18} ready in {time.perf_counter() - start:.3f} s")
-    return lines
+        return "not compiled: no CUDA device"
+    if source in catalog.HOPPER_ONLY and torch.cuda.get_device_capability(device) != (9, 0):
+        return "not compiled: it serves compute capability 9.0 only"
+    variant = next(variant for variant in catalog.variants() if variant.source == source)
+    start = time.perf_counter()
+    try:
+        jit.kernel(variant, source, device.index)
+    except (ImportError, jit.CompileError) as error:
+        return f"not usable: {str(error).splitlines()[0]}"
+    return f"ready in {time.perf_counter() - start:.3f} s"
 
 
 _AUDIT_COLORS = {"ok": "green", "warn": "yellow", "unclear": "yellow", "contradicts": "red"}

@@ -39,6 +39,8 @@ class Gemma4MoEConfig:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         if self.top_k_experts > self.num_experts:
             raise ValueError(f"top_k_experts must be at most num_experts={self.num_experts}, got {self.top_k_experts}")
+        if not isinstance(self.hidden_activation, str):
+            raise ValueError(f"hidden_activation must be a string, got {self.hidden_activation!r}")
         MoEActivation.from_str(self.hidden_activation)
         eps = self.rms_norm_eps
         if not _is_number(eps, int | float) or not math.isfinite(eps) or eps < 0:
@@ -55,6 +57,7 @@ class Gemma4MoEConfig:
 
         Raises:
             AttributeError: the config lacks one of the fields; nothing is filled in.
+            ValueError: a field is not as :class:`Gemma4MoEConfig` wants it.
         """
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 

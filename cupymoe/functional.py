@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
-from cupymoe.kernels.bridge import SCALARS
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
@@ -81,7 +81,7 @@ def _check_activation_input(input: torch.Tensor, activation: MoEActivation) -> _
 
 
 def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torch.Tensor:
-    """``act(gate) * up`` in fp32, rounded once to the dtype of ``input``.
+    """``act(gate) * up`` in fp32 (in float64 on the CPU), rounded once to the dtype of ``input``.
 
     Args:
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
@@ -115,7 +115,8 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
     Args:
         activation: as for :func:`moe_activation`.
         output: ``[..., N]``, dtype and device of ``input``; written through a copy if it is not contiguous.
-            It may be ``input`` itself for an ungated member, and may not overlap it otherwise.
+            It may be ``input`` itself for an ungated member, and may not overlap it otherwise: what lies between its
+            first and its last element counts, and ``torch.compile`` does not look.
         input: as for :func:`moe_activation`.
 
     Raises:
@@ -131,7 +132,10 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
     if not torch.compiler.is_compiling() and _overlap(output, input):
         in_place = not member.is_gated and output.is_set_to(input)
         if not in_place:
-            raise ValueError("output must not overlap input (an ungated activation may write onto input itself)")
+            raise ValueError(
+                "output must not overlap input, from the first to the last element of each (an ungated activation may "
+                "write onto input itself)"
+            )
     torch.ops.cupymoe.apply_moe_activation(member.value, output, input)
     return output
 
@@ -165,7 +169,9 @@ def route(
         router_logits: ``[T, E]``, bfloat16, float16 or float32 (float64 too on the CPU), E at most 1024 on CUDA.
             Copied once if it is not contiguous. A row with a NaN or +inf has NaN weights, and still k valid indices.
         top_k: 1 to E.
-        per_expert_scale: ``[E]`` floating, same device, or None.
+        per_expert_scale: ``[E]``, of a dtype that ``router_logits`` may have, same device, or None. Copied once if it
+            is not contiguous.
+        renormalize: whether the chosen weights are divided by their sum.
 
     Returns:
         ``(top_k_weights, top_k_index)``: float32 and int64, ``[T, top_k]``. The weights are differentiable with respect
@@ -178,10 +184,12 @@ def route(
     _check_shape("router_logits", logits, (None, None))
     _check_served_by_kernel("router_logits", logits)
     num_experts = router_logits.shape[1]
-    if not isinstance(top_k, int | torch.SymInt):
+    if not isinstance(top_k, int | torch.SymInt) or isinstance(top_k, bool):
         raise TypeError(f"top_k must be an integer, got {top_k!r}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
+    if not isinstance(renormalize, bool):
+        raise TypeError(f"renormalize must be True or False, got {renormalize!r}")
     if logits.device.type == "cuda" and num_experts > MAX_EXPERTS:
         raise ValueError(f"router_logits must have at most {MAX_EXPERTS} experts on CUDA, got {num_experts}")
     if per_expert_scale is not None:
@@ -209,9 +217,10 @@ def fused_experts(
         hidden_states: ``[T, H]`` floating; copied once if it is not contiguous.
         gate_up_proj: ``[E, 2I, H]``, the first I rows the gate (``[E, I, H]`` if ungated), contiguous.
         down_proj: ``[E, H, I]``, contiguous.
-        top_k_index: ``[T, K]`` int32 or int64. An index outside ``[0, E)`` masks its pair: it contributes nothing and
-            no weight is read for it (expert parallelism).
-        top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is).
+        top_k_index: ``[T, K]`` int32 or int64; copied once if it is not contiguous. An index outside ``[0, E)`` masks
+            its pair: it contributes nothing and no weight is read for it (expert parallelism).
+        top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is); copied once if it is
+            not contiguous or of another dtype.
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
         backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"`` or ``"reference"``.
 
@@ -257,12 +266,18 @@ def lora_experts(
 
     Args:
         gate_up_adapter: ``a`` ``[E, r, H]`` and ``b`` ``[E, 2I, r]`` of :class:`cupymoe.LowRank`, any rank and strides,
-            dtype and device of ``hidden_states``; None: no adapter.
+            dtype and device of ``hidden_states``; None: no adapter. A rank that is no multiple of 8 is padded to one
+            in every call.
         down_adapter: the same for ``down_proj``: ``[E, r, I]`` and ``[E, H, r]``.
 
-    Other arguments, result and errors are as of :func:`fused_experts`. Differentiable with respect to the adapters too;
-    the gradients of the weights are computed only where they are asked for. On CUDA in bfloat16 the kernels of the
-    ``grouped`` backend compute it, where it serves the call; else plain torch, one expert after the other.
+    Other arguments, result and errors are as of :func:`fused_experts`. Differentiable with respect to the adapters too,
+    once; the gradients of the weights are computed only where they are asked for. On CUDA in bfloat16 the kernels of
+    the ``grouped`` backend compute it, where it serves the call and the adapters start on 16 bytes; else plain torch,
+    one expert after the other.
+
+    Raises:
+        TypeError, ValueError: as of :func:`fused_experts`, or naming the adapter.
+        RuntimeError: a second derivative is asked for.
     """
     member = _member(activation)
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
@@ -323,7 +338,7 @@ def _is_known(activation: MoEActivation, backend: str, *tensors: torch.Tensor) -
         return False  # a traced size has no hash
     try:
         _check_kind(activation, backend, *map(_attributes, tensors))
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         return False  # the checks say which is no tensor, or what else is wrong
     return True
 

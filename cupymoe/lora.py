@@ -27,7 +27,10 @@ RANK_MULTIPLE = 8
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to a weight ``[E, out, in]``: ``b[e] @ a[e]``, any scaling included."""
+    """What an adapter adds to a weight ``[E, out, in]``: ``b[e] @ a[e]``, any scaling included.
+
+    Dtype and device are the weight's.
+    """
 
     a: torch.Tensor
     """``[E, r, in]``"""

@@ -25,6 +25,40 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [kind for kind in kinds if getattr(module, kind)]
 
 
+def _check_no_hooks(name: str, module: nn.Module) -> None:
+    # transformers' own are those of an earlier call that asked for hidden states, and of its own classes alone.
+    own = "transformers.utils.output_capturing"
+    hooks = [
+        kind
+        for kind in hooks_of(module)
+        if any(getattr(hook, "__module__", None) != own for hook in getattr(module, kind).values())
+    ]
+    if hooks:
+        raise ValueError(
+            f"{name} must have no hooks, which would be lost, got {', '.join(hooks)} of {type(module).__name__}: "
+            "register them on what takes its place"
+        )
+
+
+def _check_hidden_states(name: str, hidden_states: torch.Tensor, size: int) -> None:
+    if not isinstance(hidden_states, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(hidden_states).__name__}")
+    if not hidden_states.dtype.is_floating_point or hidden_states.dtype.itemsize == 1:
+        raise TypeError(f"{name} must be a floating-point tensor of at least 16 bits, got {hidden_states.dtype}")
+    if hidden_states.shape[-1:] != (size,):
+        raise ValueError(f"{name} must have {size} columns, got shape {list(hidden_states.shape)}")
+
+
+def check_has_memory(module: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a parameter is on the meta device, where what is copied into it would be lost.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} must not be on the meta device, where what is copied into it is lost")
+
+
 class Gemma4Router(nn.Module):
     """Which experts a token goes to; call-compatible with transformers' ``Gemma4TextRouter``.
 
@@ -48,18 +82,7 @@ class Gemma4Router(nn.Module):
         Raises:
             ValueError: the router has hooks, which nothing would call any more.
         """
-        # transformers' own are those of an earlier call that asked for hidden states, and of its own classes alone.
-        own = "transformers.utils.output_capturing"
-        hooks = [
-            kind
-            for kind in hooks_of(router)
-            if any(getattr(hook, "__module__", None) != own for hook in getattr(router, kind).values())
-        ]
-        if hooks:
-            raise ValueError(
-                f"router must have no hooks, which would be lost, got {', '.join(hooks)} of {type(router).__name__}: "
-                "register them on what takes its place"
-            )
+        _check_no_hooks("router", router)
         with torch.device("meta"):
             ours = cls(Gemma4MoEConfig.from_transformers(router.config))
         ours.proj, ours.scale, ours.per_expert_scale = router.proj, router.scale, router.per_expert_scale
@@ -69,11 +92,15 @@ class Gemma4Router(nn.Module):
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Router logits ``[..., E]`` of ``[..., H]``: RMSNorm without a weight, times ``scale * H^-0.5``, projected.
 
+        In the dtype of ``hidden_states`` where the parameters have it too; else in that of ``proj``'s output.
+
         Raises:
-            ValueError: a parameter is on another device.
+            TypeError: ``hidden_states`` is no floating-point tensor, or of a dtype that ``proj`` can't multiply.
+            ValueError: it does not have H columns, or a parameter is on another device.
         """
         eps, size = self.config.rms_norm_eps, self.config.hidden_size
         scale = self.scale
+        _check_hidden_states("hidden_states", hidden_states, size)
         self._check_device("scale", scale, hidden_states)
         if self._is_plain(hidden_states):
             projection = self.proj.weight
@@ -82,19 +109,29 @@ class Gemma4Router(nn.Module):
             logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, eps)
             logits = logits.reshape(*hidden_states.shape[:-1], self.config.num_experts)
         else:
-            logits = self.proj(reference.router_input(hidden_states, scale, eps))
+            states = reference.router_input(hidden_states, scale, eps)
+            if self._is_linear(hidden_states) and states.dtype != self.proj.weight.dtype:
+                raise TypeError(
+                    f"hidden_states must have proj.weight's dtype {self.proj.weight.dtype}, got {hidden_states.dtype}"
+                )
+            logits = self.proj(states)
         return cast(torch.Tensor, logits)
 
-    def _is_plain(self, hidden_states: torch.Tensor) -> bool:
-        """Whether ``proj`` is a product with its weight and nothing else: no adapter, bias or hook, no autocast."""
+    def _is_linear(self, hidden_states: torch.Tensor) -> bool:
+        """Whether ``proj`` is torch's and nothing else: no adapter or hook, no autocast."""
         proj = self.proj
         return (
             type(proj) is nn.Linear
             and not (hooks_of(proj) or "forward" in vars(proj))
-            and hidden_states.dtype == self.scale.dtype == proj.weight.dtype
-            and hidden_states.shape[-1] == self.config.hidden_size
             and not _autocasts(hidden_states.device.type)
-            and proj.bias is None
+        )
+
+    def _is_plain(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the logits are one product with ``proj``'s weight, all in one dtype."""
+        return (
+            self._is_linear(hidden_states)
+            and hidden_states.dtype == self.scale.dtype == self.proj.weight.dtype
+            and self.proj.bias is None
         )
 
     @staticmethod
@@ -104,17 +141,28 @@ class Gemma4Router(nn.Module):
             raise ValueError(f"{name} must be on hidden_states's device {hidden_states.device}, got {parameter.device}")
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(top_k_weights, top_k_index)``, ``[T, K]`` float32 and int64, of ``hidden_states`` ``[T, H]``."""
-        return self._route(self.logits(hidden_states))
+        """``(top_k_weights, top_k_index)``, ``[T, K]`` float32 and int64, of ``hidden_states`` ``[T, H]``.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`logits`; or ``hidden_states`` has another number of dimensions.
+        """
+        return self._route(self._logits_of_tokens(hidden_states))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(router_probabilities, top_k_weights, top_k_index)`` of ``hidden_states`` ``[T, H]``.
 
         ``router_probabilities`` is the float32 softmax over all experts, ``[T, E]``; the rest is as of
-        :func:`cupymoe.route`.
+        :func:`cupymoe.route`. Errors are as of :meth:`route`.
         """
-        logits = self.logits(hidden_states)
+        logits = self._logits_of_tokens(hidden_states)
         return torch.softmax(logits, dim=-1, dtype=torch.float32), *self._route(logits)
+
+    def _logits_of_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if isinstance(hidden_states, torch.Tensor) and hidden_states.dim() != 2:
+            raise ValueError(
+                f"hidden_states must have shape [*, {self.config.hidden_size}], got {list(hidden_states.shape)}"
+            )
+        return self.logits(hidden_states)
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return route(logits, self.config.top_k_experts, per_expert_scale=self.per_expert_scale)
@@ -151,7 +199,10 @@ class Gemma4Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """``[T, H]`` from ``hidden_states`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K]."""
+        """``[T, H]`` from ``hidden_states`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
+
+        Dtypes, result and errors are as of :func:`cupymoe.fused_experts`.
+        """
         return fused_experts(
             hidden_states,
             self.gate_up_proj,
@@ -181,8 +232,9 @@ class Gemma4MoE(nn.Module):
         """A module that shares the parameters of a ``Gemma4TextDecoderLayer`` with experts; nothing is copied.
 
         Raises:
-            ValueError: the layer has no mixture of experts, or an activation that no member means; or its router has
-                hooks.
+            ValueError: the layer has no mixture of experts, or an activation that no member means; its router or its
+                experts have hooks, which nothing would call any more; or its experts are wrapped, in adapters say.
+            AttributeError: its config lacks a size.
         """
         router, experts = getattr(decoder_layer, "router", None), getattr(decoder_layer, "experts", None)
         if router is None or experts is None:
@@ -190,6 +242,10 @@ class Gemma4MoE(nn.Module):
                 "decoder_layer must have .router and .experts (enable_moe_block=True), "
                 f"got {type(decoder_layer).__name__}"
             )
+        _check_no_hooks("experts", experts)
+        for name in ("gate_up_proj", "down_proj"):
+            if not isinstance(getattr(experts, name, None), nn.Parameter):
+                raise ValueError(f"decoder_layer.experts must hold the parameter {name}, got {type(experts).__name__}")
         with torch.device("meta"):
             module = cls(Gemma4MoEConfig.from_transformers(router.config), backend)
         module.router = Gemma4Router.from_transformers(router)
@@ -204,27 +260,34 @@ class Gemma4MoE(nn.Module):
 
         Raises:
             RuntimeError: a ``router.*`` or ``experts.*`` key is missing, left over or of the wrong shape.
+            ValueError: a parameter is on the meta device.
         """
+        check_has_memory(self)
         ours = {key: value for key, value in state_dict.items() if key.startswith(("router.", "experts."))}
         self.load_state_dict(ours, strict=True)
 
     def forward(self, hidden_states: torch.Tensor, router_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """Mixture output, the shape of ``hidden_states``.
+        """Mixture output, shape and dtype of ``hidden_states``.
 
         Args:
-            hidden_states: ``[..., H]``, what the experts see: in Gemma 4 the normalised residual.
+            hidden_states: ``[..., H]``, what the experts see: in Gemma 4 the normalised residual. In the dtype of the
+                parameters, on their device.
             router_hidden_states: ``[..., H]``, what the router sees: in Gemma 4 the residual itself. None: the same.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
         """
+        size = self.config.hidden_size
+        _check_hidden_states("hidden_states", hidden_states, size)
         if router_hidden_states is None:
             router_hidden_states = hidden_states
-        if router_hidden_states.shape != hidden_states.shape:
-            raise ValueError(
-                f"router_hidden_states must have hidden_states' shape {list(hidden_states.shape)}, "
-                f"got {list(router_hidden_states.shape)}"
-            )
-        size = self.config.hidden_size
-        if hidden_states.shape[-1] != size:
-            raise ValueError(f"hidden_states must have {size} columns, got shape {list(hidden_states.shape)}")
+        else:
+            _check_hidden_states("router_hidden_states", router_hidden_states, size)
+            if router_hidden_states.shape != hidden_states.shape:
+                raise ValueError(
+                    f"router_hidden_states must have hidden_states' shape {list(hidden_states.shape)}, "
+                    f"got {list(router_hidden_states.shape)}"
+                )
         weights, index = self.router.route(router_hidden_states.reshape(-1, size))
         output: torch.Tensor = self.experts(hidden_states.reshape(-1, size), index, weights)
         return output.reshape(hidden_states.shape)

@@ -69,19 +69,21 @@ def warmup(
 ) -> None:
     """Compile and load the kernels that calls of these numbers of tokens will use, by making such calls.
 
-    Every pair of a call is masked, so no weight is read; layers of one kind are called once. Experts with PEFT's
-    adapters are called through them.
+    Every pair of a call is masked, so no expert's weight is read; layers of one kind are called once. Experts with
+    PEFT's adapters are called through them. ``top_k_index`` is int64, as :func:`cupymoe.route` and transformers have
+    it; calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
 
     Args:
         target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, or transformers' experts with
             ``experts_implementation="cupymoe"``; or the sizes of a mixture whose weights are not there yet, for which
             uninitialised ones are allocated meanwhile (1.5 GB for Gemma 4 26B-A4B).
-        num_tokens: each at least 1. None: one of every range that kernels are compiled for at the sizes of a layer.
+        num_tokens: each at least 1. None: one of every range that kernels are compiled for at the sizes of a layer,
+            up to 32768.
         dtype, device: of the future weights, where ``target`` gives sizes.
 
     Raises:
         TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive integer, or
-            something else.
+            something else; ``dtype`` is none of weights, or there is no such ``device``.
     """
     counts = None if num_tokens is None else _checked(num_tokens)
     if isinstance(target, Gemma4MoEConfig):
@@ -101,6 +103,10 @@ def warmup(
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be there, got {device}: torch sees no CUDA device")
     with torch.device("meta"):
         moe = Gemma4MoE(config)
     for module in moe.modules():

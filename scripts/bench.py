@@ -87,6 +87,7 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "all"]),
     default="experts",
     show_default=True,
+    help="What to measure; all: experts, stages, host and lora.",
 )
 @click.option(
     "--output",

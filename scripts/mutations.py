@@ -286,7 +286,7 @@ MUTATIONS = (
     ),
     launcher(
         "the alignment of rows forgotten",
-        "kernels/bridge.py",
+        "kernels/rows.py",
         "return width if aligned and columns % width == 0 else 1",
         "return width if columns % width == 0 else 1",
         GATHER,

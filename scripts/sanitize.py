@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
 from cupymoe.kernels import cuda_sources, jit, raw_read
-from cupymoe.kernels.bridge import SCALARS
 from cupymoe.kernels.combine import combine
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
 from cupymoe.kernels.router_logits import router_logits

@@ -67,6 +67,13 @@ def test_from_str_lists_what_is_known(name):
         assert repr(known) in message
 
 
+@pytest.mark.parametrize("name", [None, ["silu"], 1])
+def test_from_str_wants_a_string(name):
+    with pytest.raises(TypeError, match="activation must be a MoEActivation or its name, got") as caught:
+        MoEActivation.from_str(name)
+    assert str(caught.value).endswith(repr(name))
+
+
 @pytest.mark.parametrize("member", MoEActivation)
 def test_gated_and_width(member):
     assert member.is_gated == (not member.name.endswith("NO_MUL"))

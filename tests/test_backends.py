@@ -80,12 +80,18 @@ def test_grouped_says_why(hopper, change, reason):
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
-        ({"num_experts": 1025}, r"counters for 240 experts, not 1025, and its sort has counters for 1024 experts"),
+        (
+            {"num_experts": 1025},
+            r"counters for 240 experts, not 1025, and the sort has counters for 1024 experts, not 1025",
+        ),
         (
             {"num_tokens": 1025, "hidden_size": 2824},
             r"holds 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
         ),
-        ({"num_tokens": 2**28}, r"holds 8192 \(token, k\) pairs, not 2147483648, and its sort holds \d+ pairs"),
+        (
+            {"num_tokens": 2**28},
+            r"holds 8192 \(token, k\) pairs, not 2147483648, and slots are 32-bit: at most \d+ \(token, k\) pairs, not",
+        ),
     ],
 )
 def test_fused_says_why(hopper, change, reason):
@@ -114,6 +120,11 @@ def test_auto_takes_the_first_that_serves(hopper):
     assert select("auto", CALL).name == serving[0]
     assert select("auto", CALL._replace(device=torch.device("cpu"))).name == "reference"
     assert select("reference", CALL).name == "reference"
+
+
+def test_a_backend_s_name_is_a_string():
+    with pytest.raises(ValueError, match=r"backend must be one of .* got \['auto'\]"):
+        check_name(["auto"])
 
 
 @pytest.mark.parametrize("name", ["", "Grouped", "fastest"])

@@ -58,6 +58,11 @@ def test_unknown_activation():
         Gemma4MoEConfig(**{**FIELDS, "hidden_activation": "quick_gelu"})
 
 
+def test_the_activation_is_a_string():
+    with pytest.raises(ValueError, match=r"hidden_activation must be a string, got \['silu'\]"):
+        Gemma4MoEConfig(**{**FIELDS, "hidden_activation": ["silu"]})
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Gemma4MoEConfig(**FIELDS).hidden_size = 8

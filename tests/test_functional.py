@@ -41,7 +41,13 @@ def test_route_refuses(logits, top_k, scale, error, message):
         route_function(logits, top_k, per_expert_scale=scale)
 
 
-@pytest.mark.parametrize("top_k", [2.5, 2.0, "2", None])
+@pytest.mark.parametrize("renormalize", [None, 1, "no"])
+def test_route_renormalizes_or_not(renormalize):
+    with pytest.raises(TypeError, match=f"renormalize must be True or False, got {renormalize!r}"):
+        route_function(LOGITS, 2, renormalize=renormalize)
+
+
+@pytest.mark.parametrize("top_k", [2.5, 2.0, "2", None, True])
 def test_route_wants_an_integer(top_k):
     with pytest.raises(TypeError, match="top_k must be an integer"):
         route_function(LOGITS, top_k)

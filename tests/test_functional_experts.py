@@ -34,6 +34,8 @@ def replaced(**changes):
         (replaced(gate_up_proj=lambda t: t[:, :8]), ValueError, r"gate_up_proj must have shape \[4, 16, 16\], got"),
         (replaced(gate_up_proj=lambda t: t[..., :8]), ValueError, r"gate_up_proj must have shape \[4, 16, 16\]"),
         (replaced(gate_up_proj=lambda t: None), TypeError, r"gate_up_proj must be a torch.Tensor, got NoneType"),
+        (replaced(gate_up_proj=lambda t: t.numpy()), TypeError, r"gate_up_proj must be a torch.Tensor, got ndarray"),
+        (replaced(down_proj=lambda t: t.numpy()), TypeError, r"down_proj must be a torch.Tensor, got ndarray"),
         (replaced(gate_up_proj=lambda t: t.double()), TypeError, r"gate_up_proj must have hidden_states's dtype"),
         (replaced(down_proj=lambda t: t.bfloat16()), TypeError, r"down_proj must have hidden_states's dtype"),
         (replaced(gate_up_proj=lambda t: t.mT), ValueError, r"gate_up_proj must be contiguous"),

@@ -107,15 +107,25 @@ HOOKS = {
 }
 
 
+@pytest.mark.parametrize("part", ["router", "experts"])
 @pytest.mark.parametrize("kind", HOOKS)
-def test_from_transformers_refuses_a_router_s_hooks(kind):
+def test_from_transformers_refuses_hooks(kind, part):
     """Nothing would call them."""
     layer = decoder_layer()
-    handle = HOOKS[kind](layer.router, lambda *arguments: None)
-    with pytest.raises(ValueError, match=f"router must have no hooks, .* got {kind} of Gemma4TextRouter"):
+    module = getattr(layer, part)
+    handle = HOOKS[kind](module, lambda *arguments: None)
+    with pytest.raises(ValueError, match=f"{part} must have no hooks, .* got {kind} of {type(module).__name__}"):
         Gemma4MoE.from_transformers(layer)
     handle.remove()
     assert Gemma4MoE.from_transformers(layer).router.scale is layer.router.scale
+
+
+def test_from_transformers_wants_experts_that_hold_their_weights():
+    """An adapter's wrapper would be left out."""
+    layer = decoder_layer()
+    layer.experts = torch.nn.Sequential(layer.experts)
+    with pytest.raises(ValueError, match="experts must hold the parameter gate_up_proj, got Sequential"):
+        Gemma4MoE.from_transformers(layer)
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear(2, 2), "dense"], ids=["not a decoder layer", "dense decoder layer"])
@@ -267,19 +277,55 @@ def test_backend_is_the_module_s():
 
 
 @pytest.mark.parametrize(
-    ("hidden_states", "router_hidden_states", "message"),
+    ("hidden_states", "router_hidden_states", "error", "message"),
     [
-        (torch.ones(4, 16), None, r"hidden_states must have 32 columns, got shape \[4, 16\]"),
+        (torch.ones(4, 16), None, ValueError, r"hidden_states must have 32 columns, got shape \[4, 16\]"),
+        (torch.ones(()), None, ValueError, r"hidden_states must have 32 columns, got shape \[\]"),
+        (None, None, TypeError, r"hidden_states must be a torch.Tensor, got NoneType"),
+        (
+            torch.ones(4, 32).int(),
+            None,
+            TypeError,
+            r"hidden_states must be a floating-point tensor of at",
+        ),
         (
             torch.ones(4, 32),
             torch.ones(3, 32),
+            ValueError,
             r"router_hidden_states must have hidden_states' shape \[4, 32\], got",
         ),
+        (torch.ones(4, 32), [1.0], TypeError, r"router_hidden_states must be a torch.Tensor, got list"),
     ],
 )
-def test_moe_refuses(hidden_states, router_hidden_states, message):
-    with pytest.raises(ValueError, match=message):
+def test_moe_refuses(hidden_states, router_hidden_states, error, message):
+    with pytest.raises(error, match=f"^{message}"):
         Gemma4MoE(CONFIG)(hidden_states, router_hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "error", "message"),
+    [
+        (torch.ones(4, 16), ValueError, r"hidden_states must have 32 columns, got shape \[4, 16\]"),
+        (torch.ones(32), ValueError, r"hidden_states must have shape \[\*, 32\], got \[32\]"),
+        (torch.ones(2, 4, 32), ValueError, r"hidden_states must have shape \[\*, 32\], got \[2, 4, 32\]"),
+        (None, TypeError, r"hidden_states must be a torch.Tensor, got NoneType"),
+        (torch.ones(4, 32).long(), TypeError, r"hidden_states must be a floating-point .* 16 bits, got torch.int64"),
+        (torch.ones(4, 32).to(torch.float8_e4m3fn), TypeError, r"of at least 16 bits, got torch.float8_e4m3fn"),
+        (torch.ones(4, 32).double(), TypeError, r"must have proj.weight's dtype torch.float32, got torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "route"])
+def test_router_refuses(method, hidden_states, error, message):
+    with pytest.raises(error, match=message):
+        getattr(Gemma4Router(CONFIG), method)(hidden_states)
+
+
+def test_load_decoder_layer_refuses_the_meta_device():
+    state_dict = Gemma4MoE(CONFIG).state_dict()
+    with torch.device("meta"):
+        moe = Gemma4MoE(CONFIG)
+    with pytest.raises(ValueError, match=r"router.scale must not be on the meta device"):
+        moe.load_decoder_layer(state_dict)
 
 
 def test_moe_of_no_tokens(device):

@@ -172,6 +172,17 @@ def test_bad_input(target, num_tokens, error, message):
         warmup(target, num_tokens)
 
 
+def test_sizes_want_a_dtype_of_weights():
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point dtype, got torch.int8"):
+        warmup(CONFIG, (1,), dtype=torch.int8, device="cpu")
+
+
+def test_sizes_want_a_device_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be there, got cuda: torch sees no CUDA device"):
+        warmup(CONFIG)
+
+
 @pytest.mark.gpu
 def test_nothing_is_compiled_after_it():
     moe = randomize(Gemma4MoE(CONFIG)).to("cuda", torch.bfloat16)

@@ -19,8 +19,8 @@ from cupymoe.kernels.plan_experts import plan_experts
 
 class FusedBackend:
     """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
-    cores, in four launches up to 1024 pairs and five beyond, from 32 pairs an expert on. A launch begins while the one
-    before still runs.
+    cores, in four launches up to 1024 pairs and five beyond, from 32 pairs an expert on, and where the stream can't. A
+    launch begins while the one before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -80,11 +80,7 @@ def tiles_reason(num_pairs: int, num_experts: int, hidden_size: int) -> str | No
     """Why the tiles don't serve a call; None if they do."""
     if hidden_size % 16:
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
-    if num_experts > sort_by_expert.MAX_EXPERTS:
-        return f"its sort has counters for {sort_by_expert.MAX_EXPERTS} experts"
-    if num_pairs > sort_by_expert.MAX_PAIRS:
-        return f"its sort holds {sort_by_expert.MAX_PAIRS} pairs"
-    return None
+    return sort_by_expert.unsupported_reason(num_pairs, num_experts)
 
 
 def stream(

@@ -7,10 +7,10 @@ from torch.nn.functional import grouped_mm
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, row_packs_reason
+from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
-from cupymoe.kernels.sort_by_expert import MAX_EXPERTS, MAX_PAIRS, sort_by_expert
 
 
 class GroupedBackend:
@@ -33,11 +33,7 @@ class GroupedBackend:
             return reason
         if not call.aligned_weights:
             return "both weights must start on 16 bytes"
-        if call.num_experts > MAX_EXPERTS:
-            return f"the sort has counters for {MAX_EXPERTS} experts, not {call.num_experts}"
-        if call.num_tokens * call.top_k > MAX_PAIRS:
-            return f"slots are 32-bit: at most {MAX_PAIRS} (token, k) pairs, not {call.num_tokens * call.top_k}"
-        return None
+        return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)
 
     def __call__(
         self,
@@ -50,7 +46,7 @@ class GroupedBackend:
     ) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         num_experts, _, intermediate_size = down_proj.shape
-        pairs = sort_by_expert(top_k_index, num_experts)
+        pairs = sort_by_expert.sort_by_expert(top_k_index, num_experts)
         group_ends = pairs.expert_offsets[1:]
         expert_hidden_states = gather(hidden_states, pairs.slot_of_pair)
         gate_up = grouped_mm(expert_hidden_states, gate_up_proj.transpose(1, 2), offs=group_ends)

@@ -24,7 +24,7 @@ import torch
 from cupymoe.checkpoint.files import INDEX, CheckpointError, PathLike, header_keys, key_files, open_file, read_json
 from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.modules import Gemma4MoE
+from cupymoe.modules import Gemma4MoE, check_has_memory
 
 __all__ = ["CheckpointError", "check_index", "layers", "load_into", "load_layer", "num_hidden_layers", "read_config"]
 
@@ -171,8 +171,7 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
         TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
-    if lost := [name for name, parameter in moe.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{lost[0]} must not be on the meta device: load_layer makes a module that has memory")
+    check_has_memory(moe)
     with _checked(path, layer, moe.config) as tensors, torch.no_grad():
         for tensor in tensors:
             moe.get_parameter(tensor.slot.parameter)[tensor.slot.part].copy_(tensor.read())

@@ -1,4 +1,4 @@
-"""Between torch and CUDA: the current stream, launch geometry, and zero-copy arrays through DLPack.
+"""Between torch and CUDA: the current stream, and zero-copy arrays through DLPack.
 
 The launchers pass raw pointers (a DLPack crossing costs 5 to 30 us of host time); :func:`as_cupy` and :func:`as_torch`
 are for users who want to work on the same memory with CuPy.
@@ -12,41 +12,11 @@ import torch
 
 from cupymoe.kernels.jit import import_cupy
 
-SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""CUDA names of the dtypes that the kernels serve."""
-
-INDEX_TYPES = {torch.int32: "int", torch.int64: "long long"}
-"""CUDA names of the dtypes of ``top_k_index``."""
-
 
 def current_stream(device: int) -> int:
     """The raw handle of torch's current stream on a device."""
     # torch.cuda.current_stream() makes a Python object, at 30 times the cost.
     return int(torch._C._cuda_getCurrentRawStream(device))
-
-
-def vector_width(dtype: torch.dtype, columns: int, aligned: bool) -> int:
-    """Elements in one access: 16 bytes' worth where the rows and the pointers (``aligned``) allow it, else one."""
-    width = 16 // dtype.itemsize
-    return width if aligned and columns % width == 0 else 1
-
-
-def row_geometry(columns: int, width: int) -> tuple[int, int]:
-    """(blocks, threads) that cover one row with ``width`` columns a thread: at most 256 threads, in whole warps."""
-    threads = -(-columns // width)
-    blocks = -(-threads // 256)
-    return blocks, -(-threads // (blocks * 32)) * 32
-
-
-def row_defines(dtype: torch.dtype, columns: int, width: int, top_k: int, threads: int) -> tuple[str, ...]:
-    """Defines of a kernel that moves whole rows."""
-    return (
-        f"SCALAR={SCALARS[dtype]}",
-        f"COLS={columns}",
-        f"VEC={width}",
-        f"TOP_K={top_k}",
-        f"BLOCK_THREADS={threads}",
-    )
 
 
 def as_cupy(tensor: torch.Tensor) -> Any:
@@ -56,8 +26,12 @@ def as_cupy(tensor: torch.Tensor) -> Any:
     torch.bfloat16)`` takes it back. CuPy's current stream waits for the work queued on torch's.
 
     Raises:
-        ValueError: the tensor is not on a CUDA device.
+        TypeError: ``tensor`` is no tensor.
+        ValueError: it is not on a CUDA device.
+        ImportError: CuPy is missing, or two of them are installed over each other.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.device.type != "cuda":
         raise ValueError(f"as_cupy needs a CUDA tensor, got one on {tensor.device}")
     tensor = tensor.detach()
@@ -67,7 +41,20 @@ def as_cupy(tensor: torch.Tensor) -> Any:
 def as_torch(array: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor over the memory of a ``cupy.ndarray``: no copy, same pointer, same strides.
 
-    ``dtype``, of the same width, reinterprets the elements: ``torch.bfloat16`` for the bits that :func:`as_cupy` gave.
+    torch's current stream waits for the work queued on CuPy's.
+
+    Args:
+        array: anything that speaks DLPack.
+        dtype: reinterprets the elements as others of the same width: ``torch.bfloat16`` for the bits that
+            :func:`as_cupy` gave.
+
+    Raises:
+        TypeError: ``array`` has no ``__dlpack__``.
+        ValueError: ``dtype`` is of another width.
     """
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"array must be a cupy.ndarray or another DLPack array, got {type(array).__name__}")
     tensor = torch.utils.dlpack.from_dlpack(array)
+    if dtype is not None and dtype.itemsize != tensor.dtype.itemsize:
+        raise ValueError(f"dtype must be as wide as array's {tensor.dtype}, got {dtype}")
     return tensor if dtype is None else tensor.view(dtype)

@@ -22,22 +22,25 @@ from cupymoe.kernels import (
     router_logits,
     sort_by_expert,
 )
-from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
+from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
 
-# The fused backend serves Hopper alone (cupymoe/backends/fused.py).
-_HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
+HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
+"""The sources of the fused backend, which serves no other architecture (cupymoe/backends/fused.py)."""
 
 
 def architectures(source: str) -> tuple[str, ...]:
     """The architectures that a source is served on, and so compiled for."""
-    return ("sm_90a",) if source in _HOPPER_ONLY else SUPPORTED_ARCHITECTURES
+    return ("sm_90a",) if source in HOPPER_ONLY else SUPPORTED_ARCHITECTURES
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype, activation, index type, vector width and regime at Gemma 4's sizes, each compilation once."""
+    """Every dtype, index type, vector width, regime and cut at Gemma 4's sizes, each compilation once.
+
+    Every activation of ``gated_activation``; the fused backend's kernels with Gemma 4's own, and int64 indices.
+    """
     yield from dict.fromkeys(_variants())
 
 

@@ -6,10 +6,12 @@ import functools
 
 import torch
 
-from cupymoe.kernels.bridge import SCALARS, current_stream, row_defines, vector_width
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.expert_stream import Shape, Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.rows import row_defines, vector_width
 
 # Rows that a thread loads before it adds them: 8 hide latency at few tokens, and cost bandwidth, by occupancy, at many.
 _MANY_TOKENS_ROWS, _FEW_TOKENS_ROWS = 4, 8

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.kernels.bridge import INDEX_TYPES, SCALARS
+from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 
 MAX_PAIRS = 8192
 MAX_EXPERTS = 240

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.kernels.bridge import SCALARS
+from cupymoe.kernels.dtypes import SCALARS
 
 THREADS = 384
 BLOCK_K = 64

@@ -7,9 +7,11 @@ import functools
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.kernels.bridge import SCALARS, current_stream, vector_width
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.rows import vector_width
 
 BLOCK_THREADS = 256
 

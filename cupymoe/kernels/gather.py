@@ -6,9 +6,10 @@ import functools
 
 import torch
 
-from cupymoe.kernels.bridge import current_stream, row_defines, row_geometry, vector_width
+from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.rows import row_defines, row_geometry, vector_width
 
 
 def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:

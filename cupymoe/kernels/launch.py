@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _MAX_WORDS = 48
-_MAP_BYTES = 128
+MAP_BYTES = 128
 _PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_WORDS + 1)]
 # enum values of cuda.h
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -80,8 +80,8 @@ class _ThreadLaunch(threading.local):
         self.parameters: int | None = None
         if tensor_maps:
             # Where a map, which is aligned to 64 bytes, lies among the parameters is the driver's to know.
-            starts = [*range(0, _MAP_BYTES * tensor_maps, _MAP_BYTES)]
-            starts += range(_MAP_BYTES * tensor_maps, 8 * _MAX_WORDS, 8)
+            starts = [*range(0, MAP_BYTES * tensor_maps, MAP_BYTES)]
+            starts += range(MAP_BYTES * tensor_maps, 8 * _MAX_WORDS, 8)
             base = ctypes.addressof(self.values)
             self._parameters = (ctypes.c_void_p * len(starts))(*[base + start for start in starts])
             self.parameters, self.extra = ctypes.addressof(self._parameters), None

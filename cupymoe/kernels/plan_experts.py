@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from cupymoe.kernels.bridge import INDEX_TYPES, current_stream
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.dtypes import INDEX_TYPES
 from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel

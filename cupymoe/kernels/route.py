@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from cupymoe.kernels.bridge import SCALARS, current_stream
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from cupymoe.kernels.bridge import INDEX_TYPES, current_stream
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.dtypes import INDEX_TYPES
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -15,6 +16,15 @@ PAIRS_PER_BLOCK = 1024
 FEW_PAIRS = 8192
 MAX_EXPERTS = 1024
 MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
+
+
+def unsupported_reason(num_pairs: int, num_experts: int) -> str | None:
+    """Why a call's pairs can't be sorted; None if they can."""
+    if num_experts > MAX_EXPERTS:
+        return f"the sort has counters for {MAX_EXPERTS} experts, not {num_experts}"
+    if num_pairs > MAX_PAIRS:
+        return f"slots are 32-bit: at most {MAX_PAIRS} (token, k) pairs, not {num_pairs}"
+    return None
 
 
 class SortedPairs(NamedTuple):

@@ -7,10 +7,10 @@ import functools
 
 import torch
 
-from cupymoe.kernels.launch import driver, error_name
+from cupymoe.kernels.launch import MAP_BYTES, driver, error_name
 
-WORDS = 16
-"""Of 8 bytes; as many arguments of a launch make up one map."""
+WORDS = MAP_BYTES // 8
+"""As many arguments of a launch make up one map."""
 
 # enum values of cuda.h
 _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}

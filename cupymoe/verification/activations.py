@@ -18,7 +18,7 @@ _NORM_DIFFERENCE = 2.0e-4
 
 
 def checks(setting: Setting) -> Iterator[Result]:
-    """(a) of ``cupymoe verify``."""
+    """The contract of every member, and that erf and tanh GELU are told apart."""
     yield _definitions()
     yield _erf_is_not_tanh("reference", torch.float64, torch.device("cpu"))
     for activation in MoEActivation:

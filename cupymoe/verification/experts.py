@@ -27,7 +27,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def checks(setting: Setting) -> Iterator[Result]:
-    """The experts' half of (b), and (c)."""
+    """Errors against float64, then determinism, then graph replay."""
     counts = token_counts(setting)
     for num_tokens in counts:
         yield from _against_float64(setting, num_tokens)

@@ -18,7 +18,7 @@ BOUND = 1e-6
 
 
 def checks(setting: Setting) -> Iterator[Result]:
-    """The routing half of (b)."""
+    """Choices and weights against float64, and against transformers' router."""
     generator = setting.generator()
     num_experts, top_k = setting.config.num_experts, setting.config.top_k_experts
     logits = torch.randn(_TOKENS, num_experts, device=setting.device, generator=generator).to(setting.dtype)

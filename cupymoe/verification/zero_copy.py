@@ -1,4 +1,4 @@
-"""(d): memory is shared with CuPy and with transformers' modules, never copied."""
+"""Memory is shared with CuPy, never copied."""
 
 from __future__ import annotations
 

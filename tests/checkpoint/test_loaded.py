@@ -127,7 +127,7 @@ def test_load_into_writes_nothing_of_a_bad_layer(tmp_path):
 def test_load_into_refuses_the_meta_device(tmp_path):
     with torch.device("meta"):
         moe = Gemma4MoE(CONFIG)
-    with pytest.raises(ValueError, match=r"router.scale must not be on the meta device: load_layer makes"):
+    with pytest.raises(ValueError, match=r"router.scale must not be on the meta device, where what is copied"):
         checkpoint.load_into(moe, write(tmp_path, tensors_of()), 3)
 
 

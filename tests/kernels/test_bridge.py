@@ -1,10 +1,10 @@
 """The bridge to CuPy: same memory both ways, torch's streams and devices."""
 
+import numpy as np
 import pytest
 import torch
 
 from cupymoe import MoEActivation, as_cupy, as_torch, moe_activation, reference
-from cupymoe.kernels.bridge import row_geometry, vector_width
 from tests.helpers import DTYPES, every_value
 
 ALL_DTYPES = [*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8]
@@ -15,30 +15,25 @@ def test_as_cupy_wants_a_cuda_tensor():
         as_cupy(torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "columns", "aligned", "width"),
-    [
-        (torch.bfloat16, 64, True, 8),
-        (torch.float16, 64, True, 8),
-        (torch.float32, 64, True, 4),
-        (torch.bfloat16, 63, True, 1),  # rows are no whole number of packs
-        (torch.bfloat16, 60, True, 1),
-        (torch.float32, 60, True, 4),
-        (torch.bfloat16, 64, False, 1),
-    ],
-)
-def test_vector_width(dtype, columns, aligned, width):
-    assert vector_width(dtype, columns, aligned) == width
+def test_as_cupy_wants_a_tensor():
+    with pytest.raises(TypeError, match=r"tensor must be a torch.Tensor, got list"):
+        as_cupy([1.0])
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 352, 2816, 5000, 100_000])
-@pytest.mark.parametrize("width", [1, 8])
-def test_row_geometry_covers_a_row(columns, width):
-    blocks, threads = row_geometry(columns, width)
-    assert threads % 32 == 0
-    assert threads <= 1024
-    assert blocks * threads * width >= columns
-    assert (blocks - 1) * threads * width < columns
+def test_as_torch_wants_an_array():
+    with pytest.raises(TypeError, match=r"array must be a cupy.ndarray or another DLPack array, got str"):
+        as_torch("x")
+
+
+@pytest.mark.parametrize(("width", "dtype"), [("uint16", torch.float32), ("float32", torch.bfloat16)])
+def test_as_torch_keeps_the_shape(width, dtype):
+    with pytest.raises(ValueError, match=f"dtype must be as wide as array's torch.{width}, got {dtype}"):
+        as_torch(np.zeros((4, 8), width), dtype)
+
+
+def test_as_torch_reads_the_bits_as_another_dtype():
+    tensor = torch.randn(3, 5).to(torch.bfloat16)
+    assert torch.equal(as_torch(tensor.view(torch.uint16).numpy(), torch.bfloat16), tensor)
 
 
 @pytest.mark.gpu

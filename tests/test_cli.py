@@ -1,0 +1,64 @@
+"""``cupymoe info``: what it says of a machine, whatever the machine lacks."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cupymoe.cli import main
+from cupymoe.kernels import catalog, cuda_sources, jit
+
+
+def info():
+    result = CliRunner().invoke(main, ["info"])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def states_of_sources(output):
+    lines = output[output.index("\nCUDA sources\n") :].splitlines()[2:]
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def a_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+@pytest.mark.parametrize("folder", ["", "no_such_folder", "/no_such_folder/below", "."])
+def test_info_of_any_cache_folder(no_gpu, monkeypatch, tmp_path, folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jit, "cache_folder", lambda: folder)
+    assert f"\nkernel cache     {folder}" in info()
+
+
+def test_info_without_a_gpu(no_gpu):
+    assert states_of_sources(info()) == dict.fromkeys(cuda_sources.names(), "not compiled: no CUDA device")
+
+
+def test_info_compiles_what_a_gpu_is_served_with(monkeypatch):
+    a_gpu(monkeypatch, (8, 0))
+    compiled = []
+    monkeypatch.setattr(jit, "kernel", lambda variant, entry, device: compiled.append(entry))
+    states = states_of_sources(info())
+    assert set(states) == set(cuda_sources.names())
+    for name, state in states.items():
+        assert state.startswith("not compiled: it serves" if name in catalog.HOPPER_ONLY else "ready in"), name
+    assert compiled == [name for name in cuda_sources.names() if name not in catalog.HOPPER_ONLY]
+
+
+@pytest.mark.parametrize("error", [ImportError("two cupys\nat once"), jit.CompileError("no\nlog")])
+def test_info_says_why_a_kernel_is_not_usable(monkeypatch, error):
+    def kernel(*_):
+        raise error
+
+    a_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(jit, "kernel", kernel)
+    first = str(error).splitlines()[0]
+    assert states_of_sources(info()) == dict.fromkeys(cuda_sources.names(), f"not usable: {first}")
