@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -206,23 +207,28 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
     }
-    findings = []
-    with torch.inference_mode():
+    findings, reason = [], None
+    # What a target prints must not get into the JSON.
+    with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         try:
             subject = auditing.prepare(target, activation, DTYPES[dtype], device, seed)
         except (auditing.TargetError, ValueError) as error:
-            if as_json:
-                click.echo(json.dumps({**report, "verdict": "cannot run", "reason": str(error)}, indent=2))
-            else:
-                click.echo(f"{target}: {error}", err=True)
-            sys.exit(2)
-        if not as_json:
-            click.echo(f"{target} where the config asks for {activation}; {dtype}, {report['device']}, seed {seed}\n")
-        for finding in auditing.audit(subject):
-            findings.append(finding)
+            reason = str(error)
+        else:
             if not as_json:
-                status = click.style(f"{finding.status:11}", fg=_AUDIT_COLORS[finding.status])
-                click.echo(f"{status} {finding.name:26} {finding.value:24} {finding.detail}")
+                heading = f"{target} where the config asks for {activation}; {dtype}, {report['device']}, seed {seed}"
+                click.echo(f"{heading}\n")
+            for finding in auditing.audit(subject):
+                findings.append(finding)
+                if not as_json:
+                    status = click.style(f"{finding.status:11}", fg=_AUDIT_COLORS[finding.status])
+                    click.echo(f"{status} {finding.name:26} {finding.value:24} {finding.detail}")
+    if reason is not None:
+        if as_json:
+            click.echo(json.dumps({**report, "verdict": "cannot run", "reason": reason}, indent=2))
+        else:
+            click.echo(f"{target}: {reason}", err=True)
+        sys.exit(2)
     verdict = auditing.verdict(findings)
     if as_json:
         click.echo(

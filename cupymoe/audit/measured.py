@@ -203,6 +203,8 @@ def random_case(subject: Subject, tokens: int = 64) -> tuple[Case, tuple[torch.T
 
 
 def relative(output: torch.Tensor, truth: torch.Tensor) -> float:
-    """``|output - truth| / |truth|`` in the 2-norm; infinite where the output is not finite."""
+    """``|output - truth| / |truth|`` in the 2-norm; infinite where the output is not finite; 0 of equal zeros."""
+    if torch.equal(output, truth):
+        return 0.0
     error = relative_error(output, truth)
     return error if error == error else float("inf")

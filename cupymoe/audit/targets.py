@@ -45,6 +45,8 @@ class Target:
         if not isinstance(output, torch.Tensor) or output.shape != hidden_states.shape:
             given = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise TargetError(f"{self.name} must return a tensor of shape {list(hidden_states.shape)}, got {given}")
+        if not output.dtype.is_floating_point:
+            raise TargetError(f"{self.name} must return a floating-point tensor, got {output.dtype}")
         return output.double()
 
 

@@ -1,8 +1,9 @@
 """Gemma 4 MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
 
 A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either. The keys of layer N
-start with ``[model.][language_model.]layers.N.``; then come ``router.proj.weight``, ``router.scale``,
-``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the experts in exactly one layout:
+start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike; then come
+``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the experts in
+exactly one layout:
 
 - fused: ``experts.gate_up_proj`` [E, 2I, H] and ``experts.down_proj`` [E, H, I]; older: ``moe.`` for ``experts.``
 - per expert: ``experts.<id>.{gate,up,down}_proj.weight`` [I, H], [I, H], [H, I]; or behind ``moe.``
@@ -21,7 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupymoe.checkpoint.files import INDEX, CheckpointError, PathLike, header_keys, key_files, open_file, read_json
+from cupymoe.checkpoint.files import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    PathLike,
+    header_keys,
+    key_files,
+    open_file,
+    read_json,
+)
 from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4MoE, check_has_memory
@@ -84,7 +94,7 @@ def _read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
 
 
 def check_index(path: PathLike) -> None:
-    """See that a folder's index, if it has one, and all its files agree on which file holds which router and experts.
+    """See that an index, given or a folder's own, and all files beside it agree on who holds which router and experts.
 
     :func:`load_layer` opens the files of its layer only; that others hold more than the index says is seen here.
 
@@ -92,23 +102,21 @@ def check_index(path: PathLike) -> None:
         CheckpointError: they don't agree, or a file can't be read; the message names the keys.
         ImportError: safetensors is not installed.
     """
-    path = Path(path)
-    if not (path / INDEX).exists():
-        return
     files = key_files(path)
+    index = Path(path) / INDEX if Path(path).is_dir() else Path(path)
+    if index.suffix != ".json" or not index.exists():
+        return
     listed = {(key, file) for key, file in files.items() if layer_of(key) is not None}
+    # A single file beside an index is another copy of all, which key_files refuses unless one of the two is named.
+    beside = {file for file in index.parent.glob("*.safetensors") if file.name != SINGLE}
     held = {
-        (key, file)
-        for file in {*path.glob("*.safetensors"), *files.values()}
-        for key in header_keys(file)
-        if layer_of(key) is not None
+        (key, file) for file in beside | {*files.values()} for key in header_keys(file) if layer_of(key) is not None
     }
     differences = [f"{key} is in {file.name}, where the index does not list it" for key, file in sorted(held - listed)]
     differences += [f"{key} is not in {file.name}, where the index lists it" for key, file in sorted(listed - held)]
     if differences:
         raise CheckpointError(
-            f"{path / INDEX}: it and the files must agree, got {len(differences)} differences: "
-            f"{'; '.join(differences[:8])}"
+            f"{index}: it and the files must agree, got {len(differences)} differences: {'; '.join(differences[:8])}"
         )
 
 

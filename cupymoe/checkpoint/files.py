@@ -9,7 +9,7 @@ from typing import Any
 
 PathLike = str | os.PathLike[str]
 
-_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
@@ -23,8 +23,8 @@ def key_files(path: PathLike) -> dict[str, Path]:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if (path / INDEX).exists():
-            if path / _SINGLE in files:
-                raise CheckpointError(f"{path}: {_SINGLE} and {INDEX} are both there; give the one that is meant")
+            if path / SINGLE in files:
+                raise CheckpointError(f"{path}: {SINGLE} and {INDEX} are both there; give the one that is meant")
             path = path / INDEX
         elif not files:
             raise CheckpointError(f"{path}: neither {INDEX} nor a .safetensors file is there")
@@ -59,7 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a readable JSON file: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must be a JSON object, got {type(content).__name__}")

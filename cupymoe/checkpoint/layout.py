@@ -14,7 +14,7 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4MoE
 
 _LAYER_KEY = re.compile(
-    r"(?P<prefix>(?:(?:model|language_model)\.)*layers\.(?P<layer>0|[1-9][0-9]*)\.)"
+    r"(?P<prefix>(?:(?:model\.)?(?:language_model\.)?|language_model\.model\.)layers\.(?P<layer>0|[1-9][0-9]*)\.)"
     r"(?P<name>(?:router|experts|moe)\..+)"
 )
 # Any spelling of such a key: what _LAYER_KEY doesn't know is refused by name, never passed over.
@@ -65,7 +65,7 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4M
     # By canonical name, which is Gemma4MoE's or experts.<id>.*
     found: dict[str, tuple[str, Path]] = {}
     layouts: dict[tuple[bool, str], str] = {}
-    prefix = ""
+    prefixes: dict[str, str] = {}
     for key, file in files.items():
         if layer_of(key) != layer:
             continue
@@ -75,7 +75,8 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4M
                 f"{file}: {key} is left over: a layer's router and experts are read from "
                 f"[model.][language_model.]layers.{layer}.{{router,experts,moe}}.*"
             )
-        prefix, name = parts["prefix"], parts["name"]
+        name = parts["name"]
+        prefixes.setdefault(parts["prefix"], key)
         if experts := _FUSED.fullmatch(name) or _PER_EXPERT.fullmatch(name):
             name = f"experts.{experts['name']}"
             layouts.setdefault((experts.re is _PER_EXPERT, experts["prefix"]), key)
@@ -90,9 +91,10 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4M
             f"{path}: no [model.][language_model.]layers.{layer}.{{router,experts,moe}}.* key is there; layers that "
             f"have one: {there}"
         )
-    if len(layouts) > 1:
-        first, second, *_ = layouts.values()
-        raise CheckpointError(f"{path}: {first} and {second} are two layouts of the experts; one is allowed")
+    for what, keys in (("layouts of the experts", layouts), ("prefixes of a layer", prefixes)):
+        if len(keys) > 1:
+            first, second, *_ = keys.values()
+            raise CheckpointError(f"{path}: {first} and {second} are two {what}; one is allowed")
     per_expert, experts_prefix = next(iter(layouts), (False, "experts."))
     slots = _slots(config, per_expert)
     for name, (key, file) in found.items():
@@ -101,6 +103,7 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4M
                 f"{file}: {key} is left over: nothing of a layer with {config.num_experts} unquantised experts reads it"
             )
     if missing := [name for name in slots if name not in found]:
+        (prefix,) = prefixes
         names = [prefix + re.sub(r"^experts\.", experts_prefix, name) for name in missing]
         raise CheckpointError(f"{path}: {names[0]} is missing ({len(names)} of {len(slots)} keys are: {names[:8]})")
     return [Found(*found[name], slot) for name, slot in slots.items()]

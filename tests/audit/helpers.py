@@ -89,6 +89,19 @@ def not_a_number(*case):
     return plain_experts(*case) * float("nan")
 
 
+def nothing_but_zeros(*case):
+    return torch.zeros_like(case[0])
+
+
+def printing(*case):
+    print("a word from the target")
+    return plain_experts(*case)
+
+
+def of_complex_numbers(*case):
+    return plain_experts(*case).to(torch.complex64)
+
+
 def wrong_shape(hidden_states, *rest):
     return hidden_states[:, 1:]
 

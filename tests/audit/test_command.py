@@ -87,6 +87,7 @@ def test_a_target_that_refuses_a_probe_is_unclear(target, reason):
         ("tests.audit.helpers:leaving", "SystemExit: 0"),
         ("tests.audit.leaves:experts", "can't be imported: SystemExit: 0"),
         ("tests.audit.helpers:wrong_shape", "must return a tensor of shape [64, 256], got [64, 255]"),
+        ("tests.audit.helpers:of_complex_numbers", "must return a floating-point tensor, got torch.complex64"),
         ("transformers:no_such", "registered: ['eager', "),
         ("transformers:deepgemm", "requires bfloat16"),
         ("transformers:sonicmoe", "ImportError: sonic-moe requires"),
@@ -101,6 +102,13 @@ def test_exit_2_says_why(target, reason):
     report = json.loads(invoke(target, "--json").output)
     assert report["verdict"] == "cannot run"
     assert reason in report["reason"]
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_what_a_target_prints_is_not_in_the_json():
+    result = invoke("tests.audit.helpers:printing", "--json")
+    assert json.loads(result.stdout)["verdict"] == "agrees"
+    assert "a word from the target" in result.stderr
 
 
 @pytest.mark.usefixtures("_cpu")

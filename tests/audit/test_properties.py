@@ -13,6 +13,8 @@ from tests.audit.helpers import (
     findings_of,
     mixing,
     noisy,
+    not_a_number,
+    nothing_but_zeros,
     plain_experts,
     raising,
     subject_of,
@@ -79,7 +81,7 @@ def test_rounded_routing_weights_are_named(dtype, cast, status):
     ("experts", "of_num_experts", "of_minus_one"),
     [
         (plain_experts, "contributes zero", "contributes zero"),
-        (clamped, "clamped to expert 7", "clamped to expert 0"),
+        (clamped, "computes expert 7", "computes expert 0"),
         (raising, "raises", "raises"),
     ],
 )
@@ -103,6 +105,16 @@ def test_nondeterminism(scale, status):
 def test_batch_dependence(scale, value, status):
     findings, _ = findings_of(mixing(scale))
     assert (findings["batch invariance"].value, findings["batch invariance"].status) == (value, status)
+
+
+@pytest.mark.parametrize("experts", [not_a_number, nothing_but_zeros])
+def test_the_same_wrong_output_is_wrong_and_the_same(experts):
+    findings, verdict = findings_of(experts)
+    assert verdict == "contradicts"
+    for name in ("determinism", "batch invariance"):
+        assert (findings[name].value, findings[name].status) == ("same bits", "ok")
+    assert "tokens without a masked pair change" not in findings["masked id -1"].detail
+    assert findings["masked id -1"].status == ("ok" if experts is nothing_but_zeros else "unclear")
 
 
 def test_tokens_computed_one_by_one_are_the_same_bits():

@@ -56,11 +56,32 @@ def test_an_index_that_lists_every_key(tmp_path):
     ],
     ids=["a layer unlisted", "a key too many"],
 )
-def test_an_index_and_the_files_of_its_folder_must_agree(tmp_path, edit, message):
+@pytest.mark.parametrize("named", ["", "model.safetensors.index.json"], ids=["folder", "index"])
+def test_an_index_and_the_files_of_its_folder_must_agree(tmp_path, edit, message, named):
     path = write_shards(tmp_path, tensors_of())
     edit_index(path, edit)
     with pytest.raises(CheckpointError, match=rf"index.json: it and the files must agree, {message}"):
+        checkpoint.check_index(path / named)
+
+
+def test_a_single_file_beside_the_index_that_is_named(tmp_path):
+    path = write_shards(tmp_path, tensors_of())
+    write(path, tensors_of())
+    checkpoint.check_index(path / "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match="are both there; give the one that is meant"):
         checkpoint.check_index(path)
+
+
+def test_an_index_of_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: not a readable safetensors file"):
+        checkpoint.check_index(tmp_path / "nowhere")
+
+
+def test_json_that_nests_too_deep(tmp_path):
+    write(tmp_path, tensors_of())
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config.json: not a readable JSON file"):
+        checkpoint.read_config(tmp_path)
 
 
 def test_a_file_of_experts_that_the_index_does_not_name(tmp_path):

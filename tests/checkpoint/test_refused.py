@@ -136,9 +136,18 @@ def test_the_same_layer_under_two_prefixes(tmp_path):
         checkpoint.load_layer(write(tmp_path, tensors), 3)
 
 
+def test_a_layer_of_two_prefixes(tmp_path):
+    tensors = tensors_of()
+    tensors["model.layers.3.router.scale"] = tensors.pop(f"{PREFIX}3.router.scale")
+    with pytest.raises(CheckpointError, match=r"3.* and model.layers.3.router.scale are two prefixes of a layer"):
+        checkpoint.load_layer(write(tmp_path, tensors), 3)
+
+
 @pytest.mark.parametrize(
     "key",
     [
+        "language_model.language_model.model.layers.3.router.scale",
+        "model.model.layers.3.router.scale",
         f"{PREFIX}3.mlp.experts.gate_up_proj",
         f"{PREFIX}3.feed_forward.router.weight",
         f"{PREFIX}3.experts",
