@@ -112,7 +112,8 @@ class Gemma4Router(nn.Module):
             states = reference.router_input(hidden_states, scale, eps)
             if self._is_linear(hidden_states) and states.dtype != self.proj.weight.dtype:
                 raise TypeError(
-                    f"hidden_states must have proj.weight's dtype {self.proj.weight.dtype}, got {hidden_states.dtype}"
+                    f"hidden_states must have proj.weight's dtype {self.proj.weight.dtype}, got {hidden_states.dtype} "
+                    f"and scale in {scale.dtype}"
                 )
             logits = self.proj(states)
         return cast(torch.Tensor, logits)

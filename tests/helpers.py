@@ -1,5 +1,6 @@
 """Inputs, float64 oracles and error measures of the tests. The oracle itself is cupymoe.reference."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,10 +13,14 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, reference
+from cupymoe.kernels import jit
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATED = [member for member in MoEActivation if member.is_gated]
+
+compiled = functools.cache(jit.compile_offline)
+"""Several tests look at one compilation."""
 
 
 class Experts(NamedTuple):

@@ -50,6 +50,7 @@ def test_from_str_takes_every_value(member):
         ("gelu_new", MoEActivation.GELU_TANH),
         ("gelu_fast", MoEActivation.GELU_TANH),
         ("gelu_accurate", MoEActivation.GELU_TANH),
+        ("gelu_python_tanh", MoEActivation.GELU_TANH),
         ("swish", MoEActivation.SILU),
     ],
 )

@@ -89,6 +89,11 @@ def test_grouped_says_why(hopper, change, reason):
             r"holds 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
         ),
         (
+            {"num_tokens": 2731, "top_k": 3, "hidden_size": 2824},
+            r"holds 8192 \(token, k\) pairs, not 8193, and",
+        ),
+        ({"num_experts": 241, "hidden_size": 2824}, r"counters for 240 experts, not 241, and its tiles"),
+        (
             {"num_tokens": 2**28},
             r"holds 8192 \(token, k\) pairs, not 2147483648, and slots are 32-bit: at most \d+ \(token, k\) pairs, not",
         ),
@@ -100,19 +105,34 @@ def test_fused_says_why(hopper, change, reason):
     assert select("auto", CALL._replace(**change)).name != "fused"
 
 
-@pytest.mark.parametrize("change", [{"num_tokens": 32768}, {"num_experts": 241}, {"hidden_size": 2824}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_tokens": 32768},
+        {"num_experts": 241},
+        {"hidden_size": 2824},
+        {"num_tokens": 1024, "num_experts": 240, "hidden_size": 2824},
+    ],
+)
 def test_fused_serves_what_one_of_its_ways_serves(hopper, change):
     assert registry()["fused"].unsupported_reason(CALL._replace(**change)) is None
 
 
-def test_fused_was_run_on_hopper_only(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)])
+def test_fused_was_run_on_hopper_only(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert "compute capability 9.0 only" in registry()["fused"].unsupported_reason(CALL)
 
 
 def test_grouped_wants_ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert registry()["grouped"].unsupported_reason(CALL) == "it needs compute capability 8.0 or newer"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_grouped_serves_ampere_and_what_came_since(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert registry()["grouped"].unsupported_reason(CALL) is None
 
 
 def test_auto_takes_the_first_that_serves(hopper):
@@ -122,9 +142,10 @@ def test_auto_takes_the_first_that_serves(hopper):
     assert select("reference", CALL).name == "reference"
 
 
-def test_a_backend_s_name_is_a_string():
-    with pytest.raises(ValueError, match=r"backend must be one of .* got \['auto'\]"):
-        check_name(["auto"])
+@pytest.mark.parametrize(("name", "shown"), [(["auto"], r"\['auto'\]"), (None, "None")])
+def test_a_backend_s_name_is_a_string(name, shown):
+    with pytest.raises(ValueError, match=rf"backend must be one of .* got {shown}"):
+        check_name(name)
 
 
 @pytest.mark.parametrize("name", ["", "Grouped", "fastest"])

@@ -1,5 +1,8 @@
 """``cupymoe info``: what it says of a machine, whatever the machine lacks."""
 
+import os
+from importlib import metadata
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,11 +34,32 @@ def a_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
-@pytest.mark.parametrize("folder", ["", "no_such_folder", "/no_such_folder/below", "."])
-def test_info_of_any_cache_folder(no_gpu, monkeypatch, tmp_path, folder):
+@pytest.mark.parametrize(
+    ("folder", "note"),
+    [
+        ("", ""),
+        (".", ""),
+        ("no_such_folder", ""),
+        ("/no_such_folder/below", " (not writable)"),
+        ("a_file/below", " (not writable)"),
+    ],
+)
+def test_info_of_any_cache_folder(no_gpu, monkeypatch, tmp_path, folder, note):
+    """Root may write everywhere, so who may is said here."""
+    (tmp_path / "a_file").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path.startswith(str(tmp_path)))
     monkeypatch.setattr(jit, "cache_folder", lambda: folder)
-    assert f"\nkernel cache     {folder}" in info()
+    assert f"\nkernel cache     {folder}{note}\n" in info()
+
+
+@pytest.mark.parametrize("package", ["cupy", "transformers"])
+def test_info_of_a_package_that_is_not_installed(no_gpu, monkeypatch, package):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert f"\n{package:16} not installed\n" in info()
 
 
 def test_info_without_a_gpu(no_gpu):

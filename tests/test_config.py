@@ -84,4 +84,5 @@ def test_gemma4_26b_a4b():
     config = Gemma4MoEConfig.gemma4_26b_a4b()
     sizes = (config.hidden_size, config.moe_intermediate_size, config.num_experts, config.top_k_experts)
     assert sizes == (2816, 704, 128, 8)
+    assert config.rms_norm_eps == 1e-6
     assert config.activation is MoEActivation.GELU_TANH

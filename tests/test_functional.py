@@ -74,6 +74,11 @@ def test_route_of_no_tokens(device):
     assert (index.shape, index.dtype) == ((0, 2), torch.int64)
 
 
+def test_route_of_float64_logits_has_float32_weights():
+    weights, _ = route_function(LOGITS.double(), 2)
+    assert weights.dtype == torch.float32
+
+
 def test_route_of_strided_logits(device):
     strided = torch.randn(6, 10, device=device).T[:, ::2]
     scale = torch.randn(6, device=device)[::2]
@@ -175,14 +180,26 @@ def test_in_place_for_ungated_members(device):
 
 @pytest.mark.parametrize(
     ("activation", "make_output"),
-    [("silu", lambda buffer: buffer[:, :4]), ("relu2_no_mul", lambda buffer: buffer.flatten()[8:].view(3, 8))],
-    ids=["gated into its gate", "ungated, one row on"],
+    [
+        ("silu", lambda buffer: buffer[:, :4]),
+        ("relu2_no_mul", lambda buffer: buffer.flatten()[8:].view(3, 8)),
+        ("relu2_no_mul", lambda buffer: buffer.flatten()[:24].view(8, 3).T),
+    ],
+    ids=["gated into its gate", "ungated, one row on", "ungated, transposed"],
 )
 def test_apply_refuses_overlap(device, activation, make_output):
     buffer = torch.randn(4, 8, device=device)
     input = buffer if activation == "silu" else buffer[:3]
     with pytest.raises(ValueError, match="output must not overlap input"):
         apply_moe_activation(activation, make_output(buffer), input)
+
+
+@pytest.mark.parametrize("output_first", [False, True])
+def test_apply_between_neighbours_in_one_buffer(device, output_first):
+    buffer = torch.randn(12, device=device)
+    input, output = (buffer[4:], buffer[:4]) if output_first else (buffer[:8], buffer[8:])
+    expected = moe_activation("silu", input)
+    assert torch.equal(apply_moe_activation("silu", output, input), expected)
 
 
 def test_apply_under_fake_tensors():
@@ -192,9 +209,10 @@ def test_apply_under_fake_tensors():
         assert apply_moe_activation("silu", output, torch.empty(4, 8)) is output
 
 
-def test_apply_has_no_gradient(device):
-    input = torch.randn(4, 8, device=device, requires_grad=True)
-    output = torch.empty(4, 4, device=device)
+@pytest.mark.parametrize("differentiable", ["input", "output"])
+def test_apply_has_no_gradient(device, differentiable):
+    input = torch.randn(4, 8, device=device, requires_grad=differentiable == "input")
+    output = torch.empty(4, 4, device=device, requires_grad=differentiable == "output")
     with pytest.raises(RuntimeError, match="has no gradient: use moe_activation"):
         apply_moe_activation("silu", output, input)
     with torch.no_grad():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cupymoe import fused_experts
+from cupymoe import MoEActivation, fused_experts
 from cupymoe import route as route_function
+from cupymoe.ops import experts_call
 from tests.helpers import Experts, oracle, random_experts
 
 SHAPE = {"num_tokens": 5, "num_experts": 4, "hidden": 16, "intermediate": 8, "top_k": 2}
@@ -75,6 +76,20 @@ def test_experts_refuse_activation_and_backend():
         experts(CASE, backend="grouped")
 
 
+def shifted(tensor):
+    """An element past where torch's allocator starts a tensor."""
+    return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "aligned"),
+    [("hidden_states", (False, True)), ("gate_up_proj", (True, False)), ("down_proj", (True, False))],
+)
+def test_backends_are_told_what_starts_on_16_bytes(name, aligned):
+    call = experts_call(*replaced(**{name: shifted})[:4], MoEActivation.GELU_TANH)
+    assert (call.aligned_hidden_states, call.aligned_weights) == aligned
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASE._fields)
 def test_experts_refuse_a_mix_of_cpu_and_cuda(name):
@@ -111,6 +126,11 @@ def test_experts_of_no_tokens_or_no_choices(device):
     case = random_experts(**SHAPE, device=device, dtype=torch.bfloat16)
     unchosen = case._replace(top_k_index=case.top_k_index[:, :0], top_k_weights=case.top_k_weights[:, :0])
     assert torch.equal(experts(unchosen), torch.zeros_like(case.hidden_states))
+
+
+def test_a_call_of_no_tokens_is_refused_where_one_of_some_is():
+    with pytest.raises(ValueError, match="backend 'grouped' does not serve this call"):
+        experts(random_experts(**{**SHAPE, "num_tokens": 0}), backend="grouped")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora, lora_experts, reference
 from cupymoe.kernels.gated_activation import gated_activation
@@ -105,6 +106,16 @@ def test_ranks(device, rank):
     assert relative_error(output, merged_oracle(case, gate_up, down)) < CUDA_BFLOAT16
 
 
+@pytest.mark.parametrize(("rank", "padded"), [(1, 8), (8, 8), (12, 16)])
+def test_the_grouped_gemm_gets_contiguous_factors_of_a_rank_that_it_takes(rank, padded):
+    given = LowRank(torch.randn(3, 6, rank).mT, torch.randn(3, rank, 5).mT)
+    prepared = given.prepared()
+    assert (prepared.a.shape, prepared.b.shape) == ((3, padded, 6), (3, 5, padded))
+    assert prepared.a.is_contiguous()
+    assert prepared.b.is_contiguous()
+    torch.testing.assert_close(prepared.b @ prepared.a, given.b @ given.a)
+
+
 def test_adapters_of_any_strides(device):
     """PEFT keeps b as [out, r * E], rank before expert."""
     case, gate_up, down = random_case(dtype=torch.bfloat16, device=device)
@@ -143,6 +154,20 @@ def test_gradients(device, dtype):
     assert not got[3][ours[0].top_k_index < 0].any()
 
 
+def test_low_routing_weights_are_widened_first():
+    """Their gradient is a sum over the columns, which bfloat16 would round at every step."""
+    case, gate_up, down = random_case(dtype=torch.bfloat16)
+    low = case.top_k_weights.bfloat16().requires_grad_()
+    wide = low.detach().float().requires_grad_()
+    outputs = [
+        lora_experts(*case._replace(top_k_weights=weights), gate_up, down, activation="gelu_tanh")
+        for weights in (low, wide)
+    ]
+    assert torch.equal(*outputs)
+    sum(output.sum() for output in outputs).backward()
+    assert torch.equal(low.grad, wide.grad.bfloat16())
+
+
 def test_frozen_weights_get_no_gradient():
     case, gate_up, down = random_case()
     gate_up.a.requires_grad_()
@@ -153,14 +178,22 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_gradients_do_not_form_the_weights(monkeypatch):
-    """Frozen weights cost the backward no tensor of their size."""
-    case, gate_up, down = random_case(rank=8)
+    """Frozen weights cost the backward no product of their size; a's gradient takes two, of rank 8."""
+    case, gate_up, down = random_case(masked=False, rank=8)
     gate_up.a.requires_grad_()
-    sizes = []
-    kept = torch.stack
-    monkeypatch.setattr(torch, "stack", lambda tensors: sizes.append(tensors[0].shape) or kept(tensors))
+    flops = []
+    kept = lora._Linear.gradients
+
+    def counted(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            found = kept(*arguments)
+        flops.append(counter.get_total_flops())
+        return found
+
+    monkeypatch.setattr(lora._Linear, "gradients", counted)
     lora_experts(*case, gate_up, down, activation="gelu_tanh").sum().backward()
-    assert sizes == [gate_up.a.shape[1:]]
+    _, out_size, in_size = case.gate_up_proj.shape
+    assert flops == [2 * case.top_k_index.numel() * 8 * (out_size + in_size), 0]
 
 
 def test_grouped_gemms_are_the_loop_s():
@@ -219,6 +252,7 @@ def test_everything_masked(device):
         (lambda a: LowRank(a.a, a.b[:, :-1]), r"gate_up_adapter.b must have shape \[6, 48, 5\], got \[6, 47, 5\]"),
         (lambda a: LowRank(a.a[:, 1:], a.b), r"gate_up_adapter.b must have shape \[6, 48, 4\], got \[6, 48, 5\]"),
         (lambda a: LowRank(a.a.double(), a.b), "gate_up_adapter.a must have hidden_states's dtype torch.float32"),
+        (lambda a: LowRank(a.a, a.b.double()), "gate_up_adapter.b must have hidden_states's dtype torch.float32"),
         (tuple, "gate_up_adapter must be a cupymoe.LowRank or None, got tuple"),
         (lambda a: LowRank(a.a, None), "gate_up_adapter.b must be a torch.Tensor, got NoneType"),
     ],

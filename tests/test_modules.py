@@ -120,6 +120,40 @@ def test_from_transformers_refuses_hooks(kind, part):
     assert Gemma4MoE.from_transformers(layer).router.scale is layer.router.scale
 
 
+def layer_with_transformers_own_hooks():
+    model = randomize(transformers_gemma4().Gemma4ForCausalLM(transformers_config())).eval()
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    layer = model.model.layers[0]
+    assert layer.router._forward_hooks
+    return layer
+
+
+def test_from_transformers_takes_a_layer_with_transformers_own_hooks():
+    layer = layer_with_transformers_own_hooks()
+    assert Gemma4MoE.from_transformers(layer).router.scale is layer.router.scale
+
+
+@pytest.mark.parametrize("module", [__name__, "transformers.trainer"])
+def test_from_transformers_refuses_a_hook_beside_transformers_own(module):
+    layer = layer_with_transformers_own_hooks()
+
+    def hook(*arguments):
+        pass
+
+    hook.__module__ = module
+    layer.router.register_forward_hook(hook)
+    with pytest.raises(ValueError, match="router must have no hooks, which would be lost, got _forward_hooks"):
+        Gemma4MoE.from_transformers(layer)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_from_transformers_wants_both_weights_of_the_experts(name):
+    layer = decoder_layer()
+    delattr(layer.experts, name)
+    with pytest.raises(ValueError, match=f"experts must hold the parameter {name}, got Gemma4TextExperts"):
+        Gemma4MoE.from_transformers(layer)
+
+
 def test_from_transformers_wants_experts_that_hold_their_weights():
     """An adapter's wrapper would be left out."""
     layer = decoder_layer()
@@ -206,6 +240,13 @@ def test_router_calls_a_projection_that_is_more_than_its_weight(device):
     torch.testing.assert_close(router.logits(states), 2 * plain)
 
 
+def test_router_calls_a_projection_s_forward_that_was_replaced(device):
+    router, states = randomize(Gemma4Router(CONFIG)).to(device), torch.randn(4, 32, device=device)
+    plain, kept = router.logits(states), router.proj.forward
+    router.proj.forward = lambda input: 2 * kept(input)
+    torch.testing.assert_close(router.logits(states), 2 * plain)
+
+
 @pytest.mark.parametrize("kind", HOOKS)
 def test_router_calls_every_kind_of_hook_of_its_projection(device, kind):
     router, called = randomize(Gemma4Router(CONFIG)).to(device), []
@@ -228,6 +269,13 @@ def test_router_refuses_parameters_of_another_device(name):
     setattr(module, name.rpartition(".")[2], torch.nn.Parameter(router.get_parameter(name).to("meta")))
     with pytest.raises(ValueError, match=f"{name} must be on hidden_states's device cpu, got meta"):
         router(torch.randn(4, 32))
+
+
+def test_router_refuses_a_scale_that_makes_another_dtype_of_the_states(device):
+    router = randomize(Gemma4Router(CONFIG)).to(device, torch.bfloat16)
+    router.scale.data = router.scale.data.float()
+    with pytest.raises(TypeError, match=r"must have proj.weight's dtype torch.bfloat16"):
+        router.logits(torch.randn(4, 32, device=device, dtype=torch.bfloat16))
 
 
 def test_router_under_autocast(device):
@@ -270,6 +318,10 @@ def test_an_unknown_backend_is_refused_at_once(module):
         module(CONFIG, backend="zzz")
 
 
+def test_from_transformers_hands_the_backend_on():
+    assert Gemma4MoE.from_transformers(decoder_layer(), backend="reference").experts.backend == "reference"
+
+
 def test_backend_is_the_module_s():
     moe = randomize(Gemma4MoE(CONFIG, backend="grouped"))
     with pytest.raises(ValueError, match="backend 'grouped' does not serve this call"):
@@ -293,6 +345,12 @@ def test_backend_is_the_module_s():
             torch.ones(3, 32),
             ValueError,
             r"router_hidden_states must have hidden_states' shape \[4, 32\], got",
+        ),
+        (
+            torch.ones(4, 32),
+            torch.ones(2, 2, 32),
+            ValueError,
+            r"router_hidden_states must have hidden_states' shape \[4, 32\], got \[2, 2, 32\]",
         ),
         (torch.ones(4, 32), [1.0], TypeError, r"router_hidden_states must be a torch.Tensor, got list"),
     ],
@@ -331,9 +389,3 @@ def test_load_decoder_layer_refuses_the_meta_device():
 def test_moe_of_no_tokens(device):
     moe = randomize(Gemma4MoE(CONFIG)).to(device)
     assert moe(torch.empty(2, 0, 32, device=device)).shape == (2, 0, 32)
-
-
-def test_parts_stand_alone():
-    router, experts = randomize(Gemma4Router(CONFIG)), randomize(Gemma4Experts(CONFIG))
-    _, weights, index = router(torch.randn(4, 32))
-    assert experts(torch.randn(4, 32), index, weights).shape == (4, 32)

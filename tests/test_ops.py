@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, MoEActivation, apply_moe_activation, fused_experts, route
 from cupymoe import moe_activation as moe_activation_function
@@ -35,16 +37,22 @@ def opcheck(name, *arguments):
 # --- opcheck ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_op_is_checked_here():
+def test_every_op_is_checked_here(monkeypatch):
+    checked = set()
+    monkeypatch.setattr(sys.modules[__name__], "opcheck", lambda name, *arguments: checked.add(name))
+    cpu = torch.device("cpu")
+    for member in MoEActivation:
+        test_opcheck_activation(cpu, member, requires_grad=False)
+    test_opcheck_activation_writes_and_backward(cpu, MoEActivation.SILU)
+    test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
+    test_opcheck_route(cpu, False, True, torch.float32, None)
+    test_opcheck_experts(cpu, torch.float32, requires_grad=False)
+    test_opcheck_lora_experts(cpu, torch.float32, False, (True, True))
     registered = {
         name.removeprefix("cupymoe::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("cupymoe::")
     }
-    checked = {"apply_moe_activation", "activation_backward", "route", "route_backward"}
-    checked |= {"router_logits", "router_logits_backward"}
-    checked |= {"fused_experts", "fused_experts_backward", "lora_experts", "lora_experts_backward"}
-    checked |= {member.custom_op_name for member in MoEActivation}
     assert registered == checked
 
 
@@ -76,9 +84,10 @@ def test_opcheck_router_logits(device, dtype, requires_grad):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale_dtype", [None, torch.float32, torch.bfloat16])
-def test_opcheck_route(device, requires_grad, renormalize, scale_dtype):
-    logits = torch.randn(5, 7, device=device, requires_grad=requires_grad)
+def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
+    logits = torch.randn(5, 7, device=device, dtype=dtype, requires_grad=requires_grad)
     scale = None
     if scale_dtype is not None:
         scale = torch.randn(7, device=device, dtype=scale_dtype).requires_grad_(requires_grad)
@@ -137,6 +146,18 @@ def test_compiled_apply(device, activation):
     output = torch.full((5, 16), torch.nan, device=device)
     compiled(activation, output, input)
     assert torch.equal(output, moe_activation_function(activation, input))
+
+
+def test_route_of_a_traced_size():
+    """A traced top_k is no int."""
+
+    def function(logits):
+        return route(logits, logits.shape[1] // 2)
+
+    logits = torch.randn(5, 8)
+    traced = make_fx(function, tracing_mode="symbolic")(logits)
+    for ours, expected in zip(traced(logits), function(logits), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cupymoe.integrations.transformers  # noqa: F401  registers "cupymoe"
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, warmup
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, warmup
 from cupymoe.backends.fused import stream_reason, tiles_reason
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
@@ -23,7 +23,7 @@ CONFIG = Gemma4MoEConfig(
 SIZES = (6, 2, 64, 32)
 
 
-def test_calls_every_kind_once_at_every_number_of_tokens(monkeypatch):
+def test_calls_every_kind_once_at_every_number_of_tokens():
     called = []
     layers = torch.nn.ModuleList([Gemma4MoE(CONFIG) for _ in range(3)])
     for layer in layers:
@@ -62,7 +62,17 @@ def test_equal_shapes_that_need_other_kernels(monkeypatch):
     assert sorted(calls, key=str) == sorted(experts + routers, key=str)
 
 
-def test_transformers_experts_of_equal_shapes_and_other_activations(monkeypatch):
+@pytest.mark.parametrize("changed", [torch.bfloat16, torch.device("meta")], ids=str)
+def test_equal_shapes_of_another_dtype_or_device(changed):
+    called = []
+    layers = torch.nn.ModuleList([Gemma4MoE(CONFIG), Gemma4MoE(CONFIG).to(changed)])
+    for layer in layers:
+        layer.experts.register_forward_hook(lambda module, inputs, output: called.append((output.dtype, output.device)))
+    warmup(layers, (2,))
+    assert called == [(layer.experts.down_proj.dtype, layer.experts.down_proj.device) for layer in layers]
+
+
+def test_transformers_experts_of_equal_shapes_and_other_activations():
     called = []
     layers = []
     for activation in ("gelu_pytorch_tanh", "silu", "silu"):
@@ -128,6 +138,11 @@ def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, in
     assert one_of_each_way(num_experts, top_k, hidden_size, intermediate_size) == tuple(ranges.values())
 
 
+def test_numbers_of_tokens_up_to_32768():
+    assert 29440 in one_of_each_way(80, 1, 64, 64)
+    assert max(one_of_each_way(128, 1, 64, 64)) <= 32768
+
+
 def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
     assert len({regime(count, 8, 704) for count in NUM_TOKENS if not prefers_tiles(8 * count, 128)}) == 4
     assert {cut(8 * count, 128) for count in NUM_TOKENS if prefers_tiles(8 * count, 128)} == {*CUTS}
@@ -139,13 +154,24 @@ def test_the_numbers_are_the_model_s_own(monkeypatch):
     assert one_of_each_way(*SIZES) != NUM_TOKENS
 
 
-def test_sizes_without_weights():
-    warmup(CONFIG, (1, 3), device="cpu", dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_without_weights(monkeypatch, dtype):
+    called = []
+
+    def spy(*arguments, **settings):
+        called.append([tensor.dtype for tensor in arguments[:3]])
+        return fused_experts(*arguments, **settings)
+
+    monkeypatch.setattr(sys.modules["cupymoe.modules"], "fused_experts", spy)
+    warmup(CONFIG, (1, 3), device="cpu", dtype=dtype)
+    assert called == [[dtype] * 3] * 2
 
 
 def test_transformers_experts():
+    """Weights that are read would make a NaN."""
     experts = transformers_gemma4().Gemma4TextExperts(transformers_config())
-    randomize(experts)
+    for parameter in experts.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
     experts.config._experts_implementation = "eager"
     with pytest.raises(ValueError, match="holds none"):
         warmup(experts)
@@ -154,6 +180,30 @@ def test_transformers_experts():
     experts.register_forward_hook(lambda module, inputs, output: called.append(output.abs().sum().item()))
     warmup(experts, (1, 4))
     assert called == [0.0, 0.0]
+
+
+def test_calls_record_nothing_for_autograd():
+    moe, outputs = Gemma4MoE(CONFIG), []
+    moe.experts.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    warmup(moe, (1,))
+    assert [output.is_inference() for output in outputs] == [True]
+
+
+def test_experts_whose_config_has_another_name_for_top_k():
+    qwen3_moe = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    config = qwen3_moe.Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3)
+    config._experts_implementation = "cupymoe"
+    experts, called = randomize(qwen3_moe.Qwen3MoeExperts(config)), []
+    experts.register_forward_hook(lambda module, inputs, output: called.append(inputs[1].shape))
+    warmup(experts, (4,))
+    assert called == [(4, 3)]
+
+
+def test_what_has_no_gate_up_proj_is_no_experts():
+    experts = transformers_gemma4().Gemma4TextExperts(transformers_config("cupymoe"))
+    del experts.gate_up_proj
+    with pytest.raises(ValueError, match="Gemma4TextExperts holds none"):
+        warmup(experts, (1,))
 
 
 @pytest.mark.parametrize(

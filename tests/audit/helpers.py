@@ -1,6 +1,7 @@
 """Implementations that are wrong in one thing each, and the audit run on them."""
 
 import sys
+from itertools import count
 
 import torch
 from click.testing import CliRunner
@@ -23,8 +24,12 @@ def plain_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_wei
     return output.to(hidden_states.dtype)
 
 
+def with_act(act):
+    return lambda *case: plain_experts(*case, act=act)
+
+
 def with_activation(name):
-    return lambda *case: plain_experts(*case, act=CANDIDATES[name])
+    return with_act(CANDIDATES[name])
 
 
 def with_layout(name):
@@ -50,6 +55,23 @@ def clamped(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
     return plain_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
 
 
+def masked(index, num_experts):
+    return (index < 0) | (index >= num_experts)
+
+
+def spoiling(*case):
+    """Adds to the tokens of masked pairs, whatever the weight."""
+    return plain_experts(*case) + masked(case[3], len(case[1])).any(-1, keepdim=True)
+
+
+def spoiling_by_weight(*case):
+    return plain_experts(*case) + (case[4] * masked(case[3], len(case[1]))).sum(-1, keepdim=True)
+
+
+def spoiling_all(*case):
+    return plain_experts(*case) + masked(case[3], len(case[1])).any()
+
+
 def raising(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
     if top_k_index.min() < 0 or top_k_index.max() >= len(gate_up_proj):
         raise IndexError("no such expert")
@@ -58,6 +80,16 @@ def raising(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
 
 def noisy(scale):
     return lambda *case: plain_experts(*case) * (1 + scale * torch.randn(()))
+
+
+def sometimes_off(scale, period):
+    """Experts that are off by this much in one call of so many."""
+    calls = count(1)
+
+    def experts(*case):
+        return plain_experts(*case) * (1 + scale * (next(calls) % period == 0))
+
+    return experts
 
 
 def mixing(scale):
@@ -83,6 +115,19 @@ def ungated(hidden_states, gate_up_proj, *rest):
 
 def erf(*case):
     return plain_experts(*case, act=CANDIDATES["gelu"])
+
+
+def fifth_is_silu(*case):
+    """Experts of which number 5 alone has another activation."""
+    chosen = (case[3] == 5).any(-1, keepdim=True)
+    return torch.where(chosen, with_activation("silu")(*case), plain_experts(*case))
+
+
+def overwriting(*case):
+    output = plain_experts(*case)
+    for argument in case:
+        argument.zero_()
+    return output
 
 
 def not_a_number(*case):

@@ -6,8 +6,23 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, audit, reference
-from cupymoe.audit.measured import CANDIDATES
-from tests.audit.helpers import DTYPES, findings_of, invoke, not_a_number, plain_experts, with_activation
+from cupymoe.audit.measured import CANDIDATES, candidate_name
+from tests.audit.helpers import (
+    DTYPES,
+    fifth_is_silu,
+    findings_of,
+    invoke,
+    not_a_number,
+    plain_experts,
+    subject_of,
+    with_act,
+    with_activation,
+)
+
+
+def activation_of(experts, dtype=torch.float32, asked="gelu_tanh"):
+    """What the one probe finds, for tests that look at no other."""
+    return audit.probes.activation(subject_of(experts, dtype, asked), "gate first")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,22 +57,22 @@ HIDDEN = {("swiglustep", torch.bfloat16), ("clamped_swiglu_7", torch.bfloat16)}
     ],
 )
 def test_a_wrong_activation_is_named(name, value, dtype):
-    findings, verdict = findings_of(with_activation(name), dtype)
-    assert verdict == "contradicts"
-    assert findings["activation"].value == value
-    assert findings["activation"].status == "contradicts"
-    assert findings["gate order"].value == "gate first"
-    assert findings["rounding"].measured["error_from_found"] < torch.finfo(dtype).eps * 4
+    subject = subject_of(with_activation(name), dtype)
+    finding = audit.probes.activation(subject, "gate first")
+    assert (finding.value, finding.status) == (value, "contradicts")
+    assert audit.probes.gate_order(subject).value == "gate first"
+    rounding = audit.probes.rounding(subject, finding.measured["found"], "gate first")
+    assert rounding.measured["error_from_found"] < torch.finfo(dtype).eps * 4
 
 
 @pytest.mark.parametrize("name", [name for name, _ in sorted(HIDDEN, key=str)])
 def test_a_clamp_of_silu_s_argument_or_result_is_the_same_in_bfloat16(name):
     """So each is unclear where the config asks for one of them, and contradicts where it asks for another function."""
-    asked, _ = findings_of(with_activation(name), torch.bfloat16, activation=name)
-    other, _ = findings_of(with_activation(name), torch.bfloat16)
-    for findings, status in ((asked, "unclear"), (other, "contradicts")):
-        assert findings["activation"].value == "cannot tell: SWIGLUSTEP or clamped SwiGLU (limit 7)"
-        assert findings["activation"].status == status
+    asked = activation_of(with_activation(name), torch.bfloat16, name)
+    other = activation_of(with_activation(name), torch.bfloat16)
+    for finding, status in ((asked, "unclear"), (other, "contradicts")):
+        assert finding.value == "cannot tell: SWIGLUSTEP or clamped SwiGLU (limit 7)"
+        assert finding.status == status
 
 
 def of_tf32_products(gate, up):
@@ -79,11 +94,26 @@ def of_tf32_products(gate, up):
     ids=["a wave", "a factor", "TF32"],
 )
 def test_in_float32_a_function_nearby_is_not_it(act):
-    for asked, status in (("gelu_tanh", "unclear"), ("silu", "contradicts")):
-        findings, verdict = findings_of(lambda *case: plain_experts(*case, act=act), activation=asked)
-        assert (findings["activation"].value, findings["activation"].status) == ("near GELU (tanh)", status)
-        assert "more than rounding: TF32 products" in findings["activation"].detail
-        assert verdict == status
+    findings, verdict = findings_of(with_act(act))
+    other = activation_of(with_act(act), asked="silu")
+    for finding, status in ((findings["activation"], "unclear"), (other, "contradicts")):
+        assert (finding.value, finding.status) == ("near GELU (tanh)", status)
+        assert "more than rounding: TF32 products" in finding.detail
+    assert verdict == "unclear"
+
+
+@pytest.mark.parametrize(("roundings", "value"), [(80, "GELU (tanh)"), (120, "near GELU (tanh)")])
+def test_in_float32_a_hundred_roundings_are_the_limit(roundings, value):
+    factor = 1 + roundings * torch.finfo(torch.float32).eps
+    finding = activation_of(with_act(lambda gate, up: CANDIDATES["gelu_tanh"](gate, up) * factor))
+    assert finding.value == value
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("gelu_pytorch_tanh", "gelu_tanh"), ("swish", "silu"), ("quick_gelu", "quick_gelu")]
+)
+def test_an_activation_is_asked_for_by_a_config_s_name_or_a_candidate_s(name, known):
+    assert candidate_name(name) == known
 
 
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "swigluoai"])
@@ -100,23 +130,27 @@ def test_interleaved_swigluoai_agrees_where_the_config_asks_for_it():
     assert (verdict, findings["gate order"].value) == ("agrees", "interleaved")
 
 
-@pytest.mark.parametrize(
-    ("share", "status"), [(0.0, "contradicts"), (0.5, "unclear"), (1.0, "ok")], ids=["erf", "between", "tanh"]
-)
-def test_between_erf_and_tanh_is_no_guess(share, status):
+def between_erf_and_tanh(share):
     def act(gate, up):
         return share * CANDIDATES["gelu_tanh"](gate, up) + (1 - share) * CANDIDATES["gelu"](gate, up)
 
-    findings, verdict = findings_of(lambda *case: plain_experts(*case, act=act))
-    assert findings["activation"].status == status
-    if status == "unclear":
-        assert findings["activation"].value == "cannot tell: GELU (erf) or GELU (tanh)"
-        assert verdict == "unclear"
+    return with_act(act)
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.0, "contradicts"), (1.0, "ok")], ids=["erf", "tanh"])
+def test_all_of_erf_or_of_tanh_is_told(share, status):
+    assert activation_of(between_erf_and_tanh(share)).status == status
+
+
+def test_between_erf_and_tanh_is_no_guess():
+    findings, verdict = findings_of(between_erf_and_tanh(0.5))
+    assert findings["activation"].value == "cannot tell: GELU (erf) or GELU (tanh)"
+    assert findings["activation"].status == verdict == "unclear"
 
 
 def in_steps(name, size):
     """An activation whose result is a multiple of size: noise of a known amplitude."""
-    return lambda *case: plain_experts(*case, act=lambda gate, up: (CANDIDATES[name](gate, up) / size).round() * size)
+    return with_act(lambda gate, up: (CANDIDATES[name](gate, up) / size).round() * size)
 
 
 def test_rounding_that_hides_the_difference_is_no_guess():
@@ -124,15 +158,27 @@ def test_rounding_that_hides_the_difference_is_no_guess():
     findings, verdict = findings_of(in_steps("gelu_tanh", 0.02), torch.bfloat16)
     assert findings["activation"].value == "cannot tell: GELU (erf) or GELU (tanh)"
     assert verdict == "unclear"
-    findings, _ = findings_of(in_steps("silu", 0.02), torch.bfloat16)
-    assert findings["activation"].value == "SILU"
+    assert activation_of(in_steps("silu", 0.02), torch.bfloat16).value == "SILU"
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 def test_thousands_of_inputs_tell_what_no_single_one_does(name):
     """Steps of 0.002 are four times the largest difference of erf and tanh."""
-    findings, _ = findings_of(in_steps(name, 0.002))
-    assert findings["activation"].measured["found"] == name
+    assert activation_of(in_steps(name, 0.002)).measured["found"] == name
+
+
+@pytest.mark.parametrize(
+    ("scale", "sigmas", "value"),
+    [(2.5e-4, (6, 9), "GELU (tanh)"), (4e-4, (3, 6), "cannot tell: GELU (erf) or GELU (tanh)")],
+)
+def test_six_sigmas_tell_a_candidate(scale, sigmas, value):
+    def act(gate, up):
+        exact = CANDIDATES["gelu_tanh"](gate, up)
+        return exact + scale * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
+
+    finding = activation_of(with_act(act), torch.bfloat16)
+    assert sigmas[0] < finding.measured["sigmas"]["gelu"] < sigmas[1]
+    assert finding.value == value
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,8 +194,19 @@ def test_sixteen_bits_tell_erf_from_tanh(name, dtype):
 
 
 def test_an_unknown_activation_is_not_forced_into_a_candidate():
-    findings, verdict = findings_of(lambda *case: plain_experts(*case, act=lambda gate, up: torch.tanh(gate) * up))
-    assert (findings["activation"].value, verdict) == ("unknown", "contradicts")
+    finding = activation_of(with_act(lambda gate, up: torch.tanh(gate) * up))
+    assert (finding.value, finding.status) == ("unknown", "contradicts")
+
+
+def test_a_clamp_far_out_makes_another_activation():
+    """Hardly a normal gate is beyond 6."""
+    finding = activation_of(with_act(lambda gate, up: CANDIDATES["gelu_tanh"](gate.clamp(max=6), up)))
+    assert (finding.value, finding.status) == ("unknown", "contradicts")
+
+
+def test_one_expert_of_another_activation_is_seen():
+    finding = activation_of(fifth_is_silu)
+    assert (finding.value, finding.status) == ("unknown", "contradicts")
 
 
 def test_nan_is_unknown():

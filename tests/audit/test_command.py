@@ -1,9 +1,12 @@
 """cupymoe audit: targets, exit codes and JSON."""
 
 import json
+import sys
 
 import pytest
+import torch
 
+from cupymoe.audit import targets
 from tests.audit.helpers import ASKED, invoke
 from tests.helpers import transformers_gemma4
 
@@ -104,6 +107,20 @@ def test_exit_2_says_why(target, reason):
     assert reason in report["reason"]
 
 
+def test_a_target_of_transformers_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    with pytest.raises(targets.TargetError, match="transformers is not installed"):
+        targets.resolve("transformers:eager", "silu")
+
+
+def test_a_target_beside_the_caller_is_found(tmp_path, monkeypatch):
+    (tmp_path / "beside_the_caller.py").write_text("def experts(*case): return case[0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    states = torch.ones(1, 2)
+    assert torch.equal(targets.resolve("beside_the_caller:experts", "silu").experts(states), states)
+
+
 @pytest.mark.usefixtures("_cpu")
 def test_what_a_target_prints_is_not_in_the_json():
     result = invoke("tests.audit.helpers:printing", "--json")
@@ -113,9 +130,16 @@ def test_what_a_target_prints_is_not_in_the_json():
 
 @pytest.mark.usefixtures("_cpu")
 @pytest.mark.parametrize(
-    ("activation", "reason"), [("gelu_so_fast", "Unknown MoE activation"), ("silu_no_mul", "has no gate")]
+    ("target", "activation", "reason"),
+    [
+        ("cupymoe", "gelu_so_fast", "Unknown MoE activation"),
+        ("cupymoe", "silu_no_mul", "has no gate"),
+        ("transformers:eager", "swigluoai", "transformers has no activation 'swigluoai'; it has ["),
+    ],
 )
-def test_exit_2_for_an_activation_that_cannot_be_asked_for(activation, reason):
-    result = invoke("cupymoe", "--activation", activation)
+def test_exit_2_for_an_activation_that_cannot_be_asked_for(target, activation, reason):
+    if target.startswith("transformers"):
+        transformers_gemma4()
+    result = invoke(target, "--activation", activation)
     assert result.exit_code == 2
     assert reason in result.output

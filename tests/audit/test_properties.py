@@ -1,10 +1,12 @@
 """Gate order, routing weights, masked ids, determinism and batch invariance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cupymoe import audit
-from cupymoe.audit.measured import LAYOUTS, NUM_EXPERTS
+from cupymoe.audit.measured import CANDIDATES, LAYOUTS, NUM_EXPERTS, random_case, relative
 from tests.audit.helpers import (
     DTYPES,
     clamped,
@@ -15,13 +17,25 @@ from tests.audit.helpers import (
     noisy,
     not_a_number,
     nothing_but_zeros,
+    overwriting,
     plain_experts,
     raising,
+    sometimes_off,
+    spoiling,
+    spoiling_all,
+    spoiling_by_weight,
     subject_of,
     ungated,
+    with_act,
     with_layout,
     with_weights,
 )
+
+GELU_TANH = CANDIDATES["gelu_tanh"]
+
+
+def renormalised(weights):
+    return weights / weights.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,25 +54,62 @@ def test_ungated_experts_are_named():
     assert verdict == "contradicts"
 
 
+@pytest.mark.parametrize(("bend", "value"), [(0.008, "gate first"), (0.011, "unknown")])
+def test_up_that_bends_by_two_percent_is_not_affine(bend, value):
+    finding = audit.probes.gate_order(subject_of(with_act(lambda gate, up: GELU_TANH(gate, up + bend * up**2))))
+    assert finding.value == value
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.006, "ungated"), (0.008, "gate first")])
+def test_up_that_changes_two_percent_is_a_gate_s(share, value):
+    finding = audit.probes.gate_order(subject_of(with_act(lambda gate, up: GELU_TANH(gate, 1 + share * up))))
+    assert finding.value == value
+
+
+def test_an_activation_that_is_affine_in_both_has_no_gate_order():
+    finding = audit.probes.gate_order(subject_of(with_act(lambda gate, up: gate * up)))
+    assert (finding.value, finding.status, finding.measured["layout"]) == ("unknown", "contradicts", None)
+    assert finding.detail == "up enters affinely in ['gate first', 'up first']"
+
+
+def routing_weights_of(change, dtype=torch.float32):
+    return audit.probes.routing_weights(subject_of(with_weights(change), dtype), "gate first")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        (lambda weights: weights / weights.sum(-1, keepdim=True), "renormalised"),
+        (renormalised, "renormalised"),
         (torch.square, "applied twice"),
         (torch.ones_like, "not applied"),
+        (lambda weights: renormalised(weights) ** 2, "renormalised, applied twice"),
+        (lambda weights: torch.softmax(weights, -1), "softmax of them"),
     ],
-    ids=["renormalised", "twice", "not applied"],
+    ids=["renormalised", "twice", "not applied", "renormalised and twice", "softmax"],
 )
 def test_wrong_routing_weights_are_named(change, value, dtype):
-    findings, verdict = findings_of(with_weights(change), dtype)
-    assert findings["routing weights"].value == value
-    assert verdict == "contradicts"
+    finding = routing_weights_of(change, dtype)
+    assert (finding.value, finding.status) == (value, "contradicts")
 
 
 def test_weights_clamped_to_one_are_seen():
-    findings, _ = findings_of(with_weights(lambda weights: weights.clamp(max=1)))
-    assert findings["routing weights"].status == "contradicts"
+    assert routing_weights_of(lambda weights: weights.clamp(max=1)).status == "contradicts"
+
+
+@pytest.mark.parametrize(
+    ("noise", "value", "status"),
+    [
+        (2e-4, "as given, once", "ok"),
+        (3e-3, "as given, once", "unclear"),
+        (8e-3, "as given, once", "unclear"),
+        (3e-2, "unknown", "contradicts"),
+    ],
+)
+def test_noisy_routing_weights_are_no_guess(noise, value, status):
+    """A rounding to bfloat16 moves them by 0.2%."""
+    finding = routing_weights_of(lambda weights: weights * (1 + noise * torch.randn_like(weights)))
+    assert (finding.value, finding.status) == (value, status)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +122,10 @@ def test_weights_clamped_to_one_are_seen():
     ],
 )
 def test_rounded_routing_weights_are_named(dtype, cast, status):
-    findings, _ = findings_of(with_weights(lambda weights: weights.to(cast).float()), dtype)
+    finding = routing_weights_of(lambda weights: weights.to(cast).float(), dtype)
     name = str(cast).removeprefix("torch.")
-    assert findings["routing weights"].value == f"as given, once, rounded to {name}"
-    assert findings["routing weights"].status == status
+    assert finding.value == f"as given, once, rounded to {name}"
+    assert finding.status == status
 
 
 @pytest.mark.parametrize(
@@ -92,10 +143,71 @@ def test_masked_ids(experts, of_num_experts, of_minus_one):
     assert verdict == "agrees"
 
 
-@pytest.mark.parametrize(("scale", "status"), [(3e-7, "warn"), (0.3, "contradicts")])
-def test_nondeterminism(scale, status):
-    findings, _ = findings_of(noisy(scale))
-    assert (findings["determinism"].value, findings["determinism"].status) == ("differs", status)
+@pytest.mark.parametrize("sentinel", [NUM_EXPERTS, -1])
+@pytest.mark.parametrize(
+    ("experts", "detail"),
+    [
+        (spoiling_by_weight, "with weight 0 it contributes zero"),
+        (spoiling, "with weight 0 the output is wrong too"),
+        (spoiling_all, "with weight 0 the output is wrong too; tokens without a masked pair change too"),
+    ],
+)
+def test_what_a_masked_id_spoils_is_told(experts, detail, sentinel):
+    finding = audit.probes.masked_ids(subject_of(experts), sentinel)
+    assert (finding.value, finding.status) == ("something else", "warn")
+    assert finding.detail.partition("; ")[2] == detail
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("experts", "status"),
+    [
+        (noisy(1.5e-7), "warn"),
+        (noisy(0.3), "contradicts"),
+        (sometimes_off(6 * EPS, 2), "warn"),
+        (sometimes_off(10 * EPS, 2), "contradicts"),
+    ],
+    ids=["noise of roundings", "noise", "off by 6 eps", "off by 10 eps"],
+)
+def test_nondeterminism(experts, status):
+    finding = audit.probes.determinism(subject_of(experts))
+    assert (finding.value, finding.status) == ("differs", status)
+
+
+def test_the_last_of_ten_calls_is_compared():
+    finding = audit.probes.determinism(subject_of(sometimes_off(0.1, 10)))
+    assert (finding.value, finding.status) == ("differs", "contradicts")
+    assert finding.detail.startswith("1 of 9 repeats differ")
+
+
+def test_what_a_target_does_to_its_arguments_is_not_seen():
+    finding = audit.probes.determinism(subject_of(overwriting))
+    assert (finding.value, finding.status) == ("same bits", "ok")
+
+
+def test_a_seed_chooses_the_inputs():
+    states = [random_case(replace(subject_of(plain_experts), seed=seed))[0].hidden_states for seed in (0, 0, 1)]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("output", "truth", "error"),
+    [
+        ([0, 0], [0, 0], 0),
+        ([3, 4.5], [3, 4], 0.1),
+        ([NAN, 4], [3, 4], INFINITY),
+        ([INFINITY, 4], [3, 4], INFINITY),
+        ([1, 0], [0, 0], INFINITY),
+    ],
+)
+def test_a_relative_error_is_a_number(output, truth, error):
+    assert relative(torch.tensor(output).double(), torch.tensor(truth).double()) == pytest.approx(error)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +215,8 @@ def test_nondeterminism(scale, status):
     [(1e-7, "same to rounding", "warn"), (0.1, "depends on the batch", "contradicts")],
 )
 def test_batch_dependence(scale, value, status):
-    findings, _ = findings_of(mixing(scale))
-    assert (findings["batch invariance"].value, findings["batch invariance"].status) == (value, status)
+    finding = audit.probes.batch_invariance(subject_of(mixing(scale)))
+    assert (finding.value, finding.status) == (value, status)
 
 
 @pytest.mark.parametrize("experts", [not_a_number, nothing_but_zeros])

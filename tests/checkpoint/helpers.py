@@ -35,6 +35,10 @@ def older(state):
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
+def fused_behind_moe(state):
+    return {f"moe.{name}" if name.startswith("experts.") else name: tensor for name, tensor in state.items()}
+
+
 def per_expert(state, behind=""):
     result = {name: tensor for name, tensor in state.items() if name.startswith("router.")}
     for expert, (gate_up, down) in enumerate(zip(state[GATE_UP], state[DOWN], strict=True)):
@@ -48,7 +52,7 @@ def per_expert_behind_moe(state):
     return per_expert(state, "moe.")
 
 
-LAYOUTS = (fused, older, per_expert, per_expert_behind_moe)
+LAYOUTS = (fused, older, fused_behind_moe, per_expert, per_expert_behind_moe)
 
 
 def tensors_of(layout=fused, prefix=PREFIX, layers=LAYERS, dtype=torch.bfloat16):

@@ -9,7 +9,17 @@ from safetensors.torch import save_file
 
 from cupymoe import checkpoint
 from cupymoe.checkpoint import CheckpointError
-from tests.checkpoint.helpers import DOWN, GATE_UP, LAYERS, PREFIX, tensors_of, write, write_shards
+from tests.checkpoint.helpers import (
+    CONFIG,
+    DOWN,
+    GATE_UP,
+    LAYERS,
+    PREFIX,
+    assert_is_layer,
+    tensors_of,
+    write,
+    write_shards,
+)
 
 
 def edit_index(folder, edit):
@@ -27,11 +37,12 @@ def test_index_and_headers_must_agree(tmp_path):
         checkpoint.load_layer(path, 3)
 
 
-def test_a_key_that_the_index_does_not_list(tmp_path):
-    tensors = {**tensors_of(), f"{PREFIX}3.experts.down_proj_scale": torch.ones(1)}
-    path = write_shards(tmp_path, tensors)
-    edit_index(path, lambda weight_map: weight_map.pop(f"{PREFIX}3.experts.down_proj_scale"))
-    with pytest.raises(CheckpointError, match=r"down_proj_scale is left over: .* does not say that it is there"):
+@pytest.mark.parametrize("name", ["down_proj_scale", "down_proj_bias"])
+def test_a_key_that_the_index_does_not_list(tmp_path, name):
+    key = f"{PREFIX}3.experts.{name}"
+    path = write_shards(tmp_path, {**tensors_of(), key: torch.ones(1)})
+    edit_index(path, lambda weight_map: weight_map.pop(key))
+    with pytest.raises(CheckpointError, match=rf"{name} is left over: .* does not say that it is there"):
         checkpoint.load_layer(path, 3)
 
 
@@ -70,6 +81,21 @@ def test_a_single_file_beside_the_index_that_is_named(tmp_path):
     checkpoint.check_index(path / "model.safetensors.index.json")
     with pytest.raises(CheckpointError, match="are both there; give the one that is meant"):
         checkpoint.check_index(path)
+
+
+def test_a_shard_that_is_named_has_no_index_to_agree_with(tmp_path):
+    checkpoint.check_index(write_shards(tmp_path, tensors_of()) / "model-00001-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("name", ["shards/model.safetensors", "größe.safetensors"])
+def test_an_index_names_its_files_as_it_likes(tmp_path, name):
+    tensors = tensors_of()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    save_file(tensors, tmp_path / name)
+    content = json.dumps({"weight_map": dict.fromkeys(tensors, name)}, ensure_ascii=False)
+    (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    checkpoint.check_index(tmp_path)
+    assert_is_layer(checkpoint.load_layer(tmp_path, 3, CONFIG), 3)
 
 
 def test_an_index_of_a_path_that_is_not_there(tmp_path):

@@ -51,6 +51,7 @@ def test_other_towers_layers_are_not_ours(tmp_path):
     for tower in ("vision_tower.encoder", "audio_tower"):
         tensors[f"model.{tower}.layers.7.mlp.gate_proj.weight"] = torch.ones(1)
     tensors["model.language_model.layers.8.mlp.shared_experts.gate_proj.weight"] = torch.ones(1)
+    tensors["model.mtp_layers.9.experts.down_proj"] = torch.ones(1)
     assert checkpoint.layers(write(tmp_path, tensors)) == (2,)
     assert_is_layer(checkpoint.load_layer(tmp_path, 2), 2)
 

@@ -44,7 +44,11 @@ REFUSED = {
     "missing older scale": (older, without("moe.per_expert_scale"), "3.router.per_expert_scale is missing"),
     "missing gate_up": (fused, without(GATE_UP), "3.experts.gate_up_proj is missing"),
     "missing older down": (older, without("moe.down_proj"), "3.moe.down_proj is missing"),
-    "missing experts": (fused, without(GATE_UP, DOWN), "3.experts.gate_up_proj is missing (2 of 5 keys"),
+    "missing experts": (
+        fused,
+        without(GATE_UP, DOWN),
+        f"is missing (2 of 5 keys are: ['{PREFIX}3.experts.gate_up_proj', '{PREFIX}3.experts.down_proj'])",
+    ),
     "missing projection": (per_expert, without(EXPERT_4[1]), "3.experts.4.up_proj.weight is missing (1 of 21 keys"),
     "gap in the ids": (per_expert, without(*EXPERT_4), "3.experts.4.gate_proj.weight is missing (3 of 21 keys"),
     "gap behind moe": (

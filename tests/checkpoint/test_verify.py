@@ -11,8 +11,11 @@ from click.testing import CliRunner
 from cupymoe import MoEActivation, checkpoint, reference
 from cupymoe.backends.reference import ReferenceBackend
 from cupymoe.cli import verify
+from cupymoe.verification import checkpoint as layers
 from cupymoe.verification import routing
+from cupymoe.verification.result import Setting
 from tests.checkpoint.helpers import (
+    CONFIG,
     DOWN,
     GATE_UP,
     LAYERS,
@@ -166,11 +169,53 @@ def test_verify_fails_for_a_backend_that_is_wrong(tmp_path, monkeypatch):
         assert "3 fail" in result.output
 
 
-def test_verify_fails_for_a_routing_that_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(routing, "route", lambda logits, top_k, per_expert_scale: reference.route(-logits, top_k))
+def of_negated_logits(logits, top_k, per_expert_scale):
+    return reference.route(-logits, top_k)
+
+
+def of_other_experts(logits, top_k, per_expert_scale):
+    weights, index = reference.route(logits, top_k, per_expert_scale)
+    return weights, index.flip(-1)
+
+
+def of_other_weights(logits, top_k, per_expert_scale):
+    weights, index = reference.route(logits, top_k, per_expert_scale)
+    return weights * (1 + 1e-5), index
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (of_negated_logits, r"[1-9]\d* experts differ from float64's"),
+        (of_other_experts, r"; 32 experts differ from float64's"),
+        (of_other_weights, r"; 0 experts differ from float64's, weights within 1\.\de-05"),
+    ],
+)
+def test_verify_fails_for_a_routing_that_is_wrong(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(routing, "route", wrong)
     result = run_verify(write(tmp_path, tensors_of()))
     assert result.exit_code == 1
-    assert re.search(r"\d+ experts differ from float64's", result.output)
+    assert re.search(message, result.output)
+
+
+def test_a_tie_at_the_last_choice_counts_and_one_among_the_rest_does_not():
+    logits = torch.tensor([[3.0, 3, 1, 0], [4, 3, 3, 1], [9, 0, 0, 2], [9, 8, 1, 1]])
+    index = torch.tensor([[0, 1], [0, 1], [0, 3], [0, 1]])
+    assert layers._routing_statistics(logits, index) == (
+        "3 of 4 experts hit, the most used by 4 of 4 tokens; 2 tokens with ties"
+    )
+
+
+def test_the_load_is_that_of_the_most_used_expert():
+    index = torch.tensor([[4, 1], [4, 2], [4, 3], [2, 1], [3, 2]])
+    assert layers._routing_statistics(torch.arange(5.0).expand(5, 5), index) == (
+        "4 of 5 experts hit, the most used by 3 of 5 tokens; 0 tokens with ties"
+    )
+
+
+def test_the_states_of_a_layer_have_a_mean_square_of_one():
+    states = layers._normalised_states(Setting(CONFIG, torch.float32, 0, torch.device("cpu")))
+    torch.testing.assert_close(states.square().mean(-1), torch.ones(16))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,19 @@ def way(request):
     return request.param
 
 
+@pytest.fixture
+def unmerged(monkeypatch):
+    """Arguments of every call that does not merge."""
+    calls, kept = [], integration.lora_experts
+
+    def spy(*arguments, **settings):
+        calls.append(arguments)
+        return kept(*arguments, **settings)
+
+    monkeypatch.setattr(integration, "lora_experts", spy)
+    return calls
+
+
 def lora(**changes):
     settings = {"target_modules": [], "target_parameters": TARGETS, "r": RANK, "lora_alpha": 6}
     return peft.LoraConfig(**{**settings, **changes})
@@ -181,13 +194,18 @@ def test_disabled_adapters(way):
     assert not torch.allclose(model(states(("cpu", torch.float32))), expected)
 
 
-def test_two_adapters_at_once():
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"target_modules": ["router.proj"], "target_parameters": None}],
+    ids=["of the experts", "one of the router"],
+)
+def test_two_adapters_at_once(changes):
     """PEFT adds their merged weights; here their ranks."""
     outputs = {}
     for way in ("merging", "low_rank"):
         torch.manual_seed(5)
         model = train(adapted(moe(), way))
-        model.add_adapter("second", lora(r=3))
+        model.add_adapter("second", lora(r=3, **changes))
         train(model, "second")
         model.base_model.set_adapter(["default", "second"])
         outputs[way] = model(states(("cpu", torch.float32)))
@@ -206,15 +224,45 @@ def test_one_parameter_alone(target):
     assert relative_error(outputs["low_rank"], outputs["merging"].double()) < 2e-6
 
 
-def test_low_rank_does_not_merge(monkeypatch):
-    """Else the tests above would compare PEFT with itself. Where another backend is asked for, PEFT's way stays."""
+def test_low_rank_does_not_merge(way, unmerged):
+    """Else the tests above would compare PEFT with itself."""
+    train(adapted(moe(), way))(states(("cpu", torch.float32)))
+    assert len(unmerged) == (way == "low_rank")
+
+
+def test_another_backend_s_calls_merge(unmerged):
     model = train(adapted(moe()))
     expected = model(states(("cpu", torch.float32)))
-    monkeypatch.setattr(torch, "baddbmm", None)
-    assert torch.equal(model(states(("cpu", torch.float32))), expected)
+    unmerged.clear()
     model.get_base_model().experts.get_base_layer().backend = "reference"
-    with pytest.raises(TypeError, match="not callable"):
-        model(states(("cpu", torch.float32)))
+    assert relative_error(model(states(("cpu", torch.float32))), expected.double()) < 2e-6
+    assert unmerged == []
+
+
+def test_keyword_arguments_are_peft_s(unmerged):
+    experts = train(adapted(moe())).get_base_model().experts
+    hidden_states, index, weights = states(("cpu", torch.float32)), torch.tensor([[0, 1]] * 12), torch.rand(12, 2)
+    expected = experts(hidden_states, index, weights)
+    unmerged.clear()
+    output = experts(hidden_states, top_k_index=index, top_k_weights=weights)
+    assert relative_error(output, expected.double()) < 2e-6
+    assert unmerged == []
+
+
+def test_float32_states_on_bfloat16_weights():
+    """As autocast leaves them."""
+    experts = train(adapted(text_model().bfloat16())).get_base_model().model.layers[0].experts
+    hidden_states, index, weights = states(("cpu", torch.float32)), torch.tensor([[0, 1]] * 12), torch.rand(12, 2)
+    output = experts(hidden_states, index, weights)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, experts(hidden_states.bfloat16(), index, weights).float())
+
+
+def test_experts_that_cupymoe_does_not_serve_are_refused_under_an_adapter():
+    model = adapted(text_model())
+    model.get_base_model().model.layers[1].experts.get_base_layer().has_bias = True
+    with pytest.raises(ValueError, match=r"does not serve \w*Gemma4TextExperts: its experts have a bias"):
+        model(torch.tensor([[1, 2]]))
 
 
 def text_model(layers=2):
@@ -235,6 +283,14 @@ def test_a_hook_below_is_called(place, way):
     assert not model(states(("cpu", torch.float32))).any()
     handle.remove()
     assert model(states(("cpu", torch.float32))).any()
+
+
+def test_a_replaced_forward_below_is_called(way):
+    model = adapted(moe(), way)
+    experts = model.base_model.model.experts.get_base_layer()
+    kept = experts.forward
+    experts.forward = lambda *arguments: 0 * kept(*arguments)
+    assert not model(states(("cpu", torch.float32))).any()
 
 
 def test_a_model_of_transformers(placed):

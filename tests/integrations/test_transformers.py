@@ -3,12 +3,13 @@
 import copy
 import functools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cupymoe
-from cupymoe import MoEActivation
+from cupymoe import MoEActivation, moe_activation
 from tests.helpers import randomize, transformers_config, transformers_gemma4
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -124,9 +125,36 @@ def test_gradients_are_eager_s(model):
         assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()), name
 
 
-def test_hidden_activation_of_the_config_is_what_runs(monkeypatch):
-    model = randomize(gemma4(hidden_activation="silu")).eval()
-    assert integration.activation_of(model.model.layers[0].experts) is MoEActivation.SILU
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gelu",
+        "gelu_python",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_accurate",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+        "silu",
+        "swish",  # torch's own module
+        "relu2",
+    ],
+)
+def test_an_activation_is_the_member_that_computes_it(name):
+    """Erf and tanh differ by 4.7e-4, and so hardly show in the logits."""
+    activation = transformers.activations.ACT2FN[name]
+    member = integration.activation_of(SimpleNamespace(act_fn=activation))
+    assert member is MoEActivation.from_str(name)
+    input = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    torch.testing.assert_close(moe_activation(member.without_mul(), input), activation(input), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_hidden_activation_of_the_config_is_what_runs(name):
+    experts = randomize(gemma4(hidden_activation=name).model.layers[0].experts)
+    arguments = torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    expected = experts(*arguments)  # eager
+    torch.testing.assert_close(integration.experts_forward(experts, *arguments), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_foreign_experts_contribute_nothing():
@@ -291,6 +319,16 @@ def test_a_router_whose_forward_was_replaced_is_refused_before_any_changes():
     model = gemma4()
     model.model.layers[1].router.forward = lambda hidden_states: None
     with pytest.raises(ValueError, match="router must have no forward of its own, which would hide ours"):
+        integration.replace_routers(model)
+    assert not any(isinstance(module, cupymoe.Gemma4Router) for module in model.modules())
+
+
+def test_a_router_whose_config_is_none_of_a_mixture_is_refused_before_any_changes():
+    model = gemma4()
+    router = model.model.layers[1].router
+    router.config = copy.copy(router.config)
+    router.config.top_k_experts = 7
+    with pytest.raises(ValueError, match="top_k_experts must be at most num_experts=6, got 7"):
         integration.replace_routers(model)
     assert not any(isinstance(module, cupymoe.Gemma4Router) for module in model.modules())
 

@@ -225,7 +225,7 @@ def test_no_nvrtc(cupy, monkeypatch):
     [
         (11, 13, r"cupy-cuda1\dx is for CUDA 11; cupymoe needs 12 .* pip install cupy-cuda13x"),
         (13, 12, r"is for CUDA 13; .* driver serves up to 12: pip uninstall -y cupy.* && pip install cupy-cuda12x"),
-        (12, 11, r"is for CUDA 12; .* driver serves up to 11: .* or update the driver"),
+        (12, 11, r"is for CUDA 12; .* driver serves up to 11: .* pip install cupy-cuda12x, or update the driver"),
     ],
 )
 def test_a_cupy_of_the_wrong_cuda_major(cupy, monkeypatch, major, driver, message):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,43 @@ def test_hash_follows_a_name(copied):
     before = cuda_sources.sha256()
     (copied / "route.cu").rename(copied / "router.cu")
     assert cuda_sources.sha256() != before
+
+
+@pytest.mark.parametrize(
+    ("files", "others"),
+    [
+        ({"a.cu": "h"}, {"a.cuh": ""}),
+        ({"a.cu": "x", "b.cu": ""}, {"a.cu": "", "xb.cu": ""}),
+        ({"common/a.cuh": ""}, {"a.cuh": ""}),
+    ],
+    ids=["name and bytes", "bytes and the next name", "folder"],
+)
+def test_hash_keeps_names_and_bytes_apart(tmp_path, monkeypatch, files, others):
+    hashes = set()
+    for number, content in enumerate((files, others)):
+        folder = tmp_path / str(number)
+        for name, text in content.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        monkeypatch.setattr(cuda_sources, "directory", lambda folder=folder: folder)
+        hashes.add(cuda_sources.sha256())
+    assert len(hashes) == 2
+
+
+def test_hash_does_not_follow_the_order_in_which_a_folder_lists_its_files(monkeypatch):
+    before, listed = cuda_sources.sha256(), Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: reversed([*listed(folder, pattern)]))
+    assert cuda_sources.sha256() == before
+
+
+@pytest.mark.parametrize("where", [["cupymoe"], ["."], ["cupymoe", "."]], ids=["inside", "beside", "both"])
+def test_sources_inside_the_package_go_before_those_beside_it(tmp_path, monkeypatch, where):
+    for folder in where:
+        header = tmp_path / folder / "cuda_src" / "common" / "dtypes.cuh"
+        header.parent.mkdir(parents=True)
+        header.touch()
+    monkeypatch.setattr(cuda_sources, "files", lambda package: tmp_path / "cupymoe")
+    assert cuda_sources.directory.__wrapped__() == tmp_path / where[0] / "cuda_src"
 
 
 def test_missing_sources_say_so(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The weight stream without a GPU: regimes and the workspace."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cupymoe import Gemma4MoEConfig, MoEActivation
 from cupymoe.kernels import expert_stream
-from cupymoe.kernels.expert_stream import Shape, new_workspace, regime
+from cupymoe.kernels.expert_stream import Shape, Tile, new_workspace, regime
 
 GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
 SHARED_BYTES_OF_HOPPER = 227 * 1024
@@ -40,6 +42,20 @@ def test_rings_fit_a_multiprocessor(num_tokens, sizes):
         assert tile.blocks_per_sm * (shared_bytes + 2048) <= SHARED_BYTES_OF_HOPPER + 2048  # barriers, and the system's
     if chosen.inline_pairs:  # both at once; 8 KB are left for the plan and the barriers of each
         assert sum(each) <= SHARED_BYTES_OF_HOPPER - 2 * 8192
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "whole_rows"), [(352, True), (704, True), (768, True), (176, False), (504, False), (800, False)]
+)
+def test_whole_rows_are_whole_32s_that_fit(intermediate, whole_rows):
+    assert regime(1, 8, intermediate).down.whole_rows == whole_rows
+
+
+@pytest.mark.parametrize(("tile", "blocks"), [(Tile(256, 3), 132), (Tile(256, 3, blocks_per_sm=2), 264)])
+def test_the_grid_is_what_is_resident_at_once(monkeypatch, tile, blocks):
+    hopper = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    assert expert_stream.grid(tile, 0) == (blocks, 1)
 
 
 @pytest.mark.parametrize(("few", "many"), [(1, 16), (17, 64), (65, 256), (257, 512), (513, 1024)])

@@ -1,6 +1,7 @@
 """The tiles without a GPU: rings, bounds, and the order in which the maps bring weight rows."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from cupymoe import MoEActivation
 from cupymoe.kernels import expert_tiles, experts_down_wgmma, experts_up_wgmma
 from cupymoe.kernels.expert_tiles import CUTS, prefers_tiles, tile_shape_of
-from cupymoe.kernels.jit import compile_offline
+from tests.helpers import compiled
 
 SHARED_BYTES_OF_HOPPER = 227 * 1024
 STAGES_AT_LEAST = 3
@@ -40,7 +41,9 @@ def test_rings_fit_a_multiprocessor(cut, sizes):
         blocks, products = cut
         stage_bytes = (128 * products // blocks + blocks * tiling.block_n) * 128
         assert stage_bytes % 1024 == 0
-        assert tiling.shared_bytes >= tiling.stages * stage_bytes
+        shared_struct = 16 * tiling.stages + 64 + 8 * (sizes[0] + 1)
+        assert tiling.shared_bytes >= tiling.stages * stage_bytes + shared_struct
+        assert tiling.shared_bytes + stage_bytes > SHARED_BYTES_OF_HOPPER
 
 
 @pytest.mark.parametrize(("cut", "sizes"), [*product(CUTS, SIZES)])
@@ -48,10 +51,19 @@ def test_compiles_for_other_models(cut, sizes):
     """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
     for dtype in (torch.bfloat16, torch.float16):
         for source in (experts_up_wgmma, experts_down_wgmma):
-            report = compile_offline(source.variant(shape(cut, *sizes, dtype)), "sm_90a")
+            report = compiled(source.variant(shape(cut, *sizes, dtype)), "sm_90a")
             assert report.spill_bytes <= 64, report.log
             assert "warning" not in report.log, report.log
             assert "C75" not in report.log, report.log
+
+
+@pytest.mark.parametrize(
+    ("cut", "multiprocessors", "blocks"), [((1, 2), 131, 131), ((2, 2), 132, 132), ((2, 2), 131, 130)]
+)
+def test_the_grid_is_whole_clusters(monkeypatch, cut, multiprocessors, blocks):
+    card = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert expert_tiles.grid(shape(cut, *SIZES[0]).up, 0) == (blocks, 1)
 
 
 def test_two_products_pad_nothing_of_gemma_4():

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupymoe import moe_activation
-from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe import Gemma4MoEConfig, moe_activation
+from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, jit
+from cupymoe.kernels.expert_tiles import CUTS
 from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, CompileError, Variant
-from tests.helpers import run_python
+from tests.helpers import compiled, run_python
 
 
 def test_catalog_holds_every_source():
@@ -24,6 +25,52 @@ def test_catalog_holds_nothing_twice():
     assert len(set(variants)) == len(variants)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("intermediate", [704, 176])
+def test_catalog_holds_every_regime(intermediate, dtype):
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    regimes = {expert_stream.regime(num_tokens, config.top_k_experts, intermediate) for num_tokens in range(1, 1025)}
+    experts, hidden, top_k = config.num_experts, config.hidden_size, config.top_k_experts
+    shapes = [
+        expert_stream.Shape(each, dtype, torch.int64, config.activation, experts, hidden, intermediate, top_k)
+        for each in regimes
+    ]
+    held = set(catalog.variants())
+    assert {experts_up.variant(shape) for shape in shapes} <= held
+    assert {experts_down.variant(shape) for shape in shapes} <= held
+
+
+def defines_in_catalog(source, *names):
+    """The values that its variants give these defines together."""
+    defines = [
+        dict(define.split("=") for define in each.defines) for each in catalog.variants() if each.source == source
+    ]
+    return {tuple(values[name] for name in names) for values in defines}
+
+
+@pytest.mark.parametrize("source", ["experts_up_wgmma", "experts_down_wgmma"])
+def test_catalog_holds_every_cut(source):
+    cuts = {
+        (scalar, intermediate, str(blocks), str(products))
+        for scalar in ("bf16", "fp16")
+        for intermediate in ("704", "176")
+        for blocks, products in CUTS
+    }
+    assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
+
+
+@pytest.mark.parametrize("source", ["gated_activation", "gather", "combine"])
+def test_catalog_holds_every_vector_width(source):
+    widths = {("bf16", "8"), ("fp16", "8"), ("fp32", "4"), ("bf16", "1"), ("fp16", "1"), ("fp32", "1")}
+    assert widths <= defines_in_catalog(source, "SCALAR", "VEC")
+
+
+def test_hopper_alone_has_the_experts():
+    hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != SUPPORTED_ARCHITECTURES}
+    assert hopper == {"plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma"}
+    assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
+
+
 @pytest.mark.parametrize(
     ("source", "arch"), [(source, arch) for source in cuda_sources.names() for arch in catalog.architectures(source)]
 )
@@ -31,7 +78,7 @@ def test_compiles_without_a_gpu(source, arch):
     variants = [variant for variant in catalog.variants() if variant.source == source]
     assert variants
     for variant in variants:
-        report = jit.compile_offline(variant, arch)
+        report = compiled(variant, arch)
         assert report.registers > 0, report.log
         assert report.spill_bytes == 0, f"{variant.defines}\n{report.log}"
         assert "warning" not in report.log, f"{variant.defines}\n{report.log}"
@@ -98,6 +145,88 @@ def test_only_hopper_and_newer_begin_before_the_kernel_before(monkeypatch, capab
 def test_missing_defines_are_named():
     with pytest.raises(CompileError, match=r"route.cu\(\d+\): .*error: #error( directive)?:? .*NUM_EXPERTS"):
         jit.compile_offline(Variant("route", ("SCALAR=bf16",)), "sm_80")
+
+
+class AnsweringNvrtc:
+    """CuPy's binding of NVRTC, which answers with a given log and keeps what it was asked."""
+
+    class NVRTCError(Exception):
+        pass
+
+    def __init__(self, log="", version=(13, 0), refuses=False):
+        self.log, self.version, self.refuses = log, version, refuses
+        self.options, self.programs = None, 0
+
+    def getVersion(self):
+        return self.version
+
+    def createProgram(self, source, name, headers, include_names):
+        self.programs += 1
+        return self.programs
+
+    def compileProgram(self, program, options):
+        self.options = options
+        if self.refuses:
+            raise self.NVRTCError
+
+    def getProgramLog(self, program):
+        return self.log
+
+    def getCUBIN(self, program):
+        return b"all but the last byt"
+
+    def destroyProgram(self, program):
+        self.programs -= 1
+
+
+def compile_with(nvrtc, monkeypatch):
+    monkeypatch.setattr(jit, "import_nvrtc", lambda: nvrtc)
+    return jit.compile_offline(Variant("route", ("SCALAR=bf16",)), "sm_80")
+
+
+LOG = """ptxas info    : Compiling entry function 'count' for 'sm_80'
+    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 12 registers, 4 bytes smem
+ptxas info    : Compiling entry function 'sort' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 30 registers
+ptxas info    : Compiling entry function 'clear' for 'sm_80'
+ptxas info    : Used 9 registers
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "registers", "spill_bytes"), [(LOG, 30, 28), ("", 0, 0)], ids=["three entries", "none"]
+)
+def test_a_report_has_the_most_registers_and_the_sum_of_all_spills(monkeypatch, log, registers, spill_bytes):
+    report = compile_with(AnsweringNvrtc(log), monkeypatch)
+    assert (report.registers, report.spill_bytes, report.log) == (registers, spill_bytes, log)
+
+
+@pytest.mark.parametrize(("version", "last"), [((12, 8), ()), ((12, 9), ("-no-cache",)), ((13, 0), ("-no-cache",))])
+def test_offline_has_the_options_of_a_device(monkeypatch, version, last):
+    """And -no-cache where NVRTC knows it: the log of a cubin out of the driver's cache is empty."""
+    nvrtc = AnsweringNvrtc(version=version)
+    compile_with(nvrtc, monkeypatch)
+    ours = ("-arch=sm_80", "-std=c++17", "-lineinfo", "-DSCALAR=bf16")
+    assert nvrtc.options == (*ours, "-ftz=true", "--ptxas-options=-v", *last)
+
+
+def test_a_report_has_the_last_byte_of_the_cubin_that_cupy_drops(monkeypatch):
+    assert compile_with(AnsweringNvrtc(), monkeypatch).cubin == b"all but the last byt\0"
+
+
+def test_no_program_is_left_behind(monkeypatch):
+    nvrtc = AnsweringNvrtc()
+    compile_with(nvrtc, monkeypatch)
+    assert nvrtc.programs == 0
+
+
+def test_no_program_is_left_behind_by_an_error(monkeypatch):
+    nvrtc = AnsweringNvrtc("line 7: error", refuses=True)
+    with pytest.raises(CompileError, match=r"route.cu does not compile with -arch=sm_80 .*:\nline 7: error"):
+        compile_with(nvrtc, monkeypatch)
+    assert nvrtc.programs == 0
 
 
 def test_two_cupys_over_each_other(monkeypatch):

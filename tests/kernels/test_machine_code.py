@@ -1,4 +1,4 @@
-"""Machine code that a fault of the assembler would break."""
+"""Machine code: what a fault of the assembler, or a load that the compiler moved, would break."""
 
 import re
 import subprocess
@@ -7,9 +7,10 @@ from importlib.metadata import files
 
 import pytest
 
-from cupymoe.kernels import experts_down, experts_up, experts_up_wgmma
+from cupymoe.kernels import catalog, experts_down, experts_up, experts_up_wgmma
 from cupymoe.kernels.expert_tiles import CUTS
-from cupymoe.kernels.jit import Variant, compile_offline
+from cupymoe.kernels.jit import Variant
+from tests.helpers import compiled
 from tests.kernels import test_expert_stream as stream
 from tests.kernels import test_expert_tiles as tiles
 
@@ -17,7 +18,7 @@ from tests.kernels import test_expert_tiles as tiles
 def machine_code(variant: Variant, folder) -> str:
     (nvdisasm,) = (path.locate() for path in files("nvidia-cuda-nvdisasm") if path.name == "nvdisasm")
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compile_offline(variant, "sm_90a").cubin)
+    cubin.write_bytes(compiled(variant, "sm_90a").cubin)
     return subprocess.run([str(nvdisasm), str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
@@ -41,3 +42,26 @@ def test_no_copy_that_the_assembler_breaks(variant, tmp_path):
     copies = re.findall(r".*LDGSTS.*", machine_code(variant, tmp_path))
     assert copies
     assert not [copy for copy in copies if re.search(r"desc\[UR\d*[13579]\]|\[R\d+\+UR", copy)]
+
+
+# Not experts_down*, and not sort_by_expert behind count_by_expert: what those read early is two grids back.
+READ_AFTER_THE_WAIT = {
+    "combine": "combine",
+    "experts_up": "experts_up",
+    "experts_up_wgmma": "experts_up_wgmma",
+    "plan_experts": "plan_experts",
+    "route": "route",
+    "router_logits": "router_logits",
+    "sort_by_expert": "count_by_expert",
+}
+
+
+@pytest.mark.parametrize("variant", [each for each in catalog.variants() if each.source in READ_AFTER_THE_WAIT])
+def test_no_load_that_the_compiler_moved_before_the_wait(variant, tmp_path):
+    """Through a pointer that is __restrict__ it may, and then reads what the grid before has yet to write."""
+    entry = READ_AFTER_THE_WAIT[variant.source]
+    code = machine_code(variant, tmp_path).split(f"\n.text.{entry}:")[1].split("\n.text.")[0]
+    before, wait, _ = code.partition("ACQBULK")
+    assert wait
+    loads = re.findall(r"\bLDG\S*", before)
+    assert not [load for load in loads if "STRONG" not in load]  # load_from_l2, of what is two grids back

@@ -27,6 +27,6 @@ def test_vector_width(dtype, columns, aligned, width):
 def test_row_geometry_covers_a_row(columns, width):
     blocks, threads = row_geometry(columns, width)
     assert threads % 32 == 0
-    assert threads <= 1024
+    assert threads <= 256
     assert blocks * threads * width >= columns
     assert (blocks - 1) * threads * width < columns

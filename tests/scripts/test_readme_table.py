@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from cupymoe.kernels import cuda_sources
 from tests.helpers import ROOT
 
 
@@ -15,10 +16,209 @@ def readme_table():
     return readme_table
 
 
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def test_committed_reports(readme_table):
+    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "adapted", "cells", "greedy")
+    reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
+    shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
     assert result.exit_code == 0, result.output
-    assert result.output.count("| ") > 20 * len([*(ROOT / "benchmarks").glob("*/*.json")])
+    lines = [line for line in result.output.splitlines() if line]
+    assert [line for line in lines if not line.startswith("| ")] == [heading for heading, _ in shown]
+    assert len(lines) == sum(3 + len(part) for _, part in shown)
+
+
+def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
+    decode, prefill, model = (
+        read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in ("decode", "prefill", "model")
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
+    assert readme_table.model_table(model) in readme
+
+
+def times(**medians):
+    return {name: {"p20": 0.9 * ms, "p50": ms, "p80": 1.1 * ms} for name, ms in medians.items()}
+
+
+FOUR_TOKENS = {
+    "tokens": 4,
+    "floor_ms": 0.2,
+    "ms": times(**{"cupymoe": 0.25, "cupymoe:fused": 0.3, "peer": 1.0}),
+    "error": {"cupymoe": 0.001, "cupymoe:fused": 0.004, "peer": 0.002},
+}
+NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {"cupymoe": 0.003}}
+
+
+@pytest.mark.parametrize(
+    ("table", "report", "header", "row"),
+    [
+        (
+            "experts_table",
+            {"rows": [NO_PEER, FOUR_TOKENS]},
+            "| tokens | floor us | cupymoe us | x floor | peer us | error cupymoe | error peer |",
+            "| 4 | 200 | 250 | 1.25 | 1000 (4.00x) | 0.00100 | 0.00200 |",
+        ),
+        (
+            "experts_table",
+            {"rows": [FOUR_TOKENS, NO_PEER]},
+            "| tokens | floor us | cupymoe us | x floor | peer us | error cupymoe | error peer |",
+            "| 8 | 50.0 | 75.0 | 1.50 | | 0.00300 | |",
+        ),
+        (
+            "percentiles_table",
+            {"rows": [FOUR_TOKENS]},
+            "| tokens | name | us p20 | p50 | p80 | x floor | x cupymoe | error |",
+            "| 4 | peer | 900 | 1000 | 1100 | 5.00 | 4.00 | 0.00200 |",
+        ),
+        (
+            "first_call_table",
+            {"first_call_s": {"from_disk": {"import_cupy": 0.1, "one_token": 0.2, "every_regime": 0.3}}},
+            "| kernels | import cupy s | one token s | other regimes s |",
+            "| from disk | 0.10 | 0.20 | 0.30 |",
+        ),
+        (
+            "skewed_table",
+            {"skewed": [{**NO_PEER, "routing": "four experts", "hit_experts": 4.0}]},
+            "| tokens | routing | hit experts | floor us | cupymoe us | x floor |",
+            "| 8 | four experts | 4 | 50.0 | 75.0 | 1.50 |",
+        ),
+        (
+            "ways_table",
+            {
+                "rows": [
+                    {
+                        "tokens": 4,
+                        "floor_ms": 0.1,
+                        "ms": times(**{"cupymoe": 0.25, "cupymoe:stream": 0.2, "cupymoe:tiles": 0.4}),
+                    }
+                ]
+            },
+            "| tokens | cupymoe us | x floor | x fastest way | cupymoe:stream us | cupymoe:tiles us |",
+            "| 4 | 250 | 2.500 | 1.250 | 200 | 400 |",
+        ),
+        (
+            "memory_table",
+            {"memory": [{"tokens": 8, "peak_bytes": 3_000_000, "slots_bytes": 2_000_000}]},
+            "| tokens | peak MB over inputs and output | x rows of both projections |",
+            "| 8 | 3.0 | 1.500 |",
+        ),
+        (
+            "stages_table",
+            {
+                "stages": [
+                    {
+                        "name": "gather",
+                        "counted": "reads N",
+                        "bytes": 2_000_000,
+                        "ms": times(gather=0.01)["gather"],
+                        "gb_per_s": 1234.0,
+                        "of_copy": 0.805,
+                    }
+                ]
+            },
+            "| stage | bytes moved | MB | us p20 | p50 | p80 | GB/s | % of copy |",
+            "| gather | reads N | 2.0 | 9.0 | 10.0 | 11.0 | 1234 | 80.5 |",
+        ),
+        (
+            "host_table",
+            {"tokens": 1, "calls": [{"name": "cupymoe", **times(wall_us=40.0, host_us=70.0, gpu_us=30.0)}]},
+            "| call | tokens | wall us | first to return us | GPU us |",
+            "| cupymoe | 1 | 40.0 | 70.0 | 30.0 |",
+        ),
+        (
+            "lora_table",
+            {
+                "rank": 16,
+                "adapted": [
+                    {
+                        "tokens": 1,
+                        "ms": times(merged=0.05, unmerged=0.15, merging=1.0),
+                        "error": {"merged": 0.001, "unmerged": 0.002, "merging": 0.003},
+                    }
+                ],
+            },
+            "| tokens | rank | merged us | unmerged us | merging us | error merged | error unmerged | error merging |",
+            "| 1 | 16 | 50.0 (1.00x) | 150 (3.00x) | 1000 (20.00x) | 0.00100 | 0.00200 | 0.00300 |",
+        ),
+        (
+            "model_table",
+            {"layers": 30, "cells": [{"what": "prefill", "ms": times(grouped_mm=10.0, cupymoe=8.0, routed=5.0)}]},
+            "| 30 layers | grouped_mm ms | cupymoe ms | routed ms |",
+            "| prefill | 10.00 | 8.00 (1.25x) | 5.00 (2.00x) |",
+        ),
+        (
+            "greedy_table",
+            {
+                "cells": [{"ms": times(grouped_mm=10.0, cupymoe=8.0)}],
+                "greedy": [
+                    {
+                        "name": "cupymoe",
+                        "steps": 64,
+                        "same": 54,
+                        "beyond": 47,
+                        "beyond_same": 46,
+                        "decided": 35,
+                        "wrong": 1,
+                        "largest_difference": 0.0859,
+                        "std_of_logits": 1.06,
+                    }
+                ],
+            },
+            "| beside grouped_mm | steps | same token | margin beyond difference | of these the same | "
+            "margin beyond twice that | of these wrong | largest difference |",
+            "| cupymoe | 64 | 54 | 47 | 46 | 35 | 1 | 0.086 (std of logits 1.06) |",
+        ),
+    ],
+)
+def test_a_row_of_each_table(readme_table, table, report, header, row):
+    lines = [" ".join(line.split()) for line in getattr(readme_table, table)(report).splitlines()]
+    assert (lines[0], lines[-1]) == (header, row)
+
+
+def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise(readme_table):
+    first = {"device": "first", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
+    last = {"device": "last", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
+    assert readme_table.together([first, last]) == {
+        "device": "last",
+        "rows": [{"tokens": 1, "of": "first"}, {"tokens": 4, "of": "last"}, {"tokens": 8, "of": "last"}],
+    }
+
+
+@pytest.fixture
+def report(tmp_path):
+    path = tmp_path / "gpu" / "decode.json"
+    path.parent.mkdir()
+    return path
+
+
+def check_report(readme_table, benchmarks):
+    result = CliRunner().invoke(readme_table.main, ["--check-report", "--benchmarks", str(benchmarks)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_report_of_the_present_sources_is_not_stale(readme_table, tmp_path, report):
+    report.write_text(json.dumps({"cuda_src_sha256": cuda_sources.sha256()}))
+    assert check_report(readme_table, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"cuda_src_sha256": "0123456789abcdef"}', "measured cuda_src 0123456789ab, the sources are {present}\n"),
+        ("{}", "has no cuda_src_sha256 (KeyError: "),
+        ("[]", "has no cuda_src_sha256 (TypeError: "),
+        ("no JSON", "has no cuda_src_sha256 (JSONDecodeError: "),
+    ],
+)
+def test_a_stale_report_and_what_is_no_report_are_named(readme_table, tmp_path, report, content, said):
+    report.write_text(content)
+    said = said.replace("{present}", cuda_sources.sha256()[:12])
+    assert check_report(readme_table, tmp_path).startswith(f"stale report: {report} {said}")
 
 
 def test_no_report(readme_table, tmp_path):
