@@ -77,7 +77,7 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: ``name`` is neither ``"auto"`` nor a backend's.
     """
-    if name != "auto" and name not in [*registry()]:
+    if name != "auto" and name not in [*registry()]:  # a list: what was given may have no hash
         raise ValueError(f"backend must be one of {['auto', *registry()]}, got {name!r}")
 
 
