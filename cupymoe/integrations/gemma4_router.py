@@ -19,7 +19,8 @@ def check(router: Any) -> None:
     """Whether a ``Gemma4TextRouter`` can be taken over.
 
     Raises:
-        ValueError: the router's config is not one of a mixture, or its ``forward`` was replaced.
+        AttributeError, ValueError: the router's config is not one of a mixture.
+        ValueError: its ``forward`` was replaced, and not by accelerate.
     """
     Gemma4MoEConfig.from_transformers(router.config)
     if "forward" in vars(router) and "_old_forward" not in vars(router):

@@ -58,13 +58,6 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             yield wrapper
             wrapper = wrapper.base_layer
 
-    def _inner(self) -> Iterator[nn.Module]:
-        """What a call of PEFT's goes through below this wrapper."""
-        module: nn.Module = self
-        while isinstance(module, layer.ParamWrapper):
-            module = module.base_layer
-            yield module
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[T, H]`` of ``x`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
 
@@ -72,13 +65,14 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         arguments.
         """
         experts: Any = self.get_base_layer()
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
+        chain = [*self._wrappers()]
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in chain}
         activation = _activation(experts)
         plain = (
             not kwargs
             and len(args) == 2
-            and not any(wrapper.disable_adapters for wrapper in wrappers.values())
-            and not any(hooks_of(module) or "forward" in vars(module) for module in self._inner())
+            and not any(wrapper.disable_adapters for wrapper in chain)
+            and not any(hooks_of(module) or "forward" in vars(module) for module in (*chain[1:], experts))
         )
         if activation is None or not plain or not wrappers.keys() <= set(_PARAMETERS):
             output: torch.Tensor = super().forward(x, *args, **kwargs)
