@@ -58,6 +58,7 @@ experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_pro
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
 #else
+    empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
     stream_experts<true>(DownGemm{intermediate, down_proj, expert_output}, plan);

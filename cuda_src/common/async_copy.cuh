@@ -125,11 +125,19 @@ __device__ __forceinline__ void release_next_grid() {
 #endif
 }
 
-// A word past the first-level cache: for what is read before the wait, when nothing has emptied that cache of what lay at the
-// address in the call before.
+// What is read before the wait was written two grids back, but the first-level cache may hold what lay at the address in the call
+// before. So either of these: the first for many loads of a block, the second for few.
+__device__ __forceinline__ void empty_l1() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 template <typename T> __device__ __forceinline__ T load_from_l2(const T* address) {
-    static_assert(sizeof(T) == 4, "a word");
-    u32 word;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
-    return *reinterpret_cast<T*>(&word);
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a word or two");
+    if constexpr (sizeof(T) == 4) {
+        u32 word;
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+        return *reinterpret_cast<T*>(&word);
+    } else {
+        u64 words;
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(words) : "l"(address) : "memory");
+        return *reinterpret_cast<T*>(&words);
+    }
 }
