@@ -44,8 +44,8 @@ def test_no_copy_that_the_assembler_breaks(variant, tmp_path):
     assert not [copy for copy in copies if re.search(r"desc\[UR\d*[13579]\]|\[R\d+\+UR", copy)]
 
 
-# Kernels that start under the grid before them, and the instruction from which on the first-level cache holds nothing old:
-# the wait, or empty_l1. The blocks of experts_down* wait in one warp and go on in others, so it is not the wait there.
+# Kernels that start under the grid before them, and the instruction from which on the first-level cache holds nothing
+# old: the wait, or empty_l1. A block of experts_down* waits in one warp and goes on in others: there the wait won't do.
 FRESH_FROM = {
     "combine": "ACQBULK",
     "count_by_expert": "ACQBULK",
@@ -62,8 +62,8 @@ FRESH_FROM = {
 
 @pytest.mark.parametrize("variant", [each for each in catalog.variants() if each.source in FRESH_FROM])
 def test_what_is_loaded_early_comes_from_l2(variant, tmp_path):
-    """Through a pointer that is __restrict__ the compiler may move a load over the wait, which then reads what the grid before
-    has yet to write; and what is two grids back may lie in the first-level cache as it was in the call before."""
+    """Through a pointer that is __restrict__ the compiler may move a load over the wait, to where the grid before has
+    yet to write; and what is two grids back may lie in the first-level cache as it was in the call before."""
     for section in machine_code(variant, tmp_path).split("\n.text.")[1:]:
         entry, _, code = section.partition(":")
         early = code.split(FRESH_FROM[entry])[0]
