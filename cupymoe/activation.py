@@ -40,6 +40,8 @@ class MoEActivation(Enum):
     GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
     RELU2_NO_MUL = "relu2_no_mul"
 
+    __hash__ = object.__hash__  # Enum's is Python, and a call hashes its activation three times
+
     @classmethod
     def from_str(cls, name: str) -> MoEActivation:
         """The member that a config's spelling means.

@@ -48,6 +48,8 @@ class Plan:
     """New tokens of a timed ``generate()``; many short ones, as the host's speed wanders."""
     prefills: tuple[int, ...] = (2048, 8192)
     samples: int = 10
+    """Of a cell, but ``generate()``'s."""
+    generations: int = 20
     replays: int = 8
     """Steps of one sample of the graph."""
 
@@ -96,7 +98,7 @@ def small_plan() -> Plan:
         top_k_experts=2,
         moe_intermediate_size=24,
     )
-    return Plan(config, 6, 8, (1, 2), 4, (12,), samples=2, replays=2)
+    return Plan(config, 6, 8, (1, 2), 4, (12,), samples=2, generations=2, replays=2)
 
 
 def build(config: Gemma4TextConfig, device: torch.device) -> Gemma4ForCausalLM:
@@ -259,7 +261,7 @@ class ModelBench:
             first = run(model, 1)
             return (run(model, 1 + new_tokens) - first) / new_tokens
 
-        return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, self.plan.samples))
+        return self._cell(f"decode, generate(), batch {batch}", self._in_turn(measure, self.plan.generations))
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A cell of one forward over a prompt, to its last logits."""

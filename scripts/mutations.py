@@ -182,8 +182,8 @@ MUTATIONS = (
     cuda(
         "int64 ids cut to 32 bits",
         "common/pairs.cuh",
-        "INDEX expert = top_k_index[pair];",
-        "int expert = (int)top_k_index[pair];",
+        "INDEX expert = load_from_l2(top_k_index + pair);",
+        "int expert = (int)load_from_l2(top_k_index + pair);",
         SORT,
         source="sort_by_expert",
         define="INDEX=long long",
@@ -296,8 +296,8 @@ MUTATIONS = (
     launcher(
         "stale parameters",
         "kernels/launch.py",
-        "        _PACK[len(arguments)](thread.values, 0, *arguments)",
-        "        any(thread.values) or _PACK[len(arguments)](thread.values, 0, *arguments)",
+        "        _PACK[len(arguments)](own.values, 0, *arguments)",
+        "        any(own.values) or _PACK[len(arguments)](own.values, 0, *arguments)",
         ACTIVATION,
     ),
     launcher(

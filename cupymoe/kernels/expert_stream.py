@@ -145,7 +145,7 @@ class Workspace(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _layout(shape: Shape, num_pairs: int) -> tuple[int, ...]:
-    """Offsets of the addresses of a :class:`Workspace`, and its size; rows start on 128 bytes."""
+    """Offsets of the addresses of a :class:`Workspace` past chunks, and its size; rows start on 128 bytes."""
     pair_of_slot = 16 * min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
     num_chunks = pair_of_slot + 4 * num_pairs
     slot_of_pair = num_chunks + 4
@@ -153,15 +153,23 @@ def _layout(shape: Shape, num_pairs: int) -> tuple[int, ...]:
     intermediate_bytes = num_pairs * shape.intermediate_size * shape.dtype.itemsize
     expert_output = -(-(intermediate + intermediate_bytes) // 128) * 128
     size = expert_output + num_pairs * shape.hidden_size * shape.slot_dtype.itemsize
-    return 0, pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size
+    return pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size
 
 
 def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace:
     """Memory for ``num_pairs`` pairs, uninitialised, on the device of ``like``."""
-    *offsets, size = _layout(shape, num_pairs)
+    pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size = _layout(shape, num_pairs)
     memory = like.new_empty(size, dtype=torch.uint8)
     base = memory.data_ptr()
-    return Workspace(memory, *[base + offset for offset in offsets])
+    return Workspace(
+        memory,
+        base,
+        base + pair_of_slot,
+        base + num_chunks,
+        base + slot_of_pair,
+        base + intermediate,
+        base + expert_output,
+    )
 
 
 def grid(tile: Tile, device: int) -> tuple[int, int]:
