@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.audit.targets import resolve
 from cupymoe.backends import fused, registry
 from cupymoe.ops import experts_call
+from cupymoe.verification.transformers_peer import experts_of
 
 LAYERS = 3
 WEIGHT_STD = 0.02
@@ -215,19 +216,11 @@ def transformers_contenders(config: Gemma4MoEConfig, layers: list[Layer]) -> tup
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
-        from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
     except ImportError as error:
         return {}, [f"grouped_mm and batched_mm are not measured: {error}"]
     text_config = Gemma4TextConfig(**asdict(config))
 
-    def module_of(layer: Layer) -> Any:
-        with torch.device("meta"):
-            module = Gemma4TextExperts(text_config)
-        module.gate_up_proj = torch.nn.Parameter(layer.gate_up_proj, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(layer.down_proj, requires_grad=False)
-        return module
-
-    modules = [module_of(layer) for layer in layers]
+    modules = [experts_of(text_config, *layer) for layer in layers]
 
     def bind(forward: Callable[..., torch.Tensor], case: Case) -> Callable[[], torch.Tensor]:
         return partial(forward, modules[case.layer], *case.inputs)

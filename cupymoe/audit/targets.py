@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cupymoe.functional import fused_experts
+from cupymoe.verification.transformers_peer import experts_of
 
 # hidden_states [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], top_k_index and top_k_weights [T, K] -> [T, H]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -84,7 +85,6 @@ def _transformers(name: str, activation: str) -> Experts:
         from transformers.activations import ACT2FN
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
-        from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
     except ImportError as error:
         raise TargetError(f"this transformers has no Gemma 4 with an ExpertsInterface: {error}") from error
     if name == "cupymoe":
@@ -112,11 +112,8 @@ def _transformers(name: str, activation: str) -> Experts:
             enable_moe_block=True,
         )
         config._experts_implementation = name
-        with torch.device("meta"):
-            module: Any = Gemma4TextExperts(config)
-        module.gate_up_proj = torch.nn.Parameter(gate_up_proj, requires_grad=False)
-        module.down_proj = torch.nn.Parameter(down_proj, requires_grad=False)
-        output: torch.Tensor = module.eval()(hidden_states, top_k_index, top_k_weights)
+        module = experts_of(config, gate_up_proj, down_proj).eval()
+        output: torch.Tensor = module(hidden_states, top_k_index, top_k_weights)
         return output
 
     return experts

@@ -39,11 +39,16 @@ def router(config: Gemma4MoEConfig) -> Any:
 
 
 def experts(config: Gemma4MoEConfig, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> Any:
-    """A ``Gemma4TextExperts`` over these weights."""
+    """A ``Gemma4TextExperts`` over these weights, which loops over the experts."""
+    return experts_of(_config(config), gate_up_proj, down_proj)
+
+
+def experts_of(config: Any, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> Any:
+    """A ``Gemma4TextExperts`` of a ``Gemma4TextConfig`` over these weights."""
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
     with torch.device("meta"):
-        module = Gemma4TextExperts(_config(config))
+        module = Gemma4TextExperts(config)
     module.gate_up_proj = torch.nn.Parameter(gate_up_proj, requires_grad=False)
     module.down_proj = torch.nn.Parameter(down_proj, requires_grad=False)
     return module

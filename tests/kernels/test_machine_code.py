@@ -19,7 +19,7 @@ def machine_code(variant: Variant, folder) -> str:
     (nvdisasm,) = (path.locate() for path in files("nvidia-cuda-nvdisasm") if path.name == "nvdisasm")
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled(variant, "sm_90a").cubin)
-    return subprocess.run([str(nvdisasm), str(cubin)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([str(nvdisasm), "-c", "-ndf", str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
 def copying_variants() -> Iterator[Variant]:
