@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
+from cupymoe.customisation import is_wrapper
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
@@ -24,15 +25,25 @@ class _Description(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    kind: type
 
 
-_attributes = operator.attrgetter("shape", "dtype", "device")  # the same as a plain tuple, at half the cost
+# The same as a plain tuple, at half the cost.
+_attributes = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
 def _describe(name: str, tensor: torch.Tensor) -> _Description:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return _Description(tensor.shape, tensor.dtype, tensor.device)
+    return _Description(tensor.shape, tensor.dtype, tensor.device, type(tensor))
+
+
+def _check_plain(name: str, given: _Description) -> None:
+    if is_wrapper(given.kind):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {given.kind.__name__}, which wraps another one: pass its local or "
+            "dequantised tensor"
+        )
 
 
 def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
@@ -357,6 +368,14 @@ def _check_experts(
     top_k_index: _Description,
     top_k_weights: _Description,
 ) -> None:
+    for name, given in (
+        ("hidden_states", hidden_states),
+        ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj),
+        ("top_k_index", top_k_index),
+        ("top_k_weights", top_k_weights),
+    ):
+        _check_plain(name, given)
     _check_shape("hidden_states", hidden_states, (None, None))
     _check_floating("hidden_states", hidden_states)
     num_tokens, hidden_size = hidden_states.shape

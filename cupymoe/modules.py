@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from cupymoe import ops, reference
 from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.customisation import hooks_of, is_wrapper, runs_as
 from cupymoe.functional import fused_experts, route
 
 
@@ -17,27 +19,6 @@ def _autocasts(device_type: str) -> bool:
     # The meta device has no autocast: torch.is_autocast_enabled raises there. torch.amp.is_autocast_available would
     # tell, but torch.compile of torch 2.11 can't trace it.
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-
-
-def hooks_of(module: nn.Module) -> list[str]:
-    """Which kinds of hooks a module has."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return [kind for kind in kinds if getattr(module, kind)]
-
-
-def _check_no_hooks(name: str, module: nn.Module) -> None:
-    # transformers' own are those of an earlier call that asked for hidden states, and of its own classes alone.
-    own = "transformers.utils.output_capturing"
-    hooks = [
-        kind
-        for kind in hooks_of(module)
-        if any(getattr(hook, "__module__", None) != own for hook in getattr(module, kind).values())
-    ]
-    if hooks:
-        raise ValueError(
-            f"{name} must have no hooks, which would be lost, got {', '.join(hooks)} of {type(module).__name__}: "
-            "register them on what takes its place"
-        )
 
 
 def _check_hidden_states(name: str, hidden_states: torch.Tensor, size: int) -> None:
@@ -80,14 +61,28 @@ class Gemma4Router(nn.Module):
         """A router that shares a ``Gemma4TextRouter``'s parameters and ``proj``, adapters and all; nothing is copied.
 
         Raises:
-            ValueError: the router has hooks, which nothing would call any more.
+            AttributeError: the router has no config, or one that lacks a size.
+            ValueError: the router computes more than its parameters say: it or its ``norm`` has hooks, a forward of its
+                own or parametrizations; or its parameters are no plain tensors.
         """
-        _check_no_hooks("router", router)
+        from cupymoe.integrations.gemma4 import router_config
+
+        return cls._sharing(router, router_config("router", router))
+
+    @classmethod
+    def _sharing(cls, router: Any, config: Gemma4MoEConfig) -> Gemma4Router:
         with torch.device("meta"):
-            ours = cls(Gemma4MoEConfig.from_transformers(router.config))
+            ours = cls(config)
         ours.proj, ours.scale, ours.per_expert_scale = router.proj, router.scale, router.per_expert_scale
         ours.training = router.training
         return ours
+
+    @property
+    def _eps(self) -> float:
+        return self.config.rms_norm_eps
+
+    def _router_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return reference.router_input(hidden_states, self.scale, self._eps)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Router logits ``[..., E]`` of ``[..., H]``: RMSNorm without a weight, times ``scale * H^-0.5``, projected.
@@ -98,18 +93,18 @@ class Gemma4Router(nn.Module):
             TypeError: ``hidden_states`` is no floating-point tensor, or of a dtype that ``proj`` can't multiply.
             ValueError: it does not have H columns, or a parameter is on another device.
         """
-        eps, size = self.config.rms_norm_eps, self.config.hidden_size
         scale = self.scale
+        size = scale.shape[0]
         _check_hidden_states("hidden_states", hidden_states, size)
         self._check_device("scale", scale, hidden_states)
         if self._is_plain(hidden_states):
             projection = self.proj.weight
             self._check_device("proj.weight", projection, hidden_states)
             flat = hidden_states.reshape(-1, size)
-            logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, eps)
-            logits = logits.reshape(*hidden_states.shape[:-1], self.config.num_experts)
+            logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, self._eps)
+            logits = logits.reshape(*hidden_states.shape[:-1], projection.shape[0])
         else:
-            states = reference.router_input(hidden_states, scale, eps)
+            states = self._router_input(hidden_states)
             if self._is_linear(hidden_states) and states.dtype != self.proj.weight.dtype:
                 raise TypeError(
                     f"hidden_states must have proj.weight's dtype {self.proj.weight.dtype}, got {hidden_states.dtype} "
@@ -132,6 +127,7 @@ class Gemma4Router(nn.Module):
         return (
             self._is_linear(hidden_states)
             and hidden_states.dtype == self.scale.dtype == self.proj.weight.dtype
+            and not (is_wrapper(type(self.scale)) or is_wrapper(type(self.proj.weight)))
             and self.proj.bias is None
         )
 
@@ -161,7 +157,7 @@ class Gemma4Router(nn.Module):
     def _logits_of_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if isinstance(hidden_states, torch.Tensor) and hidden_states.dim() != 2:
             raise ValueError(
-                f"hidden_states must have shape [*, {self.config.hidden_size}], got {list(hidden_states.shape)}"
+                f"hidden_states must have shape [*, {self.scale.shape[0]}], got {list(hidden_states.shape)}"
             )
         return self.logits(hidden_states)
 
@@ -232,9 +228,13 @@ class Gemma4MoE(nn.Module):
     def from_transformers(cls, decoder_layer: Any, backend: str = "auto") -> Gemma4MoE:
         """A module that shares the parameters of a ``Gemma4TextDecoderLayer`` with experts; nothing is copied.
 
+        The activation is the experts' own ``act_fn``, the sizes are those of the parameters.
+
         Raises:
             ValueError: the layer has no mixture of experts, or an activation that no member means; its router or its
-                experts have hooks, which nothing would call any more; or its experts are wrapped, in adapters say.
+                experts compute more than their parameters say (hooks, a forward of their own, parametrizations,
+                adapters around them), which would be lost; their parameters are no plain tensors, shards say; or router
+                and experts are of different numbers of experts.
             AttributeError: its config lacks a size.
         """
         router, experts = getattr(decoder_layer, "router", None), getattr(decoder_layer, "experts", None)
@@ -243,13 +243,23 @@ class Gemma4MoE(nn.Module):
                 "decoder_layer must have .router and .experts (enable_moe_block=True), "
                 f"got {type(decoder_layer).__name__}"
             )
-        _check_no_hooks("experts", experts)
         for name in ("gate_up_proj", "down_proj"):
             if not isinstance(getattr(experts, name, None), nn.Parameter):
                 raise ValueError(f"decoder_layer.experts must hold the parameter {name}, got {type(experts).__name__}")
+        from cupymoe.integrations.gemma4 import experts_activation, router_config
+
+        config = router_config("decoder_layer.router", router)
+        activation = experts_activation("decoder_layer.experts", experts)
+        if experts.down_proj.shape[0] != config.num_experts:
+            raise ValueError(
+                "decoder_layer.experts must be as many as its router chooses from, "
+                f"{config.num_experts}, got {experts.down_proj.shape[0]}"
+            )
+        if activation is not config.activation:
+            config = replace(config, hidden_activation=activation.value)
         with torch.device("meta"):
-            module = cls(Gemma4MoEConfig.from_transformers(router.config), backend)
-        module.router = Gemma4Router.from_transformers(router)
+            module = cls(config, backend)
+        module.router = Gemma4Router._sharing(router, config)
         module.experts.gate_up_proj = experts.gate_up_proj
         module.experts.down_proj = experts.down_proj
         # Not train(), which would reach into what is shared.
@@ -289,6 +299,11 @@ class Gemma4MoE(nn.Module):
                     f"router_hidden_states must have hidden_states' shape {list(hidden_states.shape)}, "
                     f"got {list(router_hidden_states.shape)}"
                 )
-        weights, index = self.router.route(router_hidden_states.reshape(-1, size))
+        router, router_hidden_states = self.router, router_hidden_states.reshape(-1, size)
+        if runs_as(router, Gemma4Router):
+            weights, index = router.route(router_hidden_states)  # without the probabilities, which nobody reads here
+        else:
+            _, weights, index = router(router_hidden_states)
         output: torch.Tensor = self.experts(hidden_states.reshape(-1, size), index, weights)
-        return output.reshape(hidden_states.shape)
+        # A view of what a module returns is FSDP2's to warn of.
+        return output if output.shape == hidden_states.shape else output.reshape(hidden_states.shape)

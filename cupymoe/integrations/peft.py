@@ -15,10 +15,11 @@ from peft.tuners.lora import layer
 from torch import nn
 
 from cupymoe.activation import MoEActivation
+from cupymoe.customisation import hooks_of, let_compute_as, own_forward
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
-from cupymoe.modules import Gemma4Experts, hooks_of
+from cupymoe.modules import Gemma4Experts
 
 _PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -95,18 +96,26 @@ def use_low_rank(model: nn.Module) -> int:
         How many wrapped parameters were found.
 
     Raises:
-        ValueError: there is none: no adapter has ``target_parameters`` on these experts.
+        ValueError: there is none: no adapter has ``target_parameters`` on these experts; or the class of one has a
+            ``forward`` of its own. Nothing was changed then.
     """
-    found = [
-        module
-        for module in model.modules()
+    found = {
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, layer.ParamWrapper) and module.parameter_name in _PARAMETERS
-    ]
+    }
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no LoRA adapter on experts' parameters: "
             'LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"]) makes them'
         )
-    for module in found:
-        module.__class__ = ParamWrapper
+    for name, module in found.items():
+        known = layer.ParamWrapper.forward, ParamWrapper.forward
+        if given := own_forward(module, *known, called=type(module).forward):
+            raise ValueError(
+                f"{name}: a wrapper must have PEFT's forward, which cupymoe's takes the place of, got {given}: leave "
+                "this model to PEFT, without use_low_rank"
+            )
+    for module in found.values():
+        let_compute_as(module, ParamWrapper)
     return len(found)

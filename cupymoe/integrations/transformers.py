@@ -6,29 +6,36 @@ for every model whose experts are gated, concatenated (gate rows, then up rows),
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
+from cupymoe.customisation import hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
 
-# transformers' activation modules by class name; several spell the same function.
-_ACTIVATIONS = {
-    "GELUTanh": MoEActivation.GELU_TANH,
-    "NewGELUActivation": MoEActivation.GELU_TANH,
-    "FastGELUActivation": MoEActivation.GELU_TANH,
-    "AccurateGELUActivation": MoEActivation.GELU_TANH,
-    "GELUActivation": MoEActivation.GELU,
-    "SiLUActivation": MoEActivation.SILU,
-    "SiLU": MoEActivation.SILU,
-    "ReLUSquaredActivation": MoEActivation.RELU2,
+_GELU_TANH_CLASSES = (
+    activations.GELUTanh,
+    activations.NewGELUActivation,
+    activations.FastGELUActivation,
+    activations.AccurateGELUActivation,
+)
+# transformers' activation modules; several spell the same function.
+_ACTIVATIONS: dict[type[nn.Module], MoEActivation] = {
+    **dict.fromkeys(_GELU_TANH_CLASSES, MoEActivation.GELU_TANH),
+    activations.GELUActivation: MoEActivation.GELU,
+    activations.SiLUActivation: MoEActivation.SILU,
+    nn.SiLU: MoEActivation.SILU,
+    activations.ReLUSquaredActivation: MoEActivation.RELU2,
 }
+_FORWARDS = {cls: cls.forward for cls in _ACTIVATIONS}
 
 # Some models have a function for one.
 _FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}
@@ -63,18 +70,39 @@ def activation_of(experts: Any) -> MoEActivation:
     """The member that an experts module's own ``act_fn`` is; the config's name for it is not read.
 
     Raises:
-        ValueError: no member computes that function.
+        ValueError: no member computes that function, or hooks or another forward make something else of it.
     """
-    given = experts.act_fn
-    if not isinstance(given, nn.Module):
-        member, name = _FUNCTIONS.get(given), getattr(given, "__name__", repr(given))
-    else:
-        name = type(given).__name__
-        member = _ACTIVATIONS.get(name)
+    given, name = experts.act_fn, f"{type(experts).__name__}.act_fn"
+    cls = type(given)
+    member = _ACTIVATIONS.get(cls) if isinstance(given, nn.Module) else _FUNCTIONS.get(given)
     if member is None:
-        known = [*_ACTIVATIONS, *(function.__name__ for function in _FUNCTIONS)]
-        raise ValueError(f"cupymoe has no activation like {name} of {type(experts).__name__}; it has {known}")
+        shown = cls.__name__ if isinstance(given, nn.Module) else getattr(given, "__name__", repr(given))
+        known = [*(known.__name__ for known in _ACTIVATIONS), *(function.__name__ for function in _FUNCTIONS)]
+        if shown in known:
+            shown = f"the {shown} of {cls.__module__}"
+        raise ValueError(f"cupymoe has no activation like {shown} of {type(experts).__name__}; it has {known}")
+    if isinstance(given, nn.Module) and (reason := _changed(given)) is not None:
+        raise ValueError(
+            f"{name} {reason}, which cupymoe would pass over, since it computes the activation inside its kernels: "
+            'take that away, or set experts_implementation="grouped_mm"'
+        )
     return member
+
+
+def _changed(activation: nn.Module) -> str | None:
+    """What makes one of transformers' activation modules compute something else than its class."""
+    if hooks := hooks_of(activation):
+        return f"has hooks ({', '.join(hooks)})"
+    own, cls = vars(activation), type(activation)
+    if "forward" in own or cls.forward is not _FORWARDS[cls]:
+        return "has a forward of its own"
+    # What GELUTanh and GELUActivation call: torch's function, or a method that spells it in Python.
+    act = own.get("act")
+    if act is None or getattr(act, "__func__", None) in vars(cls).values():
+        return None
+    function, keywords = (act.func, act.keywords) if isinstance(act, functools.partial) else (act, {})
+    expected = {"approximate": "tanh"} if cls is activations.GELUTanh else {}
+    return None if function is nn.functional.gelu and keywords == expected else f"has an act of its own, {act!r}"
 
 
 def unsupported_reason(experts: Any) -> str | None:
@@ -82,8 +110,12 @@ def unsupported_reason(experts: Any) -> str | None:
     for name, (served, reason) in _ALL_PROPERTIES.items():
         if getattr(experts, name, served) != served:
             return reason
-    if experts.gate_up_proj.dtype not in _DTYPES:
-        return f"its weights are {experts.gate_up_proj.dtype}, not one of {_DTYPES}"
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)
+        if weight.dtype not in _DTYPES:
+            return f"its weights are {weight.dtype}, not one of {_DTYPES}"
+        if is_wrapper(type(weight)):
+            return f"its {name} is a {type(weight).__name__}, not a plain tensor"
     gating, default = type(experts)._apply_gate, ("transformers.integrations.moe", "_default_apply_gate")
     if (gating.__module__, gating.__name__) != default or "_apply_gate" in vars(experts):
         return "it gates in its own way (_apply_gate)"
@@ -99,25 +131,40 @@ def experts_forward(
     Computed in the dtype of the weights, as ``grouped_mm`` does where autocast left other hidden states.
 
     Raises:
-        ValueError: the module has a property that cupymoe can't serve; the message says which.
+        ValueError: the module has a property that cupymoe can't serve, or its ``act_fn`` is none that it has; the
+            message names the module's path and says what.
     """
-    if reason := unsupported_reason(self):
-        name = type(self).__name__
-        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
+    try:
+        activation = served_activation(self)
+    except ValueError as error:
+        raise ValueError(f"{path_of(self)}: {error}") from None
     gate_up_proj, down_proj, dtype = self.gate_up_proj, self.down_proj, hidden_states.dtype
     if dtype != gate_up_proj.dtype:  # to() costs 1 us where it has nothing to do
         hidden_states = hidden_states.to(gate_up_proj.dtype)
-    activation = activation_of(self)
     output = fused_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=activation)
     return output if output.dtype == dtype else output.to(dtype)
+
+
+def served_activation(experts: Any) -> MoEActivation:
+    """The activation of experts that cupymoe computes as transformers does.
+
+    Raises:
+        ValueError: it can't; the message says which property stands in the way.
+    """
+    if reason := unsupported_reason(experts):
+        name = type(experts).__name__
+        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
+    return activation_of(experts)
 
 
 def replace_routers(model: nn.Module) -> int:
     """Let every ``Gemma4TextRouter`` of a model compute as :class:`cupymoe.Gemma4Router`.
 
-    The modules stay, with their parameters, adapters and hooks; ``output_router_logits`` goes on to work. The experts
-    chosen are transformers' but for exact ties, which go to the lower index (docs/numerics.md), and, up to 32 tokens on
-    CUDA, for logits that differ by the last bit (docs/routing.md).
+    The modules stay, with their parameters, adapters, hooks, parametrizations and shards, and so do their ``norm``,
+    whose ``eps`` and hooks are obeyed, and their config, of which ``top_k_experts`` is read in each call;
+    ``output_router_logits`` goes on to work. The experts chosen are transformers' but for exact ties, which go to the
+    lower index (docs/numerics.md), and, up to 32 tokens on CUDA, for logits that differ by the last bit
+    (docs/routing.md).
 
     Returns:
         How many routers there are.
@@ -127,15 +174,15 @@ def replace_routers(model: nn.Module) -> int:
     """
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
-    from cupymoe.integrations import gemma4_router
+    from cupymoe.integrations import gemma4
 
-    found = [module for module in model.modules() if isinstance(module, Gemma4TextRouter)]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Gemma4TextRouter)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no Gemma4TextRouter to replace")
-    for router in found:
-        gemma4_router.check(router)
-    for router in found:
-        gemma4_router.take_over(router)
+    for name, router in found.items():
+        gemma4.check_router(name or type(router).__name__, router)
+    for router in found.values():
+        gemma4.take_over(router)
     return len(found)
 
 

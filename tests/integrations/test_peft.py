@@ -5,6 +5,7 @@ import torch
 
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, MoEActivation, reference
 from tests.helpers import randomize, relative_error, transformers_config, transformers_gemma4
+from tests.test_customised_modules import one_process
 
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -363,3 +364,32 @@ def test_an_adapter_of_the_routers_outlives_their_replacement():
 def test_no_adapter_to_use():
     with pytest.raises(ValueError, match=r"Gemma4MoE has no LoRA adapter on experts' parameters: LoraConfig\("):
         integration.use_low_rank(moe())
+
+
+def test_a_wrapper_with_a_forward_of_its_own_is_refused_before_any_changes():
+    model = adapted(moe(), "merging")
+    wrappers = [module for module in model.modules() if isinstance(module, integration.layer.ParamWrapper)]
+
+    class WrapperOfMine(integration.layer.ParamWrapper):
+        def forward(self, x, *args, **kwargs):
+            return 2 * super().forward(x, *args, **kwargs)
+
+    wrappers[1].__class__ = WrapperOfMine
+    with pytest.raises(
+        ValueError, match=r"experts.*: a wrapper must have PEFT's forward, .* got .*WrapperOfMine.forward"
+    ):
+        integration.use_low_rank(model)
+    assert type(wrappers[0]) is integration.layer.ParamWrapper
+
+
+def test_a_sharded_wrapper_stays_sharded():
+    model = adapted(moe(), "merging")
+    hidden_states = states(("cpu", torch.float32))
+    expected = train(model)(hidden_states)
+    wrapper = model.get_base_model().experts
+    with one_process() as mesh:
+        torch.distributed.fsdp.fully_shard(wrapper, mesh=mesh)
+        assert integration.use_low_rank(model) == 2
+        assert isinstance(wrapper, torch.distributed.fsdp.FSDPModule)
+        assert isinstance(wrapper, integration.ParamWrapper)
+        torch.testing.assert_close(model(hidden_states), expected, rtol=1e-4, atol=1e-4)
