@@ -17,6 +17,8 @@ import torch
 import cupymoe
 from cupymoe import verification
 from cupymoe.backends import ExpertsCall, registry
+from cupymoe.checkpoint import CheckpointError
+from cupymoe.checkpoint.files import on_disk
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, jit
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
@@ -57,12 +59,23 @@ def versions() -> dict[str, str]:
     }
 
 
+def _on_disk(_context: click.Context, _parameter: click.Parameter, path: str | None) -> str | None:
+    """The path of an option, seen to be there."""
+    if path is not None:
+        try:
+            on_disk(path)
+        except CheckpointError as error:
+            raise click.BadParameter(str(error)) from error
+    return path
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gemma4-26b", show_default=True, help="Sizes.")
 @click.option(
     "--checkpoint",
-    type=click.Path(exists=True),
+    metavar="PATH",
+    callback=_on_disk,
     help="Check the layers of this .safetensors file, index.json or folder; the sizes are its config.json's.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="Element type.")

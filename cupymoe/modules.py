@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of, is_wrapper, runs_as
 from cupymoe.functional import fused_experts, route
+from cupymoe.parameters import check_plain, check_writable
 
 
 def _autocasts(device_type: str) -> bool:
@@ -30,14 +32,26 @@ def _check_hidden_states(name: str, hidden_states: torch.Tensor, size: int) -> N
         raise ValueError(f"{name} must have {size} columns, got shape {list(hidden_states.shape)}")
 
 
-def check_has_memory(module: nn.Module) -> None:
-    """
+def _check_state(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """All of ``given`` can be copied into what ``expected`` has under the same keys; nothing is written.
+
     Raises:
-        ValueError: a parameter is on the meta device, where what is copied into it would be lost.
+        RuntimeError, TypeError, ValueError: as :meth:`Gemma4MoE.load_decoder_layer` says.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name} must not be on the meta device, where what is copied into it is lost")
+    for key, parameter in expected.items():
+        check_writable(key, parameter)
+    complaints = [f"Missing key {key}" for key in expected if key not in given]
+    complaints += [f"Unexpected key {key}" for key in given if key not in expected]
+    if not complaints:
+        for key, tensor in given.items():
+            check_plain(key, tensor)
+        complaints = [
+            f"size mismatch for {key}: must have shape {[*expected[key].shape]}, got {[*tensor.shape]}"
+            for key, tensor in given.items()
+            if tensor.shape != expected[key].shape
+        ]
+    if complaints:
+        raise RuntimeError(f"state_dict must have exactly the layer's router and experts: {'; '.join(complaints)}")
 
 
 class Gemma4Router(nn.Module):
@@ -266,16 +280,25 @@ class Gemma4MoE(nn.Module):
         module.training = module.experts.training = decoder_layer.training
         return module
 
-    def load_decoder_layer(self, state_dict: dict[str, torch.Tensor]) -> None:
+    def load_decoder_layer(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy the parameters from a whole decoder layer's state_dict; its other keys are not ours and are left alone.
+
+        They keep their device and dtype. Nothing is written unless everything can be.
 
         Raises:
             RuntimeError: a ``router.*`` or ``experts.*`` key is missing, left over or of the wrong shape.
-            ValueError: a parameter is on the meta device.
+            ValueError: a parameter or a tensor of such a key is on the meta device.
+            TypeError: ``state_dict`` is no mapping, or one of these is not plain memory (a DTensor, a quantised tensor
+                of torchao, a sparse one), or its dtype is none of bfloat16, float16, float32 and float64.
         """
-        check_has_memory(self)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must map keys to tensors, got {type(state_dict).__name__}")
         ours = {key: value for key, value in state_dict.items() if key.startswith(("router.", "experts."))}
-        self.load_state_dict(ours, strict=True)
+        parameters = self.state_dict()
+        _check_state(parameters, ours)
+        with torch.no_grad():
+            for key, tensor in ours.items():
+                parameters[key].copy_(tensor)
 
     def forward(self, hidden_states: torch.Tensor, router_hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Mixture output, shape and dtype of ``hidden_states``.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.customisation import hooks_of
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
@@ -69,9 +71,10 @@ def warmup(
 ) -> None:
     """Compile and load the kernels that calls of these numbers of tokens will use, by making such calls.
 
-    Every pair of a call is masked, so no expert's weight is read; layers of one kind are called once. Experts with
-    PEFT's adapters are called through them. ``top_k_index`` is int64, as :func:`cupymoe.route` and transformers have
-    it; calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
+    Every pair of a call is masked, so no expert's weight is read; layers of one kind on one device are called once.
+    Experts with PEFT's adapters are called through them. Weights that accelerate has offloaded are loaded by its hooks
+    for each call, where the hooks say. ``top_k_index`` is int64, as :func:`cupymoe.route` and transformers have it;
+    calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
 
     Args:
         target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, or transformers' experts with
@@ -84,22 +87,27 @@ def warmup(
     Raises:
         TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive integer, or
             something else; ``dtype`` is none of weights, or there is no such ``device``.
+        ValueError: a parameter of a router or of experts is on the meta device and no hook of accelerate loads it, or
+            it is a DTensor, a shard of which is all that this process has.
     """
     counts = None if num_tokens is None else _checked(num_tokens)
     if isinstance(target, Gemma4MoEConfig):
         target = _uninitialised(target, dtype, device)
     if not isinstance(target, nn.Module):
         raise TypeError(f"target must be a torch.nn.Module or a Gemma4MoEConfig, got {type(target).__name__}")
-    found = {_kind(part, caller): (part, caller) for part, caller in _parts(target).items()}
+    found: dict[tuple[Any, ...], _Part] = {}
+    for each in sorted(_parts(target), key=_is_offloaded):  # what is there need not be loaded for the calls
+        found.setdefault(_kind(each), each)
     if not found:
         raise ValueError(
             f"target must hold a Gemma4Router, a Gemma4Experts or experts set to cupymoe; {type(target).__name__} "
             "holds none"
         )
-    with torch.inference_mode():
-        for part, caller in found.values():
-            for count in counts or one_of_each_way(*_sizes(part)):
-                _call(part, caller, count)
+    # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
+    with torch.no_grad():
+        for each in found.values():
+            for count in counts or one_of_each_way(*_sizes(each.module)):
+                _call(each, count)
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
@@ -126,50 +134,138 @@ def _checked(num_tokens: Iterable[int]) -> list[int]:
     return counts
 
 
-def _parts(target: nn.Module) -> dict[nn.Module, Any]:
-    """Routers and experts, each with what calls of it go through: the outermost of PEFT's wrappers, or itself."""
-    found: dict[nn.Module, Any] = {}
+class _Part(NamedTuple):
+    """A router or experts, and how calls reach them."""
+
     module: Any
-    for module in target.modules():  # from the outside in
+    caller: Any
+    """What calls go through: the outermost of PEFT's wrappers, or the module itself."""
+    device: torch.device
+    """Where a call runs."""
+    loader: Any
+    """The module around the caller whose hook loads the weights, or None if the caller's own hooks do or none need."""
+
+
+def _parts(target: nn.Module) -> list[_Part]:
+    """Every router and experts of the target, ready to be called."""
+    modules = dict(target.named_modules())
+    found: dict[nn.Module, _Part] = {}
+    module: Any
+    for path, module in modules.items():  # from the outside in
         part = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if part in found:
+            continue
         if isinstance(part, Gemma4Router | Gemma4Experts) or (is_set_to_cupymoe(part) and _has_experts(part)):
-            found.setdefault(part, module)
-    return found
+            names = path.split(".") if path else []
+            around = [modules[".".join(names[:depth])] for depth in range(len(names))]
+            found[part] = _Part(part, module, *_place(path, part, module, around))
+    return [*found.values()]
+
+
+def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> tuple[torch.device, nn.Module | None]:
+    """Where a call runs, and the module around the caller, if any, whose hook has to load the weights for it."""
+    loader = None
+    for owner_path, owner in caller.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            name = ".".join(filter(None, (path, owner_path, name)))
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(
+                    f"{name} must not be a DTensor, of which this process has a shard: call warmup before the module "
+                    "is sharded, or give it the sizes, a Gemma4MoEConfig"
+                )
+            if not parameter.is_meta or any(_loads(module, owner) for module in (owner, part, caller)):
+                continue
+            loader = next((module for module in reversed(around) if _loads(module, owner)), None)
+            if loader is None:
+                raise ValueError(
+                    f"{name} must not be on the meta device, where no hook of accelerate loads it from: call warmup "
+                    "when the weights are loaded, or give it the sizes, a Gemma4MoEConfig"
+                )
+    # The innermost hook is the last to move the inputs.
+    hooks = [*_hooks(loader), *_hooks(caller), *_hooks(part)]
+    device = hooks[-1].execution_device if hooks else _first(part).device
+    return torch.empty(0, device=device).device, loader
+
+
+def _hooks(module: nn.Module | None) -> list[Any]:
+    """accelerate's hooks on a module that say where its calls run, in the order in which they see the inputs."""
+
+    def flat(hook: Any) -> list[Any]:
+        if hasattr(hook, "hooks"):  # a SequentialHook, which may hold another
+            return [each for inner in hook.hooks for each in flat(inner)]
+        return [] if getattr(hook, "execution_device", None) is None else [hook]
+
+    return [] if module is None else flat(vars(module).get("_hf_hook"))
+
+
+def _loads(module: nn.Module, owner: nn.Module) -> bool:
+    """Whether a hook on ``module`` loads the parameters that ``owner``, itself or a part of it, has of its own."""
+    return any(
+        getattr(hook, "offload", False) and (module is owner or hook.place_submodules) for hook in _hooks(module)
+    )
+
+
+def _is_offloaded(each: _Part) -> bool:
+    return any(parameter.is_meta for parameter in each.caller.parameters())
+
+
+@contextmanager
+def _loaded(loader: Any) -> Iterator[None]:
+    """The weights that the hook of a module around a part loads are there meanwhile."""
+    if loader is None:
+        yield
+        return
+    loader._hf_hook.pre_forward(loader)
+    try:
+        yield
+    finally:
+        loader._hf_hook.post_forward(loader, None)
 
 
 def _has_experts(module: nn.Module) -> bool:
     return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
 
 
+def _first(part: Any) -> torch.Tensor:
+    """The parameter whose dtype and device the hidden states have."""
+    parameter: torch.Tensor = part.scale if isinstance(part, Gemma4Router) else part.down_proj
+    return parameter
+
+
 def _sizes(part: Any) -> tuple[int, int, int, int]:
-    """Experts, experts of a token, hidden and intermediate size."""
+    """Experts, experts of a token, hidden and intermediate size; of the parameters, which may have been pruned."""
     config = part.config
-    if isinstance(part, Gemma4Router):
-        return config.num_experts, config.top_k_experts, config.hidden_size, config.moe_intermediate_size
-    num_experts, hidden_size, intermediate_size = part.down_proj.shape
     top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
+    if isinstance(part, Gemma4Router):
+        return len(part.per_expert_scale), top_k, len(part.scale), config.moe_intermediate_size
+    num_experts, hidden_size, intermediate_size = part.down_proj.shape
     return num_experts, top_k, hidden_size, intermediate_size
 
 
-def _kind(part: Any, caller: nn.Module) -> tuple[Any, ...]:
+def _kind(each: _Part) -> tuple[Any, ...]:
     """Parts of one kind need the same kernels."""
+    part, caller = each.module, each.caller
     if isinstance(part, Gemma4Router):
-        settings: tuple[Any, ...] = (part.config,)
+        settings: tuple[Any, ...] = (part._eps,)
     elif isinstance(part, Gemma4Experts):
-        settings = part.config, part.activation, part.backend
+        settings = part.activation, part.backend
     else:
         from cupymoe.integrations.transformers import activation_of
 
-        settings = _sizes(part), activation_of(part)
-    parameters = ((name, p.shape, p.dtype, p.device) for name, p in caller.named_parameters())
-    return (type(caller), settings, *parameters)
+        settings = (activation_of(part),)
+    # A module with a hook may be called where one without is computed as part of something else.
+    hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
+    parameters = ((name, p.shape, p.dtype) for name, p in caller.named_parameters())
+    return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters)
 
 
-def _call(part: Any, caller: Any, num_tokens: int) -> None:
-    if isinstance(part, Gemma4Router):
-        part.route(part.scale.new_zeros((num_tokens, part.config.hidden_size)))
-        return
-    num_experts, top_k, hidden_size, _ = _sizes(part)
-    hidden_states = part.down_proj.new_zeros((num_tokens, hidden_size))
-    index = torch.full((num_tokens, top_k), num_experts, device=hidden_states.device)
-    caller(hidden_states, index, torch.zeros(index.shape, device=hidden_states.device))
+def _call(each: _Part, num_tokens: int) -> None:
+    num_experts, top_k, hidden_size, _ = _sizes(each.module)
+    device = each.device
+    with _loaded(each.loader):
+        hidden_states = torch.zeros(num_tokens, hidden_size, dtype=_first(each.module).dtype, device=device)
+        if isinstance(each.module, Gemma4Router):
+            each.caller(hidden_states)
+            return
+        index = torch.full((num_tokens, top_k), num_experts, device=device)
+        each.caller(hidden_states, index, torch.zeros(index.shape, device=device))

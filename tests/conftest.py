@@ -27,6 +27,15 @@ def _seed():
     torch.manual_seed(SEED)
 
 
+@pytest.fixture
+def mesh():
+    """A device mesh of this process alone, for DTensors."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """For tests that hold on every device."""

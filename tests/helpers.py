@@ -176,6 +176,39 @@ def randomize(module):
     return module
 
 
+class Scaled(torch.Tensor):
+    """A quantised tensor as torchao has them: int8 elements and a scale, with the looks of a floating-point tensor."""
+
+    @staticmethod
+    def __new__(cls, elements, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, elements.shape, dtype=scale.dtype, device=elements.device)
+
+    def __init__(self, elements, scale):
+        self.elements, self.scale = elements, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].elements, args[0].scale)
+        raise NotImplementedError(f"{function} of a {cls.__name__}")
+
+
+UNFIT = {
+    "meta": (lambda tensor: tensor.to("meta"), ValueError, "not be on the meta device"),
+    "a subclass": (
+        lambda tensor: Scaled((tensor * 10).to(torch.int8), torch.ones((), dtype=tensor.dtype)),
+        TypeError,
+        "be a plain tensor, .* got a Scaled",
+    ),
+    "sparse": (lambda tensor: tensor.to_sparse(), TypeError, r"be a plain tensor, .* got a torch.sparse_coo one"),
+    "float8": (lambda tensor: tensor.to(torch.float8_e4m3fn), TypeError, "have a dtype of .* got torch.float8_e4m3fn"),
+    "uint8": (lambda tensor: tensor.to(torch.uint8), TypeError, "have a dtype of .* got torch.uint8"),
+    "int32": (lambda tensor: tensor.to(torch.int32), TypeError, "have a dtype of .* got torch.int32"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), TypeError, "have a dtype of .* got torch.complex64"),
+}
+"""What makes of a weight one that a plain copy does not read or fill; the error that says so, and part of its text."""
+
+
 def run_python(code, **environment):
     """Output of a fresh interpreter that sees this checkout; it fails the test if the interpreter fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}

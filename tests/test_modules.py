@@ -3,12 +3,15 @@
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, Gemma4Router, MoEActivation
-from tests.helpers import randomize, transformers_config, transformers_gemma4
+from tests.helpers import UNFIT, randomize, transformers_config, transformers_gemma4
 
 KEYS = {
     "router.proj.weight": (6, 32),
@@ -69,6 +72,106 @@ def test_load_names_a_misshapen_key(key):
     state_dict[key] = state_dict[key][1:]
     with pytest.raises(RuntimeError, match=rf"(?s)size mismatch for {re.escape(key)}"):
         Gemma4MoE(CONFIG).load_decoder_layer(state_dict)
+
+
+def refuse_to_load(state_dict, error, message):
+    """The error is raised, and no parameter was written."""
+    moe = randomize(Gemma4MoE(CONFIG))
+    before = copy.deepcopy(moe.state_dict())
+    with pytest.raises(error, match=message):
+        moe.load_decoder_layer(state_dict)
+    assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("kind", UNFIT)
+def test_load_refuses_what_a_copy_would_not_read(kind, key):
+    make, error, message = UNFIT[kind]
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    state_dict[key] = make(state_dict[key])
+    refuse_to_load(state_dict, error, f"{key} must .*{message}")
+
+
+def test_load_refuses_shards(mesh):
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    shards = distribute_tensor(state_dict["router.scale"], mesh)
+    refuse_to_load({**state_dict, "router.scale": shards}, TypeError, "router.scale must be a plain .* got a DTensor")
+    moe = fully_shard(randomize(Gemma4MoE(CONFIG)), mesh=mesh)
+    with pytest.raises(TypeError, match=r"router.scale must be a plain tensor, .* got a DTensor"):
+        moe.load_decoder_layer(state_dict)
+
+
+def test_load_refuses_a_nested_tensor():
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that their interface may change
+        state_dict["router.scale"] = torch.nested.nested_tensor([torch.ones(16), torch.ones(16)])
+    refuse_to_load(state_dict, TypeError, "router.scale must be a plain tensor, .* got a nested one")
+
+
+def test_load_refuses_an_array():
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    state_dict["router.scale"] = state_dict["router.scale"].numpy()
+    refuse_to_load(state_dict, TypeError, "router.scale must be a torch.Tensor, got ndarray")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_load_writes_nothing_of_a_misshapen_layer(key):
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    refuse_to_load({**state_dict, key: state_dict[key][1:]}, RuntimeError, f"size mismatch for {key}: must have shape")
+    refuse_to_load(
+        {**state_dict, key: state_dict[key][None]}, RuntimeError, f"size mismatch for {key}: must have shape"
+    )
+    refuse_to_load({**state_dict, f"{key}_scale": torch.ones(1)}, RuntimeError, f"Unexpected key {key}_scale")
+    del state_dict[key]
+    refuse_to_load(state_dict, RuntimeError, f"Missing key {key}")
+
+
+def test_load_refuses_what_is_no_state_dict():
+    refuse_to_load([*Gemma4MoE(CONFIG).state_dict()], TypeError, "state_dict must map keys to tensors, got list")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_load_keeps_the_parameters_dtype(dtype):
+    moe, other = Gemma4MoE(CONFIG), randomize(Gemma4MoE(CONFIG)).to(dtype)
+    moe.load_decoder_layer(other.state_dict())
+    for key, value in moe.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, other.state_dict()[key].float())
+
+
+def test_load_takes_parameters_and_subclasses_that_are_plain_memory():
+    class Named(torch.Tensor):
+        pass
+
+    moe, other = Gemma4MoE(CONFIG), randomize(Gemma4MoE(CONFIG))
+    state_dict = {key: value.as_subclass(Named) for key, value in other.state_dict().items()}
+    moe.load_decoder_layer({**state_dict, "router.scale": other.router.scale})
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_load_refuses_parameters_that_a_copy_would_not_fill(kind):
+    make, error, message = UNFIT[kind]
+    moe = randomize(Gemma4MoE(CONFIG))
+    scale = moe.router.scale.detach().clone()
+    moe.experts.down_proj = torch.nn.Parameter(make(moe.experts.down_proj.detach()), requires_grad=False)
+    with pytest.raises(error, match=f"experts.down_proj must .*{message}"):
+        moe.load_decoder_layer(randomize(Gemma4MoE(CONFIG)).state_dict())
+    assert torch.equal(moe.router.scale, scale)
+
+
+def test_load_refuses_parameters_of_inference_mode_outside_of_it():
+    state_dict = randomize(Gemma4MoE(CONFIG)).state_dict()
+    moe = Gemma4MoE(CONFIG)
+    with torch.inference_mode():
+        moe.experts.down_proj = torch.nn.Parameter(torch.zeros(6, 32, 24))
+    with pytest.raises(ValueError, match=r"experts.down_proj was made in torch.inference_mode\(\), and can be written"):
+        moe.load_decoder_layer(state_dict)
+    assert torch.equal(moe.router.scale, torch.ones(32))
+    with torch.inference_mode():
+        moe.load_decoder_layer(state_dict)
+        assert all(torch.equal(value, state_dict[key]) for key, value in moe.state_dict().items())
 
 
 def test_from_transformers_shares_every_parameter():

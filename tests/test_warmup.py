@@ -2,11 +2,13 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
-import cupymoe.integrations.transformers  # noqa: F401  registers "cupymoe"
+import cupymoe.integrations.transformers  # registers "cupymoe"
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, warmup
 from cupymoe.backends.fused import stream_reason, tiles_reason
 from cupymoe.kernels import jit
@@ -52,17 +54,17 @@ def calls_of(model, monkeypatch, *arguments):
 
 
 def test_equal_shapes_that_need_other_kernels(monkeypatch):
-    """The activation, top k, epsilon and the backend are compiled for, too."""
+    """Experts' activation, top k and backend, and routers' top k and epsilon are compiled for, too."""
     changes = ({}, {}, {"hidden_activation": "silu"}, {"top_k_experts": 3}, {"rms_norm_eps": 1e-5})
     layers = [Gemma4MoE(dataclasses.replace(CONFIG, **change)) for change in changes]
     layers.append(Gemma4MoE(CONFIG, backend="reference"))
     calls = calls_of(torch.nn.ModuleList(layers), monkeypatch, (2,))
-    experts = [("GELU_TANH", 2), ("SILU", 2), ("GELU_TANH", 2), ("GELU_TANH", 2), ("GELU_TANH", 2)]
-    routers = [(2, 2), (2, 2), (3, 2), (2, 2)]
+    experts = [("GELU_TANH", 2), ("SILU", 2), ("GELU_TANH", 2), ("GELU_TANH", 2)]
+    routers = [(2, 2), (3, 2), (2, 2)]
     assert sorted(calls, key=str) == sorted(experts + routers, key=str)
 
 
-@pytest.mark.parametrize("changed", [torch.bfloat16, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("changed", [torch.bfloat16, pytest.param("cuda", marks=pytest.mark.gpu)], ids=str)
 def test_equal_shapes_of_another_dtype_or_device(changed):
     called = []
     layers = torch.nn.ModuleList([Gemma4MoE(CONFIG), Gemma4MoE(CONFIG).to(changed)])
@@ -186,7 +188,8 @@ def test_calls_record_nothing_for_autograd():
     moe, outputs = Gemma4MoE(CONFIG), []
     moe.experts.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     warmup(moe, (1,))
-    assert [output.is_inference() for output in outputs] == [True]
+    assert [output.requires_grad for output in outputs] == [False]
+    assert not any(parameter.is_inference() for parameter in moe.parameters())
 
 
 def test_experts_whose_config_has_another_name_for_top_k():
@@ -231,6 +234,179 @@ def test_sizes_want_a_device_that_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be there, got cuda: torch sees no CUDA device"):
         warmup(CONFIG)
+
+
+def test_a_hook_makes_another_kind():
+    """A projection that has one is called, where the logits are otherwise one kernel."""
+    called = []
+    layers = torch.nn.ModuleList([Gemma4MoE(CONFIG) for _ in range(3)])
+    for layer in layers:
+        layer.router.register_forward_hook(lambda module, inputs, output: called.append(module))
+    layers[1].router.proj.register_forward_hook(lambda module, inputs, output: None)
+    warmup(layers, (1,))
+    assert called == [layers[0].router, layers[1].router]
+
+
+def test_sizes_are_those_of_the_parameters():
+    """Experts may have been pruned after they were made."""
+    experts, called = Gemma4MoE(CONFIG).experts, []
+    experts.gate_up_proj = torch.nn.Parameter(torch.full((4, 32, 48), torch.nan))
+    experts.down_proj = torch.nn.Parameter(torch.full((4, 48, 16), torch.nan))
+    experts.register_forward_hook(
+        lambda module, inputs, output: called.append(
+            (inputs[0].shape, inputs[1].unique().tolist(), output.any().item())
+        )
+    )
+    warmup(experts, (3,))
+    assert called == [((3, 48), [4], False)]
+
+
+def test_a_config_need_not_be_hashable():
+    """A router may have transformers' own."""
+    router, called = Gemma4MoE(CONFIG).router, []
+    router.config = SimpleNamespace(**dataclasses.asdict(CONFIG))
+    router.register_forward_hook(lambda module, inputs, output: called.append(output[2].shape))
+    warmup(router, (3,))
+    assert called == [(3, 2)]
+
+
+# --- weights that are elsewhere ---------------------------------------------------------------------------------------
+
+
+def gemma_4_model(implementation="cupymoe", **sizes):
+    """Two layers, whose routers are ours too."""
+    transformers_gemma4()
+    import transformers
+
+    config = transformers_config(
+        implementation, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], **sizes
+    )
+    model = randomize(transformers.Gemma4ForCausalLM(config)).eval()
+    cupymoe.integrations.transformers.replace_routers(model)
+    return model
+
+
+def offload(model, way, folder, device="cpu"):
+    """By accelerate, so that the weights of the layers are on the meta device between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    device = torch.device(device)
+    if way == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=device)
+    elif way == "disk_offload":
+        accelerate.disk_offload(model, folder, execution_device=device)
+    elif way == "dispatch_model":
+        places = {"model.embed_tokens": device, "model.layers.0": "disk", "model.layers.1": "cpu"}
+        places |= {"model.norm": device, "model.rotary_emb": device, "lm_head": device}
+        accelerate.dispatch_model(model, places, main_device=device, offload_dir=folder, force_hooks=True)
+    elif way == "whole layers":
+        accelerate.cpu_offload(model, execution_device=device, preload_module_classes=["Gemma4TextDecoderLayer"])
+    else:
+        accelerate.cpu_offload(model, execution_device=device)
+        for layer in model.model.layers:
+            for part in (layer.router, layer.experts):
+                for _ in range(2):  # a SequentialHook in a SequentialHook
+                    accelerate.hooks.add_hook_to_module(part, accelerate.hooks.ModelHook(), append=True)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    return model
+
+
+WAYS = ("cpu_offload", "disk_offload", "dispatch_model", "whole layers", "several hooks")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offloaded_weights_are_loaded_for_the_calls(tmp_path, monkeypatch, way):
+    model, ids = gemma_4_model(), torch.randint(1, 64, (1, 5))
+    with torch.no_grad():
+        expected = model(ids).logits
+    offload(model, way, tmp_path)
+    state = [(name, p.is_meta, p.requires_grad) for name, p in model.named_parameters()]
+    called = []
+    for name in ("fused_experts", "route"):
+        for user in ("cupymoe.modules", "cupymoe.integrations.transformers"):
+            kept = getattr(sys.modules[user], name, None)
+
+            def spy(*arguments, kept=kept, name=name, **settings):
+                tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+                called.append((name, len(arguments[0]), {str(each.device) for each in tensors}))
+                return kept(*arguments, **settings)
+
+            monkeypatch.setattr(sys.modules[user], name, spy, raising=kept is not None)
+    warmup(model, (1, 3))
+    assert sorted(called, key=str) == [
+        (name, count, {"cpu"}) for name in ("fused_experts", "route") for count in (1, 3)
+    ]
+    assert [(name, p.is_meta, p.requires_grad) for name, p in model.named_parameters()] == state
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_of_a_kind_the_one_that_is_there_is_called():
+    accelerate = pytest.importorskip("accelerate")
+    layers = torch.nn.ModuleList([randomize(Gemma4MoE(CONFIG)) for _ in range(2)])
+    accelerate.cpu_offload(layers[0], execution_device=torch.device("cpu"))
+    accelerate.hooks.attach_execution_device_hook(layers[1], torch.device("cpu"))
+    called = []
+    for layer in layers:
+        layer.experts.register_forward_hook(lambda module, inputs, output: called.append(module))
+    warmup(layers, (1,))
+    assert called == [layers[1].experts]
+
+
+@pytest.mark.parametrize("implementation", ["cupymoe", "ours"])
+def test_weights_that_nothing_loads(implementation):
+    with torch.device("meta"):
+        target = Gemma4MoE(CONFIG) if implementation == "ours" else gemma_4_model(implementation)
+    path = "router.scale" if implementation == "ours" else "model.layers.0.router.scale"
+    with pytest.raises(ValueError, match=rf"^{path} must not be on the meta device, where no hook of accelerate loads"):
+        warmup(target, (1,))
+
+
+def test_weights_that_are_lost_under_a_hook_that_loads_others():
+    accelerate = pytest.importorskip("accelerate")
+    moe = torch.nn.Sequential(randomize(Gemma4MoE(CONFIG)))
+    accelerate.hooks.add_hook_to_module(moe, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+    accelerate.cpu_offload(moe[0].router, execution_device=torch.device("cpu"))
+    moe[0].experts.to("meta")
+    with pytest.raises(ValueError, match=r"^0.experts.gate_up_proj must not be on the meta device"):
+        warmup(moe, (1,))
+
+
+def test_a_projection_that_nothing_loads():
+    moe = Gemma4MoE(CONFIG)
+    moe.router.proj.to("meta")
+    with pytest.raises(ValueError, match=r"^router.proj.weight must not be on the meta device"):
+        warmup(moe, (1,))
+
+
+def test_shards(mesh):
+    layers = torch.nn.Sequential(*(fully_shard(randomize(Gemma4MoE(CONFIG)), mesh=mesh) for _ in range(2)))
+    with pytest.raises(
+        ValueError, match=r"^0.router.scale must not be a DTensor, .*: call warmup before the module is"
+    ):
+        warmup(fully_shard(layers, mesh=mesh), (1,))
+    with torch.no_grad():
+        assert layers(torch.randn(3, 64)).shape == (3, 64)  # it can still be the first that is called
+    called = []
+    for layer in layers:
+        layer.experts.register_forward_hook(lambda module, inputs, output: called.append(type(inputs[0])))
+        layer.unshard()
+    warmup(layers, (1,))
+    assert called == [torch.Tensor]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_compiled_after_it_for_offloaded_weights(tmp_path, way):
+    model = gemma_4_model(moe_intermediate_size=200 + 8 * WAYS.index(way)).bfloat16()  # which no other test compiles
+    offload(model, way, tmp_path, "cuda:0")
+    ids, compiled = torch.randint(1, 64, (1, 5)), jit.compiled_variants()
+    warmup(model, (5,))
+    assert jit.compiled_variants() > compiled
+    compiled = jit.compiled_variants()
+    with torch.no_grad():
+        model(ids.cuda())
+    assert jit.compiled_variants() == compiled
 
 
 @pytest.mark.gpu

@@ -1,9 +1,12 @@
 """Gemma 4 MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
 
-A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either. The keys of layer N
-start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike; then come
-``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the experts in
-exactly one layout:
+A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either, on this machine: nothing
+is downloaded. Every function here raises a :class:`CheckpointError` for a path where there is neither a file nor a
+folder, and a TypeError for what is neither a str nor an ``os.PathLike``.
+
+The keys of layer N start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike;
+then come ``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the
+experts in exactly one layout:
 
 - fused: ``experts.gate_up_proj`` [E, 2I, H] and ``experts.down_proj`` [E, H, I]; older: ``moe.`` for ``experts.``
 - per expert: ``experts.<id>.{gate,up,down}_proj.weight`` [I, H], [I, H], [H, I]; or behind ``moe.``
@@ -29,12 +32,15 @@ from cupymoe.checkpoint.files import (
     PathLike,
     header_keys,
     key_files,
+    on_disk,
     open_file,
     read_json,
+    read_tensor,
 )
 from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.modules import Gemma4MoE, check_has_memory
+from cupymoe.modules import Gemma4MoE
+from cupymoe.parameters import check_writable
 
 __all__ = ["CheckpointError", "check_index", "layers", "load_into", "load_layer", "num_hidden_layers", "read_config"]
 
@@ -84,7 +90,7 @@ def num_hidden_layers(path: PathLike) -> int | None:
 
 def _read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
     """The ``config.json`` beside the checkpoint, and what it says of the text model."""
-    path = Path(path)
+    path = on_disk(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     given = read_json(file)
     given = given.get("text_config", given)
@@ -139,22 +145,25 @@ def load_layer(
         path: the checkpoint, as the module says.
         layer: N of ``layers.N.``
         config: sizes and activation; None reads ``config.json`` (:func:`read_config`).
-        device: where the parameters go.
+        device: where the parameters go; not the meta device, which would lose them.
         dtype: bfloat16, float16, float32 or float64; None keeps the checkpoint's, which must be one for the layer.
         backend: of the experts, as for :func:`cupymoe.fused_experts`.
 
     Raises:
         CheckpointError: a key is missing, left over, misshapen, of a dtype that is none of the four, there twice, or
             the experts are in two layouts; or one of the files can't be read.
-        ValueError: ``dtype`` is none of the four.
+        ValueError: ``dtype`` is none of the four, or ``device`` is the meta device.
         TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype must be one of {[*_DTYPES.values()]} or None, got {dtype}")
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device must have memory for the parameters, got {device}")
+    files = key_files(path)
     moe = skeleton(read_config(path) if config is None else config, backend)
     state: dict[str, torch.Tensor] = {}
-    with _checked(path, layer, moe.config) as tensors:
+    with _checked(path, files, layer, moe.config) as tensors:
         wanted = _common_dtype(tensors) if dtype is None else dtype
         for tensor in tensors:
             name, part, _ = tensor.slot
@@ -171,18 +180,38 @@ def load_layer(
 def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
     """Copy one layer into the parameters that ``moe`` has, on their device and in their dtype.
 
-    Nothing is written unless the whole layer is as ``moe.config`` says.
+    Nothing is written unless the whole layer is as ``moe.config`` says, and so are the parameters.
 
     Raises:
         CheckpointError: as of :func:`load_layer`.
-        ValueError: a parameter is on the meta device, where a copy would be lost.
-        TypeError: ``layer`` is not an int.
+        ValueError: a parameter is not there or not of the shape that ``moe.config`` says, or it is on the meta device,
+            where a copy would be lost.
+        TypeError: a parameter is a DTensor or another tensor that is not plain memory, or its dtype is none of
+            bfloat16, float16, float32 and float64; or ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
-    check_has_memory(moe)
-    with _checked(path, layer, moe.config) as tensors, torch.no_grad():
-        for tensor in tensors:
-            moe.get_parameter(tensor.slot.parameter)[tensor.slot.part].copy_(tensor.read())
+    parameters = _parameters(moe)
+    with _checked(path, key_files(path), layer, moe.config) as tensors, torch.no_grad():
+        # All are mapped before the first is copied: one that can't be is seen while nothing is written yet.
+        mapped = [(parameters[tensor.slot.parameter][tensor.slot.part], tensor.read()) for tensor in tensors]
+        for destination, source in mapped:
+            destination.copy_(source)
+
+
+def _parameters(moe: Gemma4MoE) -> dict[str, torch.Tensor]:
+    """Every parameter of a layer by name, seen to be one that a checkpoint can be copied into."""
+    parameters: dict[str, torch.Tensor] = {}
+    for name, wanted in skeleton(moe.config).named_parameters():
+        try:
+            parameters[name] = moe.get_parameter(name)
+        except AttributeError as error:
+            raise ValueError(f"moe must have the parameter {name}: {error}") from error
+        check_writable(name, parameters[name])
+        if parameters[name].shape != wanted.shape:
+            raise ValueError(
+                f"{name} must have shape {[*wanted.shape]}, as moe.config says, got {[*parameters[name].shape]}"
+            )
+    return parameters
 
 
 class _Tensor(NamedTuple):
@@ -195,17 +224,18 @@ class _Tensor(NamedTuple):
     handle: Any
 
     def read(self) -> torch.Tensor:
-        """On the CPU, mapped to the file: its bytes are read when they are used."""
-        tensor: torch.Tensor = self.handle.get_tensor(self.key)
-        return tensor
+        """On the CPU, mapped to the file."""
+        return read_tensor(self.file, self.handle, self.key)
 
 
 @contextmanager
-def _checked(path: PathLike, layer: int, config: Gemma4MoEConfig) -> Iterator[list[_Tensor]]:
+def _checked(
+    path: PathLike, key_files: dict[str, Path], layer: int, config: Gemma4MoEConfig
+) -> Iterator[list[_Tensor]]:
     """The layer's tensors, unread, after every check; the files are open until the context ends."""
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise TypeError(f"layer must be an int, the N of layers.N., got {layer!r}")
-    found = match(path, key_files(path), layer, config)
+    found = match(path, key_files, layer, config)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}
         _check_headers(path, layer, found, {file: set(handle.keys()) for file, handle in handles.items()})

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+import torch
 
 PathLike = str | os.PathLike[str]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!.*\.(?:safetensors|json)$)[A-Za-z0-9][\w.-]*")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is not what it must be; the text names the key, the file, what was found and what is allowed."""
 
 
+def on_disk(path: PathLike) -> Path:
+    """The path that a caller gave, once it is seen to be a file or a folder.
+
+    Raises:
+        CheckpointError: neither is there.
+        TypeError: ``path`` is neither a str nor an ``os.PathLike``.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a str or an os.PathLike that leads to a checkpoint, got {path!r}")
+    text = os.fspath(path)
+    if text and (os.path.isfile(text) or os.path.isdir(text)):
+        return Path(text)
+    name = text or "an empty path"  # which Path would take for the working folder
+    advice = ""
+    if _HUB_ID.fullmatch(text):
+        advice = f"; cupymoe downloads nothing: huggingface_hub.snapshot_download({text!r}) gives a model's folder"
+    raise CheckpointError(f"{name}: a checkpoint must be a file or a folder on disk, and none is there{advice}")
+
+
 def key_files(path: PathLike) -> dict[str, Path]:
     """The file that holds each key: as the index says, or else as the headers of all files say."""
-    path = Path(path)
+    path = on_disk(path)
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
@@ -76,3 +99,14 @@ def open_file(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def read_tensor(file: Path, handle: Any, key: str) -> torch.Tensor:
+    """A tensor of an open file, on the CPU and mapped to the file: its bytes are read when they are used."""
+    from safetensors import SafetensorError
+
+    try:
+        tensor: torch.Tensor = handle.get_tensor(key)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises the RuntimeError where it can't map
+        raise CheckpointError(f"{file}: {key} can't be read: {error}") from error
+    return tensor

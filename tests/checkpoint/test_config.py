@@ -14,6 +14,7 @@ def test_config_is_read(tmp_path, nested):
     write_config(tmp_path, nested, hidden_activation="silu", rms_norm_eps=1e-5)
     expected = dataclasses.replace(CONFIG, hidden_activation="silu", rms_norm_eps=1e-5)
     assert checkpoint.read_config(tmp_path) == expected
+    (tmp_path / "model.safetensors.index.json").touch()
     assert checkpoint.read_config(tmp_path / "model.safetensors.index.json") == expected
 
 
@@ -46,6 +47,7 @@ def test_the_number_of_layers_is_read(tmp_path, nested):
     write_config(tmp_path, nested)
     assert checkpoint.num_hidden_layers(tmp_path) is None
     write_config(tmp_path, nested, num_hidden_layers=30)
+    (tmp_path / "model.safetensors").touch()
     assert checkpoint.num_hidden_layers(tmp_path / "model.safetensors") == 30
 
 

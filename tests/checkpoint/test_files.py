@@ -1,6 +1,8 @@
 """Files that are not what they say."""
 
 import json
+import os
+import re
 import sys
 
 import pytest
@@ -16,6 +18,7 @@ from tests.checkpoint.helpers import (
     LAYERS,
     PREFIX,
     assert_is_layer,
+    make_moe,
     tensors_of,
     write,
     write_shards,
@@ -98,11 +101,6 @@ def test_an_index_names_its_files_as_it_likes(tmp_path, name):
     assert_is_layer(checkpoint.load_layer(tmp_path, 3, CONFIG), 3)
 
 
-def test_an_index_of_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: not a readable safetensors file"):
-        checkpoint.check_index(tmp_path / "nowhere")
-
-
 def test_json_that_nests_too_deep(tmp_path):
     write(tmp_path, tensors_of())
     (tmp_path / "config.json").write_text("[" * 200_000)
@@ -156,10 +154,85 @@ def test_files_that_are_no_checkpoint(tmp_path, name, content, message):
         checkpoint.layers(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "folder"])
-def test_paths_that_are_not_there(tmp_path, name):
-    with pytest.raises(CheckpointError, match=rf"{name}: not a readable .*No such file"):
-        checkpoint.layers(tmp_path / name)
+OF_A_PATH = {
+    "layers": checkpoint.layers,
+    "read_config": checkpoint.read_config,
+    "num_hidden_layers": checkpoint.num_hidden_layers,
+    "check_index": checkpoint.check_index,
+    "load_layer": lambda path: checkpoint.load_layer(path, 0),
+    "load_layer with a config": lambda path: checkpoint.load_layer(path, 0, CONFIG),
+    "load_into": lambda path: checkpoint.load_into(make_moe(0), path, 0),
+}
+
+
+@pytest.fixture(params=OF_A_PATH)
+def of_a_path(request):
+    """Every public function that is given a path."""
+    return OF_A_PATH[request.param]
+
+
+NOTHING = "a checkpoint must be a file or a folder on disk, and none is there"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "folder", "a/b/c", "\0", "x" * 300]
+)
+def test_a_path_that_is_not_there(tmp_path, of_a_path, name):
+    path = tmp_path / name
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{path}: {NOTHING}')}$"):
+        of_a_path(path)
+
+
+@pytest.mark.parametrize("name", ["", "gemma", "./google/gemma", "a/b/c", "shards/model.safetensors"])
+def test_a_relative_path_that_is_not_there(tmp_path, monkeypatch, of_a_path, name):
+    """An empty one does not mean the working folder, whose checkpoint nobody named."""
+    monkeypatch.chdir(write(tmp_path, tensors_of()))
+    message = f"{name or 'an empty path'}: {NOTHING}"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        of_a_path(name)
+
+
+def test_a_hub_id_is_not_downloaded(tmp_path, monkeypatch, of_a_path):
+    monkeypatch.chdir(tmp_path)
+    name = "google/gemma-4-26B-A4B-it"
+    advice = f"cupymoe downloads nothing: huggingface_hub.snapshot_download('{name}') gives a model's folder"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{name}: {NOTHING}; {advice}')}$"):
+        of_a_path(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_path_that_is_neither_a_file_nor_a_folder(tmp_path, of_a_path):
+    """Opening a pipe would wait for somebody to write to it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=f"pipe: {NOTHING}"):
+        of_a_path(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model.safetensors", ["model.safetensors"]], ids=str)
+def test_what_is_no_path(of_a_path, path):
+    message = f"path must be a str or an os.PathLike that leads to a checkpoint, got {path!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        of_a_path(path)
+
+
+@pytest.mark.parametrize("function", ["layers", "check_index", "load_layer", "load_layer with a config", "load_into"])
+def test_a_folder_without_a_checkpoint(tmp_path, function):
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors.index.json nor a .safetensors file is there"):
+        OF_A_PATH[function](tmp_path)
+
+
+@pytest.mark.parametrize("function", ["layers", "check_index", "load_layer", "load_layer with a config", "load_into"])
+def test_a_file_of_another_kind(tmp_path, function):
+    torch.save({f"{PREFIX}0.{DOWN}": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: not a readable safetensors file"):
+        OF_A_PATH[function](tmp_path / "pytorch_model.bin")
+
+
+def test_a_safetensors_file_may_have_any_name(tmp_path):
+    """Those of huggingface_hub's cache are named after their hash."""
+    write(tmp_path, tensors_of())
+    (tmp_path / "model.safetensors").rename(tmp_path / "7c2f")
+    assert_is_layer(checkpoint.load_layer(tmp_path / "7c2f", 3), 3)
 
 
 def test_without_safetensors(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """What is loaded: every layout, prefix and dtype gives the same module."""
 
 import pytest
+import safetensors
 import torch
+from torch.distributed.fsdp import fully_shard
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, checkpoint, reference
+from cupymoe import Gemma4MoEConfig, checkpoint, reference
 from cupymoe.checkpoint import CheckpointError
 from tests.checkpoint.helpers import (
     CONFIG,
@@ -23,7 +25,7 @@ from tests.checkpoint.helpers import (
     write,
     write_shards,
 )
-from tests.helpers import oracle, random_experts, randomize, transformers_config, transformers_gemma4
+from tests.helpers import UNFIT, oracle, random_experts, randomize, transformers_config, transformers_gemma4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,11 +127,82 @@ def test_load_into_writes_nothing_of_a_bad_layer(tmp_path):
     assert_is_layer(moe, 99)
 
 
-def test_load_into_refuses_the_meta_device(tmp_path):
-    with torch.device("meta"):
-        moe = Gemma4MoE(CONFIG)
-    with pytest.raises(ValueError, match=r"router.scale must not be on the meta device, where what is copied"):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("nth", [1, 3, 5])
+def test_load_into_writes_nothing_if_a_tensor_can_not_be_read(tmp_path, monkeypatch, layout, nth):
+    path, moe = write(tmp_path, tensors_of(layout)), make_moe(99)
+    original, read = safetensors.safe_open, []
+
+    class Failing:
+        def __init__(self, *args, **kwargs):
+            self._handle = original(*args, **kwargs)
+
+        def __enter__(self):
+            self._handle.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self._handle.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self._handle, name)
+
+        def get_tensor(self, key):
+            read.append(key)
+            if len(read) == nth:
+                raise OSError("Input/output error")
+            return self._handle.get_tensor(key)
+
+    monkeypatch.setattr(safetensors, "safe_open", Failing)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: \S+ can't be read: Input/output error"):
+        checkpoint.load_into(moe, path, 3)
+    assert len(read) == nth
+    assert_is_layer(moe, 99)
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+@pytest.mark.parametrize("name", ["router.scale", DOWN])
+def test_load_into_refuses_what_a_copy_would_not_fill(tmp_path, kind, name):
+    make, error, message = UNFIT[kind]
+    moe = make_moe(99)
+    before = {key: value.clone() for key, value in moe.state_dict().items()}
+    owner, _, attribute = name.rpartition(".")
+    unfit = torch.nn.Parameter(make(before[name]), requires_grad=False)
+    moe.get_submodule(owner).register_parameter(attribute, unfit)
+    with pytest.raises(error, match=f"{name} must .*{message}"):
         checkpoint.load_into(moe, write(tmp_path, tensors_of()), 3)
+    assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items() if key != name)
+
+
+def test_load_into_refuses_shards(tmp_path, mesh):
+    moe = fully_shard(make_moe(99), mesh=mesh)
+    with pytest.raises(TypeError, match=r"router.scale must be a plain tensor, .* got a DTensor"):
+        checkpoint.load_into(moe, write(tmp_path, tensors_of()), 3)
+    assert torch.equal(moe.router.scale.full_tensor(), make_moe(99).router.scale)
+
+
+@pytest.mark.parametrize("shape", [(E - 1, H, I), (2, E, H, I)])
+def test_load_into_refuses_parameters_of_another_shape(tmp_path, shape):
+    moe = make_moe(99)
+    moe.experts.down_proj = torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"experts.down_proj must have shape \[6, 32, 24\], as moe.config says, got"):
+        checkpoint.load_into(moe, write(tmp_path, tensors_of()), 3)
+    assert torch.equal(moe.router.scale, make_moe(99).router.scale)
+    assert not moe.experts.down_proj.any()
+
+
+def test_load_into_needs_every_parameter(tmp_path):
+    moe = make_moe(99)
+    moe.router.proj = torch.nn.Sequential(moe.router.proj)
+    with pytest.raises(ValueError, match=r"moe must have the parameter router.proj.weight: "):
+        checkpoint.load_into(moe, write(tmp_path, tensors_of()), 3)
+    assert torch.equal(moe.router.scale, make_moe(99).router.scale)
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+def test_load_layer_refuses_the_meta_device(tmp_path, device):
+    with pytest.raises(ValueError, match="device must have memory for the parameters, got meta"):
+        checkpoint.load_layer(write(tmp_path, tensors_of()), 3, device=device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -66,6 +66,16 @@ def test_verify_in_float32(tmp_path):
     )
 
 
+@pytest.mark.parametrize("path", ["google/gemma-4-26B-A4B-it", "nowhere", ""])
+def test_verify_names_a_path_that_is_not_there(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(write(tmp_path, tensors_of()))
+    result = run_verify(path)
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert f"{path or 'an empty path'}: a checkpoint must be a file or a folder on disk" in output
+    assert ("cupymoe downloads nothing" in output) == ("/" in path)
+
+
 def nan_in(tensors):
     tensors[f"{PREFIX}3.{GATE_UP}"][4, 0, 0] = float("nan")
 
@@ -238,9 +248,3 @@ def test_verify_fails_without_layers_or_config(tmp_path, make, message):
     result = run_verify(tmp_path / "model")
     assert result.exit_code == 1
     assert re.search(rf"fail +checkpoint has layers with experts .*{message}", result.output)
-
-
-def test_verify_of_a_path_that_is_not_there(tmp_path):
-    result = run_verify(tmp_path / "nowhere")
-    assert result.exit_code == 2
-    assert "does not exist" in result.output
