@@ -65,7 +65,7 @@ def laid_out(op, arguments, layout):
 
 
 def opcheck(name, *arguments):
-    """All of opcheck on the arguments; on every layout of them, once, that real outputs are what the fake ones promise."""
+    """All of opcheck on the arguments, and on every layout of them that real outputs are what fake ones promise."""
     op = getattr(torch.ops.cupymoe, name)
     with warnings.catch_warnings():
         # opcheck of torch 2.14 reads .grad of its own intermediate results.
@@ -73,7 +73,7 @@ def opcheck(name, *arguments):
         results = torch.library.opcheck(op, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments):
-        return
+        return  # the layouts are tried where the same arguments require none
     for layout_name, layout in LAYOUTS.items():
         if layout_name == "expanded" and op.default._schema.is_mutable:
             continue  # an expanded tensor can't be written
