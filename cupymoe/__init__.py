@@ -1,5 +1,6 @@
 """Gemma 4's mixture of experts as a torch module, on CUDA sources compiled at run time through CuPy."""
 
+from cupymoe import flops
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import (
@@ -16,6 +17,8 @@ from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 from cupymoe.warmup import warmup
 
 __version__ = "0.1.0"
+
+flops.register_when_imported()
 
 __all__ = [
     "Gemma4Experts",

@@ -1,6 +1,7 @@
 """Gradients of the public functions in plain torch: right first, fast later. They run wherever the forward ran.
 
-Each takes what its function saved and returns unrounded gradients cast to the dtype of what they belong to.
+Each takes what its function saved and returns contiguous gradients, computed unrounded and cast to the dtype of what
+they belong to.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoE
     gate, up = split_gate_up(input.to(work), activation)
     value, slope = _gate_and_slope(gate, activation)
     if not activation.is_gated:
-        return (grad * slope).to(input.dtype)
+        return (grad * slope).to(input.dtype).contiguous()
     up_factor, up_slope = up, torch.ones_like(up)
     if activation.function.startswith("SWIGLU"):
         up_factor, up_slope = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT), (up.abs() <= SWIGLU_LIMIT).to(work)
@@ -116,7 +117,7 @@ def route_backward(
     weighted = grad * unscaled
     total = weighted.sum(-1, keepdim=True)
     if renormalize:
-        grad_logits = torch.zeros_like(logits).scatter(-1, top_k_index, weighted - unscaled * total)
+        grad_logits = logits.new_zeros(logits.shape).scatter(-1, top_k_index, weighted - unscaled * total)
     else:
         grad_logits = (torch.softmax(logits, dim=-1) * -total).scatter_add(-1, top_k_index, weighted)
     scale_dtype = per_expert_scale.dtype if per_expert_scale is not None else work
@@ -140,8 +141,8 @@ def experts_backward(
     work = work_dtype(hidden_states.dtype)
     need_hidden, need_gate_up, need_down, _, need_weights = needed
     grad_hidden = hidden_states.new_zeros(hidden_states.shape, dtype=work) if need_hidden else None
-    grad_gate_up = torch.zeros_like(gate_up_proj) if need_gate_up else None
-    grad_down = torch.zeros_like(down_proj) if need_down else None
+    grad_gate_up = gate_up_proj.new_zeros(gate_up_proj.shape) if need_gate_up else None
+    grad_down = down_proj.new_zeros(down_proj.shape) if need_down else None
     grad_weights = top_k_weights.new_zeros(top_k_weights.shape, dtype=work) if need_weights else None
     for expert in range(gate_up_proj.shape[0]):
         token, k = torch.where(top_k_index == expert)

@@ -20,7 +20,7 @@ from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import registry
 from cupymoe.gradients import activation_backward
-from cupymoe.ops import experts_call, needed_gradients_fake, on_device_of, register
+from cupymoe.ops import experts_call, needed_gradients_fake, on_device_of, only_needed, register
 
 RANK_MULTIPLE = 8
 """Of the ranks that torch's grouped GEMM takes in bfloat16: its rows are whole 16-byte packs."""
@@ -227,12 +227,14 @@ def _forward(*arguments: Any) -> torch.Tensor:
     return output.to(call.hidden_states.dtype)
 
 
-def _backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    """Gradients of the tensors that need one, in the op's order."""
+def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     *tensors, name, needed = arguments
     call, activation = _Call(*tensors), MoEActivation(name)
     if call.is_empty:
-        return [torch.zeros_like(tensor) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
+        return tuple(
+            tensor.new_zeros(tensor.shape) if wanted else grad.new_empty(0)
+            for tensor, wanted in zip(tensors, needed, strict=True)
+        )
     with on_device_of(call.hidden_states):
         order, up, down = call.projections(activation)
         weights = call.top_k_weights.contiguous()
@@ -251,11 +253,10 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
         up_weight, up_a, up_b = up.gradients(grad_gate_up, states, (needed[1], *needed[5:7]))
         down_weight, down_a, down_b = down.gradients(grad_output, weighted, (needed[2], *needed[7:]))
     grads = (grad_states, up_weight, down_weight, None, grad_weights, up_a, up_b, down_a, down_b)
-    return [
-        gradient.to(tensor.dtype)
+    return tuple(
+        gradient.to(tensor.dtype) if wanted and gradient is not None and tensor is not None else grad.new_empty(0)
         for gradient, tensor, wanted in zip(grads, call, needed, strict=True)
-        if wanted and gradient is not None and tensor is not None
-    ]
+    )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -266,8 +267,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 @once_differentiable  # the kernels in it have no gradient of their own
 def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[: len(_Call._fields)])
-    grads = iter(torch.ops.cupymoe.lora_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed))
-    return *(next(grads) if wanted else None for wanted in needed), None
+    grads = torch.ops.cupymoe.lora_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed)
+    return *only_needed(grads, needed), None
 
 
 _TENSORS = (
@@ -282,7 +283,8 @@ register(
     _setup_context,
 )
 register(
-    f"lora_experts_backward(Tensor grad, {_TENSORS}, str activation, bool[] needed) -> Tensor[]",
+    f"lora_experts_backward(Tensor grad, {_TENSORS}, str activation, bool[] needed) "
+    f"-> ({', '.join(['Tensor'] * len(_Call._fields))})",
     _backward,
     needed_gradients_fake,
 )

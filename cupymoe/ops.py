@@ -1,12 +1,13 @@
 """The torch ops behind the public functions: ``torch.ops.cupymoe.*``, with fake implementations and gradients.
 
-They trust their arguments; :mod:`cupymoe.functional` checks them. Registered through ``torch.library.Library`` because
+They trust their arguments; :mod:`cupymoe.functional` checks them. Outputs are contiguous, whatever the strides of the
+inputs, because the fake implementations promise it. Registered through ``torch.library.Library`` because
 its dispatch costs 2 us a call, ``custom_op``'s 11.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -313,10 +314,29 @@ def _fused_experts_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+# The backward ops of experts take the gradient, the forward's tensors, the activation, and which of the tensors need a
+# gradient. They return a tensor for each: its gradient, or an empty one in its place. A list of the needed ones alone
+# would be simpler, but torch's vmap, and with it every batched gradient, has no fallback for ops that return a list.
+
+
+def only_needed(grads: Sequence[torch.Tensor], needed: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """What a backward op of experts returned, with None for the empty tensors."""
+    return tuple(gradient if wanted else None for gradient, wanted in zip(grads, needed, strict=True))
+
+
+def needed_gradients_fake(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    """What a backward op of experts returns."""
+    *tensors, _, needed = arguments
+    return tuple(
+        tensor.new_empty(tensor.shape) if wanted else grad.new_empty(0)
+        for tensor, wanted in zip(tensors, needed, strict=True)
+    )
+
+
 def _fused_experts_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[:5])
-    grads = iter(torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed))
-    return *(next(grads) if wanted else None for wanted in needed), None, None
+    grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, ctx.activation, needed)
+    return *only_needed(grads, needed), None, None
 
 
 def _fused_experts_backward(
@@ -328,18 +348,11 @@ def _fused_experts_backward(
     top_k_weights: torch.Tensor,
     activation: str,
     needed: list[bool],
-) -> list[torch.Tensor]:
-    """Gradients of the tensors that need one, in the op's order."""
+) -> tuple[torch.Tensor, ...]:
     grads = gradients.experts_backward(
         grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, MoEActivation(activation), needed
     )
-    return [gradient for gradient in grads if gradient is not None]
-
-
-def needed_gradients_fake(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
-    """Of a backward op whose arguments are the gradient, its tensors, the activation and which of them need one."""
-    *tensors, _, needed = arguments
-    return [tensor.new_empty(tensor.shape) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
+    return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in grads)
 
 
 register(
@@ -352,7 +365,8 @@ register(
 )
 register(
     "fused_experts_backward(Tensor grad, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor top_k_index, Tensor top_k_weights, str activation, bool[] needed) -> Tensor[]",
+    "Tensor top_k_index, Tensor top_k_weights, str activation, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fused_experts_backward,
     needed_gradients_fake,
 )

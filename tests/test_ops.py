@@ -12,7 +12,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, MoEActivation, apply_moe_activation, fused_experts, route
+from cupymoe import (
+    Gemma4MoE,
+    Gemma4MoEConfig,
+    LowRank,
+    MoEActivation,
+    apply_moe_activation,
+    fused_experts,
+    lora_experts,
+    route,
+)
 from cupymoe import moe_activation as moe_activation_function
 from tests.helpers import random_experts, randomize
 
@@ -26,12 +35,52 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+def transposed(tensor):
+    """Last dimension outermost in memory, as all the others in reverse."""
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+LAYOUTS = {
+    "transposed": transposed,
+    "strided": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+    "offset": lambda tensor: torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape),
+}
+"""Tensors of the same shape that lie otherwise in memory."""
+
+CONTIGUOUS = {"gate_up_proj", "down_proj", "gate_up_a", "gate_up_b", "down_a", "down_b"}
+"""Arguments of which no kernel would read another layout: the public functions see to it."""
+
+
+def laid_out(op, arguments, layout):
+    """The arguments of an op with every tensor in a layout that may have one."""
+    names = [argument.name for argument in op.default._schema.arguments]
+    return [
+        layout(value.detach())
+        if isinstance(value, torch.Tensor) and not (value.is_cuda and name in CONTIGUOUS)
+        else value
+        for name, value in zip(names, arguments, strict=True)
+    ]
+
+
 def opcheck(name, *arguments):
+    """All of opcheck on the arguments, and on every layout of them that real outputs are what fake ones promise."""
+    op = getattr(torch.ops.cupymoe, name)
     with warnings.catch_warnings():
         # opcheck of torch 2.14 reads .grad of its own intermediate results.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-        results = torch.library.opcheck(getattr(torch.ops.cupymoe, name), arguments)
+        results = torch.library.opcheck(op, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments):
+        return  # the layouts are tried where the same arguments require none
+    for layout_name, layout in LAYOUTS.items():
+        if layout_name == "expanded" and op.default._schema.is_mutable:
+            continue  # an expanded tensor can't be written
+        results = torch.library.opcheck(
+            op, laid_out(op, arguments, layout), test_utils="test_faketensor", raise_exception=False
+        )
+        assert set(results.values()) == {"SUCCESS"}, (layout_name, results)
 
 
 # --- opcheck ----------------------------------------------------------------------------------------------------------
@@ -63,7 +112,7 @@ def test_opcheck_activation(device, activation, requires_grad):
     opcheck(activation.custom_op_name, input)
 
 
-@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.SILU_NO_MUL])
+@pytest.mark.parametrize("activation", MoEActivation)
 def test_opcheck_activation_writes_and_backward(device, activation):
     input = torch.randn(3, activation.input_size(8), device=device)
     opcheck("apply_moe_activation", activation.value, torch.empty(3, 8, device=device), input)
@@ -122,6 +171,79 @@ def test_opcheck_lora_experts(device, dtype, requires_grad, adapters):
     for tensor in (*case[:3], case.top_k_weights, *(part for part in parts if part is not None)):
         tensor.requires_grad_(requires_grad)
     opcheck("lora_experts", *case, *parts, "gelu_tanh")
+
+
+def test_opcheck_backward_of_experts_without_tokens(device):
+    case = random_experts(0, 4, 32, 24, 2, device=device)
+    grad = torch.randn_like(case.hidden_states)
+    adapters = [torch.randn(shape, device=device) for shape in ((4, 8, 32), (4, 48, 8), (4, 8, 24), (4, 32, 8))]
+    needed = [True, True, True, False, True]
+    opcheck("fused_experts_backward", grad, *case, "gelu_tanh", needed)
+    opcheck("lora_experts_backward", grad, *case, *adapters, "gelu_tanh", needed + [True] * 4)
+
+
+# --- torch.vmap and batched gradients ---------------------------------------------------------------------------------
+
+
+def assert_batched_gradients_are_each(function, *leaves):
+    """jacobian(vectorize=True) and is_grads_batched are one backward under vmap; without them, one after the other."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    expected = torch.autograd.functional.jacobian(function, tuple(leaves))
+    for got, want in zip(
+        torch.autograd.functional.jacobian(function, tuple(leaves), vectorize=True), expected, strict=True
+    ):
+        assert want.any()
+        torch.testing.assert_close(got, want)
+    output = function(*leaves)
+    grads = torch.randn(3, *output.shape, dtype=output.dtype, device=output.device)
+    batched = torch.autograd.grad(output, leaves, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, leaves, grad, retain_graph=True) for grad in grads]
+    for got, *wants in zip(batched, *each, strict=True):
+        torch.testing.assert_close(got, torch.stack(wants))
+
+
+@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.SILU_NO_MUL])
+def test_batched_gradients_of_activation(device, activation):
+    input = torch.randn(2, activation.input_size(3), device=device)
+    assert_batched_gradients_are_each(lambda input: moe_activation_function(activation, input), input)
+
+
+def test_batched_gradients_of_router(device):
+    states, scale, projection = (torch.randn(shape, device=device) for shape in ((2, 16), (16,), (7, 16)))
+    assert_batched_gradients_are_each(
+        lambda *tensors: torch.ops.cupymoe.router_logits(*tensors, 1e-6), states, scale, projection
+    )
+    assert_batched_gradients_are_each(
+        lambda logits, scale: route(logits, 3, per_expert_scale=scale)[0],
+        torch.randn(2, 7, device=device),
+        torch.randn(7, device=device),
+    )
+
+
+def test_batched_gradients_of_experts(device):
+    """Of some tensors only, so that the backward returns empty tensors for the others."""
+    case = random_experts(2, 4, 16, 8, 2, device=device)
+
+    def of_states_and_weights(hidden_states, top_k_weights):
+        return fused_experts(hidden_states, *case[1:4], top_k_weights, activation="gelu_tanh")
+
+    assert_batched_gradients_are_each(of_states_and_weights, case.hidden_states, case.top_k_weights)
+    adapter = LowRank(torch.randn(4, 8, 8, device=device), torch.randn(4, 16, 8, device=device))
+
+    def of_the_adapter(a, b):
+        return lora_experts(*case, None, LowRank(a, b), activation="gelu_tanh")
+
+    assert_batched_gradients_are_each(of_the_adapter, *adapter)
+
+
+def test_vmap_of_experts(device):
+    case = random_experts(5, device=device)
+    batch = torch.randn(3, *case.hidden_states.shape, device=device)
+
+    def experts(hidden_states):
+        return fused_experts(hidden_states, *case[1:], activation="gelu_tanh")
+
+    assert torch.equal(torch.vmap(experts)(batch), torch.stack([experts(entry) for entry in batch]))
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
