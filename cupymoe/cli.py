@@ -18,7 +18,7 @@ import cupymoe
 from cupymoe import verification
 from cupymoe.backends import ExpertsCall, registry
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -52,7 +52,8 @@ def versions() -> dict[str, str]:
         "cupymoe": cupymoe.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cupy": ", ".join(f"{name} {version}" for name, version in jit.installed_cupys().items()) or "not installed",
+        "cupy": ", ".join(f"{name} {version}" for name, version in cupy_import.installed_cupys().items())
+        or "not installed",
         "transformers": _version_of("transformers"),
     }
 
@@ -120,13 +121,13 @@ def info() -> None:
 
 def _nvrtc_version() -> str:
     try:
-        return ".".join(map(str, jit.import_nvrtc().getVersion()))
+        return ".".join(map(str, cupy_import.import_nvrtc().getVersion()))
     except Exception as error:
         return f"not usable: {error}"
 
 
 def _cache_state() -> str:
-    folder = jit.cache_folder()
+    folder = cupy_import.cache_folder()
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)

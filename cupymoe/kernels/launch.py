@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cupymoe.kernels.cupy_import import import_cupy
+
 _MAX_WORDS = 48
 MAP_BYTES = 128
 _PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_WORDS + 1)]
@@ -106,8 +108,6 @@ class _OwnLaunch(threading.local):
 
 def _make_context_current() -> None:
     # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
-    from cupymoe.kernels.jit import import_cupy
-
     import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
 
 
