@@ -19,6 +19,7 @@ from cupymoe import verification
 from cupymoe.backends import ExpertsCall, registry
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
+from cupymoe.kernels.arch import Arch
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -154,7 +155,7 @@ def _readiness(source: str, device: torch.device) -> str:
     """How long a source took to get its first variant ready, compiled or out of the cache; or why it is not."""
     if device.type != "cuda":
         return "not compiled: no CUDA device"
-    if source in catalog.HOPPER_ONLY and torch.cuda.get_device_capability(device) != (9, 0):
+    if not catalog.is_served(source, Arch.of(device)):
         return "not compiled: it serves compute capability 9.0 only"
     variant = next(variant for variant in catalog.variants() if variant.source == source)
     start = time.perf_counter()

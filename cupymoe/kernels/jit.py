@@ -15,13 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from cupymoe.kernels import cuda_sources
+from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.cupy_import import check_cuda_major, import_cupy, import_nvrtc, warn_about_cache
 from cupymoe.kernels.launch import Kernel
-
-SUPPORTED_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 _lock = threading.RLock()
 
@@ -60,12 +57,6 @@ def _in_memory_cache() -> Iterator[None]:
             os.environ["CUPY_CACHE_IN_MEMORY"] = before
 
 
-def architecture(capability: tuple[int, int]) -> str:
-    """NVRTC's name of a compute capability; Hopper's is the one with wgmma and TMA."""
-    name = f"sm_{capability[0]}{capability[1]}"
-    return "sm_90a" if name == "sm_90" else name
-
-
 def _options(variant: Variant, arch: str) -> tuple[str, ...]:
     return (f"-arch={arch}", "-std=c++17", "-lineinfo", *(f"-D{define}" for define in variant.defines))
 
@@ -80,7 +71,7 @@ def _load(variant: Variant, device: int) -> Any:
     cupy = import_cupy()
     check_cuda_major(cupy)
     import_nvrtc()
-    arch = architecture(torch.cuda.get_device_capability(device))
+    arch = Arch.of(device).name
     code = cuda_sources.expanded(variant.source)
     with cupy.cuda.Device(device):
         module = cupy.RawModule(code=code, options=_options(variant, arch))
@@ -100,7 +91,7 @@ def _load(variant: Variant, device: int) -> Any:
 @functools.cache
 def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool, tensor_maps: int) -> Kernel:
     module = _load(variant, device)
-    dependent = dependent and torch.cuda.get_device_capability(device) >= (9, 0)
+    dependent = dependent and Arch.of(device).dependent_launch
     with import_cupy().cuda.Device(device):
         return Kernel(module.get_function(entry), shared_bytes, dependent, tensor_maps)
 

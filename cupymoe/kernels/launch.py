@@ -117,8 +117,8 @@ class Kernel:
     Args:
         raw_kernel: CuPy's ``RawKernel``; it keeps the module loaded.
         shared_bytes: dynamic shared memory of a block.
-        dependent: whether a launch may begin before the kernel before it has ended (programmatic dependent launch,
-            sm_90 and newer); the source then waits for it where it must.
+        dependent: whether a launch may begin before the kernel before it has ended, which takes an architecture with
+            ``Arch.dependent_launch``; the source then waits for it where it must.
         tensor_maps: how many of the first parameters are tensor maps; each is given as its words.
     """
 
