@@ -20,7 +20,8 @@ from cupymoe.backends import ExpertsCall, registry
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.checkpoint.files import on_disk
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
+from cupymoe.kernels.arch import Arch
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -54,7 +55,8 @@ def versions() -> dict[str, str]:
         "cupymoe": cupymoe.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cupy": ", ".join(f"{name} {version}" for name, version in jit.installed_cupys().items()) or "not installed",
+        "cupy": ", ".join(f"{name} {version}" for name, version in cupy_import.installed_cupys().items())
+        or "not installed",
         "transformers": _version_of("transformers"),
     }
 
@@ -133,13 +135,13 @@ def info() -> None:
 
 def _nvrtc_version() -> str:
     try:
-        return ".".join(map(str, jit.import_nvrtc().getVersion()))
+        return ".".join(map(str, cupy_import.import_nvrtc().getVersion()))
     except Exception as error:
         return f"not usable: {error}"
 
 
 def _cache_state() -> str:
-    folder = jit.cache_folder()
+    folder = cupy_import.cache_folder()
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -166,7 +168,7 @@ def _readiness(source: str, device: torch.device) -> str:
     """How long a source took to get its first variant ready, compiled or out of the cache; or why it is not."""
     if device.type != "cuda":
         return "not compiled: no CUDA device"
-    if source in catalog.HOPPER_ONLY and torch.cuda.get_device_capability(device) != (9, 0):
+    if not catalog.is_served(source, Arch.of(device)):
         return "not compiled: it serves compute capability 9.0 only"
     variant = next(variant for variant in catalog.variants() if variant.source == source)
     start = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 from readme_table import Report
 
 import cupymoe
-from cupymoe.kernels import cuda_sources, jit
+from cupymoe.kernels import cuda_sources, cupy_import
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
-        **jit.installed_cupys(),
+        **cupy_import.installed_cupys(),
     }
     for package in ("transformers", "vllm", "sglang", "sonic-moe"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -138,7 +138,7 @@ def issue_us(call: Call) -> float:
 _FIRST_CALL = """
 import time, torch
 from cupymoe import Gemma4MoE, Gemma4MoEConfig
-from cupymoe.kernels.jit import import_cupy
+from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.warmup import NUM_TOKENS, warmup
 with torch.device("cuda"):
     moe = Gemma4MoE(Gemma4MoEConfig.gemma4_26b_a4b()).to(torch.bfloat16)

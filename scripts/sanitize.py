@@ -24,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
-from cupymoe.kernels import cuda_sources, jit, raw_read
+from cupymoe.kernels import cuda_sources, raw_read
 from cupymoe.kernels.combine import combine
+from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
@@ -69,7 +70,7 @@ def planted_source(tool: str) -> str:
 def run_planted(tool: str) -> None:
     """Its launch; the tool may end the CUDA context for it."""
     data = torch.empty(64, dtype=torch.int32, device="cuda")
-    jit.import_cupy().RawKernel(planted_source(tool), PLANTED)((1,), (64,), (data.data_ptr(),))
+    import_cupy().RawKernel(planted_source(tool), PLANTED)((1,), (64,), (data.data_ptr(),))
     torch.cuda.synchronize()
 
 

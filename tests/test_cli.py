@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe.cli import main
-from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
 
 
 def info():
@@ -49,7 +49,7 @@ def test_info_of_any_cache_folder(no_gpu, monkeypatch, tmp_path, folder, note):
     (tmp_path / "a_file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: path.startswith(str(tmp_path)))
-    monkeypatch.setattr(jit, "cache_folder", lambda: folder)
+    monkeypatch.setattr(cupy_import, "cache_folder", lambda: folder)
     assert f"\nkernel cache     {folder}{note}\n" in info()
 
 

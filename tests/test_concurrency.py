@@ -185,7 +185,7 @@ def test_capture_while_another_thread_runs(backend):
 PROCESS = """
 import json, os, torch
 from cupymoe import fused_experts, route
-from cupymoe.kernels import jit
+from cupymoe.kernels import cupy_import
 from tests.helpers import oracle, random_experts, relative_error
 torch.manual_seed(0)
 errors = []
@@ -194,7 +194,7 @@ for num_tokens in (3, 100):
     weights, index = route(torch.randn(num_tokens, 8, device="cuda"), 2)
     case = case._replace(top_k_index=index, top_k_weights=weights)
     errors.append(relative_error(fused_experts(*case, activation="gelu_tanh"), oracle(case)))
-print(json.dumps([errors, sorted(os.listdir(jit.cache_folder()))]))
+print(json.dumps([errors, sorted(os.listdir(cupy_import.cache_folder()))]))
 """
 
 

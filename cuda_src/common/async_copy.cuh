@@ -1,5 +1,7 @@
-// Global -> shared copies that need no register (sm_80), and programmatic dependent launch (sm_90; nothing before).
+// Global -> shared copies that need no register, barriers in shared memory, and programmatic dependent launch (nothing where
+// an architecture has none).
 #pragma once
+#include "arch.cuh"
 #include "dtypes.cuh"
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
@@ -51,7 +53,7 @@ __device__ __forceinline__ void init_barrier(u32 barrier, u32 arrivals) {
 
 // After init_barrier and before the __syncthreads() that shows the barriers to the block.
 __device__ __forceinline__ void publish_barriers() {
-#if __CUDA_ARCH__ >= 900
+#if HAS_CLUSTERS
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -69,7 +71,7 @@ __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
 __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
     u32 ended;
     do {
-#if __CUDA_ARCH__ >= 900
+#if HAS_BULK_COPY
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                      : "=r"(ended) : "r"(barrier), "r"(parity) : "memory");
 #else
@@ -79,31 +81,25 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
     } while (!ended);
 }
 
-// The copy engine (sm_90): one thread announces a stage's bytes, then orders the copies; source, size and destination % 16 == 0.
+#if HAS_BULK_COPY
+// The copy engine: one thread announces a stage's bytes, then orders the copies; source, size and destination % 16 == 0.
 __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
 }
 
 __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier, u64 policy) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-#endif
-}
-
-// Fetches `bytes` into L2 (sm_90), for a kernel that will want them; bytes and source % 16 == 0.
-__device__ __forceinline__ void prefetch_bulk(const void* source, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-#endif
 }
 
 // Ordinary global writes seen so far are visible to this thread's bulk copies.
-__device__ __forceinline__ void order_writes_before_bulk_copies() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async;" ::: "memory");
+__device__ __forceinline__ void order_writes_before_bulk_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+#endif
+
+// Fetches `bytes` into L2 where bulk copies do it, for a kernel that will want them; bytes and source % 16 == 0.
+__device__ __forceinline__ void prefetch_bulk(const void* source, u32 bytes) {
+#if HAS_BULK_COPY
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 #endif
 }
 
@@ -113,14 +109,14 @@ __device__ __forceinline__ void sync_threads(u32 id, u32 threads) { asm volatile
 // Until the grids before this one have finished and their writes are visible. Before any read of their results and
 // before any write to what they read.
 __device__ __forceinline__ void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
+#if HAS_PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // Lets the next grid start its blocks. Only after wait_for_previous_grid(): then what is two grids back is complete too.
 __device__ __forceinline__ void release_next_grid() {
-#if __CUDA_ARCH__ >= 900
+#if HAS_PDL
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

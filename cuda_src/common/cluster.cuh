@@ -1,7 +1,9 @@
-// Clusters (sm_90): blocks that reach into each other's shared memory. A place in another block is named by the address that
+// Clusters: blocks that reach into each other's shared memory. A place in another block is named by the address that
 // the same place has here, and the block's rank.
 #pragma once
 #include "async_copy.cuh"
+
+static_assert(HAS_CLUSTERS, "clusters of blocks begin with sm_90");
 
 #define SPECIAL_REGISTER(name, which)                               \
     __device__ __forceinline__ u32 name() {                         \

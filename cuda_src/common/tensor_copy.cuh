@@ -1,7 +1,9 @@
-// The copy engine's boxes of a tensor (sm_90), which a map describes that the host encoded (cupymoe/kernels/tensor_map.py).
+// The copy engine's boxes of a tensor, which a map describes that the host encoded (cupymoe/kernels/tensor_map.py).
 // Rows of 128 bytes arrive with their eight 16-byte packs swapped as wgmma.cuh wants them; out of bounds are zeros.
 #pragma once
 #include "async_copy.cuh"
+
+static_assert(HAS_BULK_COPY, "boxes of a tensor need bulk copies, which begin with sm_90");
 
 struct alignas(64) TensorMap {
     u64 words[16];

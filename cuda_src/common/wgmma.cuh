@@ -4,7 +4,10 @@
 // A tile in shared memory: rows of 128 bytes (64 k), the eight 16-byte packs of row r at pack ^ (r % 8); starts on 1024 bytes.
 // sums[4 j + i] of lane l of warp w: row 16 w + l / 4 (+ 8 for i >= 2) of A, row 8 j + l % 4 * 2 + i % 2 of B.
 #pragma once
+#include "arch.cuh"
 #include "dtypes.cuh"
+
+static_assert(HAS_WGMMA, "wgmma needs sm_90a: no other architecture has its instructions, nor has sm_90 without the a");
 
 #define ROW_BYTES 128
 #define SUMS (BLOCK_N / 2)

@@ -7,6 +7,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels import expert_stream, sort_by_expert
+from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles, tile_shape_of
@@ -31,7 +32,7 @@ class FusedBackend:
         """What its kernels were not built or not run for."""
         if call.device.type != "cuda":
             return f"it runs on CUDA devices of compute capability 9.0, not on {call.device.type}"
-        if torch.cuda.get_device_capability(call.device) != (9, 0):
+        if Arch.of(call.device) != HOPPER:
             return "it has been run on compute capability 9.0 only"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"

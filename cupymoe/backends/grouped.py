@@ -8,6 +8,7 @@ from torch.nn.functional import grouped_mm
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import ExpertsCall, row_packs_reason
 from cupymoe.kernels import sort_by_expert
+from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
@@ -25,7 +26,7 @@ class GroupedBackend:
         """What torch's grouped GEMM and the sort can't do."""
         if call.device.type != "cuda":
             return f"it runs on CUDA devices of compute capability 8.0 or newer, not on {call.device.type}"
-        if torch.cuda.get_device_capability(call.device) < (8, 0):
+        if Arch.of(call.device).capability < (8, 0):
             return "it needs compute capability 8.0 or newer"
         if call.dtype != torch.bfloat16:
             return f"torch's grouped GEMM runs without a host sync in bfloat16 only, not in {call.dtype}"

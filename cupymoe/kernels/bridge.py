@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cupymoe.kernels.jit import import_cupy
+from cupymoe.kernels.cupy_import import import_cupy
 
 
 def current_stream(device: int) -> int:

@@ -22,18 +22,24 @@ from cupymoe.kernels import (
     router_logits,
     sort_by_expert,
 )
+from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
-from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, Variant
+from cupymoe.kernels.jit import Variant
 
 HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
 """The sources of the fused backend, which serves no other architecture (cupymoe/backends/fused.py)."""
 
 
+def is_served(source: str, arch: Arch) -> bool:
+    """Whether calls on an architecture may reach a source."""
+    return arch == HOPPER or source not in HOPPER_ONLY
+
+
 def architectures(source: str) -> tuple[str, ...]:
-    """The architectures that a source is served on, and so compiled for."""
-    return ("sm_90a",) if source in HOPPER_ONLY else SUPPORTED_ARCHITECTURES
+    """NVRTC's names of the listed architectures that a source is served on, and so compiled for."""
+    return tuple(arch.name for arch in ARCHITECTURES if is_served(source, arch))
 
 
 def variants() -> Iterator[Variant]:

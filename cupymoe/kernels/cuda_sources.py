@@ -9,6 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "(?P<path>[^"]+)"\s*$')
+# A #line in a branch that is switched off does nothing: without another after the branch, the numbers of the lines that
+# follow would count what was pasted into it.
+_BRANCH_ENDS = re.compile(r"\s*#\s*(elif|else|endif)\b")
 
 
 @functools.cache
@@ -40,23 +43,40 @@ def sha256() -> str:
 
 @functools.cache
 def expanded(name: str) -> str:
-    """Text of ``<name>.cu`` with its includes pasted in, once each.
+    """Text of ``<name>.cu`` with its includes pasted in, so that CuPy's cache key covers every header.
 
-    CuPy's cache key covers this text, and so every header; ``#line`` keeps file and line of a compile error.
+    A header is pasted at each of its includes, between include guards: the preprocessor takes the first that no ``#if``
+    has switched off, as it does for ``#pragma once``. ``#line`` keeps file and line of a compile error.
+
+    Raises:
+        ValueError: a header includes itself, by way of others or directly.
     """
-    return _expand(directory() / f"{name}.cu", set())
+    return _expand(directory() / f"{name}.cu", ()) + "\n"
 
 
-def _expand(path: Path, seen: set[Path]) -> str:
-    seen.add(path)
-    shown = path.relative_to(directory()).as_posix()
-    lines = [f'#line 1 "{shown}"']
+def _expand(path: Path, includers: tuple[Path, ...]) -> str:
+    shown = _shown(path)
+    if path in includers:
+        raise ValueError(f"an include leads back to its own file: {' -> '.join(map(_shown, (*includers, path)))}")
+    lines, renumber = [f'#line 1 "{shown}"'], False
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if match := _INCLUDE.match(line):
             included = (path.parent / match["path"]).resolve()
-            if included not in seen:
-                lines.append(_expand(included, seen))
-            lines.append(f'#line {number + 1} "{shown}"')
+            guard = "CUPYMOE_" + re.sub(r"\W", "_", _shown(included)).upper()
+            lines += [
+                f"#ifndef {guard}",
+                f"#define {guard}",
+                _expand(included, (*includers, path)),
+                f"#endif  // {guard}",
+            ]
         else:
             lines.append("" if line.startswith("#pragma once") else line)
-    return "\n".join(lines) + "\n"
+        renumber = renumber or match is not None or _BRANCH_ENDS.match(line) is not None
+        if renumber and not line.endswith("\\"):
+            lines.append(f'#line {number + 1} "{shown}"')
+            renumber = False
+    return "\n".join(lines)
+
+
+def _shown(path: Path) -> str:
+    return path.relative_to(directory()).as_posix()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.dtypes import SCALARS
 
 THREADS = 384
@@ -16,7 +17,6 @@ BLOCK_K = 64
 
 _UNIT_SLOTS = 128
 _ROW_BYTES = 128
-_SHARED_BYTES = 227 * 1024  # of a block on Hopper
 # Weight rows of a product, by the number of products that a warpgroup then has registers for.
 _WIDTHS = {2: (192, 176, 160, 144, 128), 3: (128,)}
 # What a weight row of each width costs: the fewer, the more the operands' way from shared memory is the limit.
@@ -79,7 +79,7 @@ def tiling(blocks: int, products: int, rows: int, num_experts: int) -> Tiling:
     block_n = min(_WIDTHS[products], key=cost)
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
-    stages = (_SHARED_BYTES - tile_bytes - 16) // (stage_bytes + 16)
+    stages = (HOPPER.shared_bytes_of_block - tile_bytes - 16) // (stage_bytes + 16)
     return Tiling(blocks, products, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cupymoe.kernels.cupy_import import import_cupy
+
 _MAX_WORDS = 48
 MAP_BYTES = 128
 _PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_WORDS + 1)]
@@ -106,8 +108,6 @@ class _OwnLaunch(threading.local):
 
 def _make_context_current() -> None:
     # A thread that took its tensors from torch's cache has made no context current yet, and the driver wants one.
-    from cupymoe.kernels.jit import import_cupy
-
     import_cupy().cuda.runtime.setDevice(torch.cuda.current_device())
 
 
@@ -117,8 +117,8 @@ class Kernel:
     Args:
         raw_kernel: CuPy's ``RawKernel``; it keeps the module loaded.
         shared_bytes: dynamic shared memory of a block.
-        dependent: whether a launch may begin before the kernel before it has ended (programmatic dependent launch,
-            sm_90 and newer); the source then waits for it where it must.
+        dependent: whether a launch may begin before the kernel before it has ended, which takes an architecture with
+            ``Arch.dependent_launch``; the source then waits for it where it must.
         tensor_maps: how many of the first parameters are tensor maps; each is given as its words.
     """
 

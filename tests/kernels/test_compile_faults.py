@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from cupymoe import moe_activation
-from cupymoe.kernels import cuda_sources, jit, raw_read
+from cupymoe.kernels import cuda_sources, cupy_import, jit, raw_read
+from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.jit import Variant
 
 VARIANT = raw_read.variant()
@@ -39,7 +40,7 @@ class UnloadedRawModule:
         self.code, self.options = code, options
 
     def compile(self):
-        jit.import_cupy().cuda.compiler._compile_module_with_cache(self.code, self.options, arch="90")
+        import_cupy().cuda.compiler._compile_module_with_cache(self.code, self.options, arch="90")
 
     def get_function(self, entry):
         return entry
@@ -47,7 +48,7 @@ class UnloadedRawModule:
 
 @pytest.fixture
 def cupy(monkeypatch):
-    cupy = jit.import_cupy()
+    cupy = import_cupy()
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         monkeypatch.setattr(cupy.cuda.runtime, "driverGetVersion", lambda: 13000)
@@ -67,14 +68,14 @@ def cache(cupy, monkeypatch, tmp_path):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
     disk = type(cupy.cuda.compiler._kernel_cache_backend)(str(folder))
     monkeypatch.setattr(cupy.cuda.compiler, "_kernel_cache_backend", disk)
-    jit._warn_once.cache_clear()
+    cupy_import._warn_once.cache_clear()
     yield folder
-    jit._warn_once.cache_clear()
+    cupy_import._warn_once.cache_clear()
 
 
 def load(variant=VARIANT):
     """Compile, or find on disk, as the first call in a process does; gives the warnings."""
-    jit.import_cupy().clear_memo()  # it keeps what a process has loaded
+    import_cupy().clear_memo()  # it keeps what a process has loaded
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert jit._load.__wrapped__(variant, 0) is not None
@@ -202,7 +203,7 @@ def test_a_kernel_outlives_what_cupy_remembers():
     """CuPy's users may clear its memo; it holds the modules that our kernels are of."""
     input = torch.randn(4, 64, device="cuda")
     expected = moe_activation("silu", input)
-    jit.import_cupy().clear_memo()
+    import_cupy().clear_memo()
     gc.collect()
     assert torch.equal(moe_activation("silu", input), expected)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cupymoe.kernels import cuda_sources
+from cupymoe.kernels import cuda_sources, jit
+from cupymoe.kernels.jit import CompileError, Variant
 from tests.helpers import ROOT, run_python
 
 
@@ -29,28 +30,106 @@ def test_directory_and_names():
 
 
 @pytest.mark.parametrize("name", cuda_sources.names())
-def test_expanded_holds_every_include_once(name):
+def test_expanded_holds_every_include(name):
     text = cuda_sources.expanded(name)
     assert "#include" not in text
     assert "#pragma once" not in text
     first_lines = re.findall(r'^#line 1 "(.*)"$', text, re.MULTILINE)
     assert first_lines[0] == f"{name}.cu"
     assert "common/dtypes.cuh" in first_lines
-    assert len(set(first_lines)) == len(first_lines)
+
+
+GUARD = re.compile(r"#(ifndef|define|endif  //) CUPYMOE_\w+_CUH")
 
 
 @pytest.mark.parametrize("name", cuda_sources.names())
 def test_line_directives_name_the_line_that_follows(name):
-    """What a compile error will point at is the line in the file."""
+    """What a compile error will point at is the line in the file; the guards around a header are lines of none."""
     lines_of = {}
     shown, number = None, 0
     for line in cuda_sources.expanded(name).splitlines():
         if match := re.fullmatch(r'#line (\d+) "(.*)"', line):
             number, shown = int(match[1]), match[2]
             lines_of.setdefault(shown, (cuda_sources.directory() / shown).read_text().splitlines())
+        elif GUARD.fullmatch(line):
+            shown = None  # until the #line that must come before the next line of a file
         else:
             assert not line or line == lines_of[shown][number - 1]
             number += 1
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes CUDA sources, among them probe.cu, and compiles that."""
+
+    def compile_probe(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return jit.compile_offline(Variant("probe", ()), "sm_80")
+
+    monkeypatch.setattr(cuda_sources, "directory", lambda: tmp_path)
+    cuda_sources.expanded.cache_clear()
+    yield compile_probe
+    cuda_sources.expanded.cache_clear()
+
+
+KERNEL = 'extern "C" __global__ void probe(int* x) { *x = value(); }\n'
+VALUE = "#pragma once\n__device__ int value() { return 1; }\n"
+
+
+@pytest.mark.parametrize(
+    "includes",
+    [
+        '#if 0\n#include "common/value.cuh"\n#endif\n#include "common/value.cuh"\n',
+        '#include "common/value.cuh"\n#if 0\n#include "common/value.cuh"\n#endif\n',
+        '#include "common/value.cuh"\n#include "common/value.cuh"\n#include "common/other.cuh"\n',
+        '#if 0\n#include "common/other.cuh"\n#else\n#include "common/value.cuh"\n#endif\n',
+    ],
+    ids=["first switched off", "second switched off", "several times", "switched off through another header"],
+)
+def test_a_header_is_there_once_wherever_it_is_not_switched_off(written, includes):
+    other = '#pragma once\n#include "value.cuh"\n'
+    report = written({"probe.cu": includes + KERNEL, "common/value.cuh": VALUE, "common/other.cuh": other})
+    assert report.registers > 0
+
+
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        ('#if 0\n#include "common/value.cuh"\n#endif\n', 4),
+        ('#if 0\n#include "common/value.cuh"\n#else\n', 4),
+        ('#if 0\n#include "common/value.cuh"\n#elif 1\n', 4),
+        ('#if 0\n#include "common/value.cuh"\n#elif 1 || \\\n 0\n', 5),
+        ('#if 0\n#if 1\n#include "common/value.cuh"\n#endif\n#endif\n', 6),
+    ],
+    ids=["if", "else", "elif", "elif over two lines", "if within if"],
+)
+def test_a_header_that_is_switched_off_is_not_there_and_moves_no_line(written, before, line):
+    source = before + KERNEL + ("#endif\n" if "el" in before else "")
+    with pytest.raises(CompileError, match=rf'probe.cu\({line}\): error: identifier "value" is undefined'):
+        written({"probe.cu": source, "common/value.cuh": VALUE})
+
+
+def test_a_compile_error_of_a_header_that_is_included_again_names_its_line(written):
+    includes = '#if 0\n#include "common/value.cuh"\n#endif\n#include "common/value.cuh"\n'
+    with pytest.raises(CompileError, match=r'common/value.cuh\(3\): error: identifier "unknown" is undefined'):
+        written({"probe.cu": includes + KERNEL, "common/value.cuh": VALUE + "int other() { return unknown; }\n"})
+
+
+@pytest.mark.parametrize(
+    ("second", "shown"),
+    [
+        ('#include "first.cuh"\n', "common/first.cuh -> common/second.cuh -> common/first.cuh"),
+        ('#include "second.cuh"\n', "common/first.cuh -> common/second.cuh -> common/second.cuh"),
+        ('#include "../probe.cu"\n', "common/first.cuh -> common/second.cuh -> probe.cu"),
+    ],
+    ids=["two headers", "itself", "the source"],
+)
+def test_includes_in_a_circle_are_refused(written, second, shown):
+    includes = {"probe.cu": '#include "common/first.cuh"\n', "common/first.cuh": '#include "second.cuh"\n'}
+    with pytest.raises(ValueError, match=f"^an include leads back to its own file: probe.cu -> {shown}$"):
+        written({**includes, "common/second.cuh": second})
 
 
 def test_expanded_and_hash_follow_a_header(copied):

@@ -1,6 +1,5 @@
 """Compiling: every source for every architecture, and what happens when something is in the way."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -11,8 +10,9 @@ import torch
 
 from cupymoe import Gemma4MoEConfig, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, jit
+from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.expert_tiles import CUTS
-from cupymoe.kernels.jit import SUPPORTED_ARCHITECTURES, CompileError, Variant
+from cupymoe.kernels.jit import CompileError, Variant
 from tests.helpers import compiled, run_python
 
 
@@ -66,7 +66,8 @@ def test_catalog_holds_every_vector_width(source):
 
 
 def test_hopper_alone_has_the_experts():
-    hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != SUPPORTED_ARCHITECTURES}
+    everywhere = tuple(arch.name for arch in ARCHITECTURES)
+    hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != everywhere}
     assert hopper == {"plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma"}
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
 
@@ -82,14 +83,6 @@ def test_compiles_without_a_gpu(source, arch):
         assert report.registers > 0, report.log
         assert report.spill_bytes == 0, f"{variant.defines}\n{report.log}"
         assert "warning" not in report.log, f"{variant.defines}\n{report.log}"
-
-
-@pytest.mark.parametrize(
-    ("capability", "name"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((12, 0), "sm_120")]
-)
-def test_architecture(capability, name):
-    assert jit.architecture(capability) == name
-    assert name in SUPPORTED_ARCHITECTURES
 
 
 @pytest.fixture
@@ -229,85 +222,6 @@ def test_no_program_is_left_behind_by_an_error(monkeypatch):
     assert nvrtc.programs == 0
 
 
-def test_two_cupys_over_each_other(monkeypatch):
-    monkeypatch.setattr(jit, "installed_cupys", lambda: {"cupy-cuda12x": "14.2.0", "cupy-cuda13x": "14.2.0"})
-    with pytest.raises(ImportError, match=r"cupy-cuda12x and cupy-cuda13x are installed over each other") as caught:
-        jit.import_cupy.__wrapped__()
-    assert "pip uninstall -y cupy-cuda12x cupy-cuda13x" in str(caught.value)
-
-
-def test_no_cupy(monkeypatch):
-    def missing(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(jit.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"need CuPy: pip install cupy-cuda12x \(No module named 'cupy'\)"):
-        jit.import_cupy.__wrapped__()
-
-
-def test_installed_cupys():
-    assert len(jit.installed_cupys()) == 1
-    assert jit.import_cupy().__version__ in jit.installed_cupys().values()
-
-
-IMPORT = """
-import json, os, sys
-import torch
-import cupymoe
-cupymoe.route(torch.randn(3, 4), 2)
-print(json.dumps({
-    "cupy": sorted(name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")),
-    "initialized": torch.cuda.is_initialized(),
-    "written": [os.path.join(path, name) for path, _, names in os.walk(os.environ["HOME"]) for name in names],
-}))
-"""
-
-
-def test_import_takes_no_cupy_touches_no_gpu_and_writes_nothing(tmp_path):
-    seen = json.loads(run_python(IMPORT, HOME=str(tmp_path), TMPDIR=str(tmp_path)))
-    assert seen == {"cupy": [], "initialized": False, "written": []}
-    assert list(tmp_path.iterdir()) == []
-
-
-# Warnings about the cache, in a process whose cache folder can't be written (root may write anywhere but below a file).
-UNWRITABLE = """
-import json, os, warnings
-import torch
-from cupymoe import moe_activation
-from cupymoe.kernels import catalog, jit
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        assert jit.import_cupy().__name__ == "cupy"
-    if {lost}:
-        os.rmdir(jit.cache_folder())
-        open(jit.cache_folder(), "w").close()
-    for variant in list(catalog.variants())[:2]:
-        assert jit.compile_offline(variant, "sm_80").registers
-    if torch.cuda.is_available():
-        for columns in (8, 16):
-            assert moe_activation("relu2_no_mul", torch.ones(2, columns, device="cuda")).sum() == 2 * columns
-print(json.dumps([str(warning.message) for warning in caught if "cache" in str(warning.message)]))
-"""
-
-
-def test_unwritable_cache_folder_degrades_with_one_warning(tmp_path):
-    (tmp_path / "file").touch()
-    messages = json.loads(run_python(UNWRITABLE.format(lost=False), CUPY_CACHE_DIR=str(tmp_path / "file" / "cache")))
-    assert len(messages) == 1
-    assert "can't be written" in messages[0]
-    assert "Set CUPY_CACHE_DIR to a writable folder" in messages[0]
-    assert str(tmp_path / "file" / "cache") in messages[0]
-
-
-@pytest.mark.gpu
-def test_cache_folder_lost_after_import_degrades_with_one_warning(tmp_path):
-    messages = json.loads(run_python(UNWRITABLE.format(lost=True), CUPY_CACHE_DIR=str(tmp_path / "cache")))
-    assert len(messages) == 1
-    assert "kernels are compiled anew in every process" in messages[0]
-
-
 @pytest.mark.gpu
 def test_each_variant_is_compiled_once():
     variant = route_variant()
@@ -322,18 +236,13 @@ def test_the_next_process_finds_the_cubin_on_disk(tmp_path):
     code = """
 import os, torch
 from cupymoe import moe_activation
-from cupymoe.kernels import jit
+from cupymoe.kernels import cupy_import
 moe_activation("silu", torch.ones(2, 8, device="cuda"))
-print(len(os.listdir(jit.cache_folder())))
+print(len(os.listdir(cupy_import.cache_folder())))
 """
     counts = [int(run_python(code, CUPY_CACHE_DIR=str(tmp_path))) for _ in range(2)]
     assert counts[0] >= 1
     assert counts[1] == counts[0]
-
-
-@pytest.mark.gpu
-def test_current_device_s_architecture_is_supported():
-    assert jit.architecture(torch.cuda.get_device_capability()) in SUPPORTED_ARCHITECTURES
 
 
 @pytest.mark.gpu

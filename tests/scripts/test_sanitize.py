@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe.backends.fused import tiles_reason
-from cupymoe.kernels import cuda_sources, jit
+from cupymoe.kernels import cuda_sources
+from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 
@@ -38,7 +39,7 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
 
 
 def test_planted_faults_compile(sanitize):
-    nvrtc = jit.import_nvrtc()
+    nvrtc = import_nvrtc()
     assert {*sanitize.FAULTS} == {*sanitize.TOOLS}
     for tool in sanitize.TOOLS:
         program = nvrtc.createProgram(sanitize.planted_source(tool), "planted.cu", [], [])

@@ -1,0 +1,65 @@
+"""What the architecture of a GPU lets a kernel do; ``cuda_src/common/arch.cuh`` tells the sources the same."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture of NVIDIA's GPUs."""
+
+    name: str
+    """What NVRTC calls it."""
+    capability: tuple[int, int]
+    """Its compute capability."""
+    shared_bytes_of_block: int
+    """The most shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications")."""
+    dependent_launch: bool
+    """Whether a grid may start before the one before it has ended (programmatic dependent launch)."""
+    bulk_copies: bool
+    """Whether a copy engine moves whole rows, and boxes of a tensor, between global and shared memory."""
+    clusters: bool
+    """Whether blocks form clusters, in which they reach into each other's shared memory."""
+    wgmma: bool
+    """Whether a warpgroup multiplies tiles that lie in shared memory, by the instructions of sm_90a."""
+
+    @staticmethod
+    def of(device: int | torch.device) -> Arch:
+        """The architecture of a CUDA device; of the current one, where ``device`` has no index.
+
+        It asks torch each time, so what a call needs in every launch is best kept with the kernel.
+        """
+        return of_capability(torch.cuda.get_device_capability(device))
+
+
+HOPPER = Arch("sm_90a", (9, 0), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=True)
+
+ARCHITECTURES = (
+    Arch("sm_80", (8, 0), 163 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    Arch("sm_86", (8, 6), 99 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    Arch("sm_89", (8, 9), 99 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    HOPPER,
+    Arch("sm_100", (10, 0), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_120", (12, 0), 99 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+)
+"""Every architecture that sources are compiled for without a GPU, by ascending capability."""
+
+
+@functools.cache
+def of_capability(capability: tuple[int, int]) -> Arch:
+    """The architecture of a compute capability, in :data:`ARCHITECTURES` or not.
+
+    One that is not listed has what the newest of the older ones has, but for wgmma, which no capability shares with
+    Hopper. One that is older than all has none of the features, and the 48 KB of shared memory that every GPU gives.
+    """
+    name = f"sm_{capability[0]}{capability[1]}"
+    older = [arch for arch in ARCHITECTURES if arch.capability <= capability]
+    if not older:
+        return Arch(name, capability, 48 * 1024, False, False, False, False)
+    if older[-1].capability == capability:
+        return older[-1]
+    return replace(older[-1], name=name, capability=capability, wgmma=False)
