@@ -1,6 +1,7 @@
 """Gemma 4's mixture of experts as a torch module, on CUDA sources compiled at run time through CuPy."""
 
 from cupymoe.activation import MoEActivation
+from cupymoe.backends.slow import SlowWarning
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import (
     apply_moe_activation,
@@ -24,6 +25,7 @@ __all__ = [
     "Gemma4Router",
     "LowRank",
     "MoEActivation",
+    "SlowWarning",
     "apply_moe_activation",
     "as_cupy",
     "as_torch",
