@@ -206,10 +206,10 @@ MUTATIONS = (
         source="grouped_linear",
     ),
     cuda(
-        "a barrier dropped: a stage filled while it is read",
+        "a barrier dropped: a stage read before it is filled",
         "common/simt_product.cuh",
-        "        }\n        __syncthreads();\n    }\n",
-        "        }\n    }\n",
+        "        __syncthreads();\n#pragma unroll 8",
+        "#pragma unroll 8",
         LINEAR,
         source="grouped_linear",
     ),

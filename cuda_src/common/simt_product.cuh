@@ -11,7 +11,7 @@
 #include "dtypes.cuh"
 
 #define BLOCK_THREADS 256
-#define BLOCKS_AT_ONCE 3  // on a multiprocessor, so that some load while others multiply
+#define BLOCKS_AT_ONCE 2  // on a multiprocessor, so that some load while others multiply
 #define TILE 64
 #define STEP 32
 #define FEW_LINES 16  // a tile of no more needs one line a thread
