@@ -2,6 +2,7 @@
 
 from cupymoe import flops
 from cupymoe.activation import MoEActivation
+from cupymoe.backends.slow import SlowWarning
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.functional import (
     apply_moe_activation,
@@ -27,6 +28,7 @@ __all__ = [
     "Gemma4Router",
     "LowRank",
     "MoEActivation",
+    "SlowWarning",
     "apply_moe_activation",
     "as_cupy",
     "as_torch",

@@ -124,10 +124,13 @@ def info() -> None:
     click.echo(f"cuda_src         {cuda_sources.directory()}")
     click.echo(f"cuda_src_sha256  {cuda_sources.sha256()}")
     click.echo("\nbackends, in the order in which auto asks them (Gemma 4 26B-A4B)")
+    click.echo("unaligned is bfloat16 with weights that do not start on 16 bytes")
+    calls = {dtype_name: _gemma4_call(device, dtype) for dtype_name, dtype in DTYPES.items()}
+    calls["unaligned"] = calls["bfloat16"]._replace(aligned_weights=False)
     for name, backend in registry().items():
-        for dtype_name, dtype in DTYPES.items():
-            reason = backend.unsupported_reason(_gemma4_call(device, dtype))
-            click.echo(f"  {name:10} {dtype_name:9} {'serves it' if reason is None else reason}")
+        for kind, call in calls.items():
+            reason = backend.unsupported_reason(call)
+            click.echo(f"  {name:10} {kind:9} {'serves it' if reason is None else reason}")
     click.echo("\nCUDA sources")
     for name in cuda_sources.names():
         click.echo(f"  {name:18} {_readiness(name, device)}")

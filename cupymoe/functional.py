@@ -233,7 +233,9 @@ def fused_experts(
         top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is); copied once if it is
             not contiguous or of another dtype.
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
-        backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"`` or ``"reference"``.
+        backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"``, ``"simt"`` or ``"reference"``.
+            Where ``"auto"`` finds but one of the last two on CUDA, which are slow, it warns once with a
+            :class:`cupymoe.SlowWarning` that says what to do; ``CUPYMOE_ON_SLOW`` may be ``error`` or ``silent``.
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
@@ -242,6 +244,7 @@ def fused_experts(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
             not serve the call.
+        RuntimeError: ``"auto"`` finds but a slow backend on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
     member = _member(activation)
     _describe_and_check_experts(

@@ -152,11 +152,11 @@ def relative_error(oracles: list[Oracle], outputs: list[torch.Tensor]) -> float:
 
 
 def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, Contender], list[str]]:
-    """What ``auto`` takes, and every backend but the reference that serves the case; why the others do not."""
+    """What ``auto`` takes, and every fast backend that serves the case; why the others do not."""
     served, notes = ["auto"], []
     call = experts_call(case.inputs.hidden_states, *case.weights, case.inputs.top_k_index, config.activation)
     for name, backend in registry().items():
-        if name == "reference":
+        if backend.is_slow:
             continue
         if reason := backend.unsupported_reason(call):
             notes.append(f"cupymoe:{name} does not serve T={call.num_tokens}: {reason}")

@@ -11,6 +11,8 @@ COMBINE = ("tests/kernels/test_combine.py",)
 ROUTE = ("tests/kernels/test_route.py",)
 LOGITS = ("tests/kernels/test_router_logits.py",)
 SORT = ("tests/kernels/test_sort_by_expert.py",)
+LINEAR = ("tests/kernels/test_grouped_linear.py",)
+OUTER = ("tests/kernels/test_grouped_outer.py",)
 EXPERTS = (
     "tests/test_experts_cuda.py::test_every_activation",
     "tests/test_experts_cuda.py::test_masked_ids",
@@ -189,6 +191,30 @@ MUTATIONS = (
         define="INDEX=long long",
     ),
     cuda(
+        "the first expert's weight for all",
+        "grouped_linear.cu",
+        "weight + expert * expert_stride",
+        "weight",
+        LINEAR,
+    ),
+    cuda(
+        "the last, unfilled step of a sum forgotten",
+        "common/simt_product.cuh",
+        "from < depth; from += STEP",
+        "from + STEP <= depth; from += STEP",
+        LINEAR,
+        source="grouped_linear",
+    ),
+    cuda(
+        "a barrier dropped: a stage read before it is filled",
+        "common/simt_product.cuh",
+        "        __syncthreads();\n#pragma unroll 8",
+        "#pragma unroll 8",
+        LINEAR,
+        source="grouped_linear",
+    ),
+    cuda("the slots of the first expert for all", "grouped_outer.cu", "right + first * num_columns", "right", OUTER),
+    cuda(
         "gate for up in the fused experts",
         "experts_up.cu",
         "(gates.values[i], ups.values[i])",
@@ -290,6 +316,13 @@ MUTATIONS = (
         "return width if aligned and columns % width == 0 else 1",
         "return width if columns % width == 0 else 1",
         GATHER,
+    ),
+    launcher(
+        "the last expert without a block",
+        "kernels/grouped_linear.py",
+        "num_slots // TILE + num_experts",
+        "num_slots // TILE + num_experts - 1",
+        LINEAR,
     ),
     launcher("the counts of two blocks missing", "kernels/sort_by_expert.py", "if blocks > 1:", "if blocks > 2:", SORT),
     launcher("always the default stream", "kernels/launch.py", "config.stream = stream", "config.stream = 0", STREAMS),

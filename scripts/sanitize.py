@@ -30,6 +30,8 @@ from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
+from cupymoe.kernels.grouped_linear import grouped_linear
+from cupymoe.kernels.grouped_outer import grouped_outer
 from cupymoe.kernels.router_logits import router_logits
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.verification.result import relative_error
@@ -136,6 +138,32 @@ def run_sorted_rows() -> None:
         assert error < 0.01, f"{tokens} tokens, {num_experts} experts: relative error {error:.4f}"
 
 
+def run_grouped_products() -> None:
+    """grouped_linear.cu, also on a transposed weight, and grouped_outer.cu: few slots of an expert, many, and none."""
+    counts = torch.tensor([0, 1, 70, 0, 17])
+    expert = torch.arange(len(counts)).repeat_interleave(counts)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32).cuda()
+    for dtype, (size, other_size) in product(SCALARS, ((13, 7), (40, 72))):
+        rows, others = (torch.randn(len(expert), columns).to(dtype) for columns in (size, other_size))
+        weight = torch.randn(len(counts), size, other_size).to(dtype)
+        on_gpu = [tensor.cuda() for tensor in (rows, others, weight)]
+        outputs = (
+            grouped_linear(on_gpu[0], on_gpu[2].transpose(1, 2), offsets, torch.float32),
+            grouped_linear(on_gpu[1], on_gpu[2], offsets),
+            grouped_outer(on_gpu[0], on_gpu[1], offsets, torch.float32),
+        )
+        weights = weight.double()[expert]
+        columns, row = rows.double()[:, :, None], others.double()[:, None]
+        truths = (
+            (columns * weights).sum(1),
+            (weights * row).sum(2),
+            weights.new_zeros(weight.shape).index_add_(0, expert, columns * row),
+        )
+        for output, truth in zip(outputs, truths, strict=True):
+            error = relative_error(output.cpu(), truth)
+            assert error < 0.01, f"{dtype}, {size} by {other_size}: relative error {error:.4f}"
+
+
 def run_raw_read() -> None:
     """raw_read.cu."""
     raw_read.raw_read(torch.zeros(4096, dtype=torch.uint8).cuda())
@@ -147,6 +175,7 @@ SUITE = (
     run_routing,
     run_raw_read,
     run_sorted_rows,
+    run_grouped_products,
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),
 )
 

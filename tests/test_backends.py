@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.backends import ExpertsCall, check_name, registry, select
+from cupymoe.backends import ExpertsCall, check_name, registry, select, serving
 
 CALL = ExpertsCall(
     device=torch.device("cuda", 0),
@@ -31,8 +31,8 @@ def hopper(monkeypatch):
 
 def test_registry_order_ends_with_the_one_that_serves_everything():
     names = list(registry())
-    assert names[-1] == "reference"
-    assert "grouped" in names
+    assert names == ["fused", "grouped", "simt", "reference"]
+    assert [backend.is_slow for backend in registry().values()] == [False, False, True, True]
     assert all(backend.name == name for name, backend in registry().items())
 
 
@@ -67,7 +67,7 @@ def test_grouped_serves_gemma_4(hopper):
 def test_grouped_says_why(hopper, change, reason):
     with pytest.raises(ValueError, match=rf"backend 'grouped' does not serve this call: .*{reason}"):
         select("grouped", CALL._replace(**change))
-    assert select("auto", CALL._replace(**change)).name != "grouped"
+    assert serving(CALL._replace(**change)).name != "grouped"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_grouped_says_why(hopper, change, reason):
 def test_fused_says_why(hopper, change, reason):
     with pytest.raises(ValueError, match=rf"backend 'fused' does not serve this call: .*{reason}"):
         select("fused", CALL._replace(**change))
-    assert select("auto", CALL._replace(**change)).name != "fused"
+    assert serving(CALL._replace(**change)).name != "fused"
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,41 @@ def test_fused_serves_what_one_of_its_ways_serves(hopper, change):
     assert registry()["fused"].unsupported_reason(CALL._replace(**change)) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu")}, r"runs on CUDA devices of compute capability 8.0 or newer, not on cpu"),
+        ({"dtype": torch.float64}, r"take bfloat16, float16 and float32, not torch.float64"),
+        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
+    ],
+)
+def test_simt_says_why(hopper, change, reason):
+    with pytest.raises(ValueError, match=rf"backend 'simt' does not serve this call: .*{reason}"):
+        select("simt", CALL._replace(**change))
+    assert serving(CALL._replace(**change)).name != "simt"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_simt_serves_any_alignment_sizes_dtype_and_activation(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for activation in MoEActivation:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            call = CALL._replace(activation=activation, dtype=dtype, hidden_size=13, intermediate_size=7)
+            call = call._replace(aligned_hidden_states=False, aligned_weights=False)
+            assert select("simt", call).name == serving(call).name == "simt"
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)])
 def test_fused_was_run_on_hopper_only(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert "compute capability 9.0 only" in registry()["fused"].unsupported_reason(CALL)
 
 
-def test_grouped_wants_ampere(monkeypatch):
+@pytest.mark.parametrize("name", ["grouped", "simt"])
+def test_grouped_and_simt_want_ampere(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert registry()["grouped"].unsupported_reason(CALL) == "it needs compute capability 8.0 or newer"
+    assert registry()[name].unsupported_reason(CALL) == "it needs compute capability 8.0 or newer"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

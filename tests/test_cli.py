@@ -77,6 +77,19 @@ def test_info_compiles_what_a_gpu_is_served_with(monkeypatch):
     assert compiled == [name for name in cuda_sources.names() if name not in catalog.HOPPER_ONLY]
 
 
+def test_info_names_the_backends_that_alignment_keeps_out(monkeypatch):
+    a_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(jit, "kernel", lambda variant, entry, device: None)
+    lines = [line.split(maxsplit=2) for line in info().splitlines() if line.startswith("  ")]
+    unaligned = {name: said for name, kind, said in lines if kind == "unaligned"}
+    assert unaligned == {
+        "fused": "hidden_states and both weights must start on 16 bytes",
+        "grouped": "both weights must start on 16 bytes",
+        "simt": "serves it",
+        "reference": "serves it",
+    }
+
+
 @pytest.mark.parametrize("error", [ImportError("two cupys\nat once"), jit.CompileError("no\nlog")])
 def test_info_says_why_a_kernel_is_not_usable(monkeypatch, error):
     def kernel(*_):

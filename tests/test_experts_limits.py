@@ -30,13 +30,14 @@ def allow(num_bytes):
 
 @pytest.mark.usefixtures("_limited_memory")
 @pytest.mark.parametrize(
-    ("backend", "num_tokens", "top_k", "least_failures"), [("fused", 8000, 8, 3), ("grouped", 20_000, 8, 5)]
+    ("backend", "num_tokens", "top_k", "least_failures"),
+    [("fused", 8000, 8, 3), ("grouped", 20_000, 8, 5), ("simt", 8000, 8, 6)],
 )
 def test_out_of_memory_at_every_point_of_a_call(backend, num_tokens, top_k, least_failures):
     """With a little more memory each time, until it succeeds: torch's error, nothing kept, and the next call works.
 
-    Allocations above 10 MB are segments of their own, so fused's three fail in turn, and grouped's five; but a segment
-    of an earlier test, of which something is left, would serve them.
+    Allocations above 10 MB are segments of their own, so fused's three fail in turn, grouped's five and simt's six; but
+    a segment of an earlier test, of which something is left, would serve them.
     """
     gc.collect()
     torch.cuda.empty_cache()
@@ -108,6 +109,7 @@ def long_case(num_tokens, num_experts, hidden, intermediate, top_k):
         ("fused", 1024, 262_208, 8),
         ("fused", 66_001, 4096, 8),
         ("grouped", 66_001, 4096, 8),
+        ("simt", 66_001, 4096, 8),
     ],
 )
 def test_activations_of_more_than_2_31_elements(backend, num_tokens, hidden, top_k):
@@ -123,7 +125,9 @@ def test_activations_of_more_than_2_31_elements(backend, num_tokens, hidden, top
     check_tokens(output, case, torch.tensor([0, 1, num_tokens // 2, num_tokens - 2, num_tokens - 1], device="cuda"))
 
 
-@pytest.mark.parametrize(("backend", "num_tokens"), [("fused", 5), ("fused", 100), ("fused", 900), ("grouped", 100)])
+@pytest.mark.parametrize(
+    ("backend", "num_tokens"), [("fused", 5), ("fused", 100), ("fused", 900), ("grouped", 100), ("simt", 100)]
+)
 def test_weights_of_more_than_2_31_elements(backend, num_tokens):
     """Both projections, read at their ends."""
     wants(40 * GB)

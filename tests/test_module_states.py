@@ -18,7 +18,7 @@ from cupymoe import (
     reference,
     route,
 )
-from tests.helpers import max_error, oracle, random_experts, randomize, rounded_experts
+from tests.helpers import max_error, oracle, random_experts, randomize, rounded_experts, slow_on_cuda
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -77,6 +77,7 @@ def test_the_next_call_sees_new_parameters(device, change, num_tokens):
     assert torch.equal(moe(hidden_states), expected)
 
 
+@slow_on_cuda
 def test_cast_between_calls(device):
     moe = new_moe(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -153,12 +154,13 @@ MODES = {
 }
 
 
+@slow_on_cuda
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_mode_changes_a_bit(device, dtype, mode):
     """The dtypes of the arguments say what is computed in, and every result is deterministic anyway."""
     if (mode, dtype, device.type) == ("deterministic_algorithms", torch.float32, "cuda"):
-        pytest.skip("float32 experts are cuBLAS's on CUDA, which wants CUBLAS_WORKSPACE_CONFIG for it")
+        pytest.skip("adapters on float32 experts are cuBLAS's on CUDA, which wants CUBLAS_WORKSPACE_CONFIG for it")
     case = random_experts(9, dtype=dtype, device=device)
     adapter = LowRank(*(torch.randn(6, *shape, device=device, dtype=dtype) for shape in ((8, 32), (48, 8))))
     logits, projection = torch.randn(9, 6, device=device, dtype=dtype), torch.randn(6, 32, device=device, dtype=dtype)
@@ -186,6 +188,7 @@ def gradients(case):
     return [leaf.grad for leaf in leaves if leaf.requires_grad]
 
 
+@slow_on_cuda
 def test_autocast_changes_no_gradient(device):
     """Also where the backward pass runs inside of it, which torch advises against."""
     case = random_experts(9, dtype=torch.float32, device=device)
@@ -198,6 +201,7 @@ def test_autocast_changes_no_gradient(device):
         torch.testing.assert_close(gradient, its_expected, rtol=1e-5, atol=1e-5)
 
 
+@slow_on_cuda
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_second_derivatives(device):
     """The backward pass is plain torch, so that it has one."""

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, Gemma4Router, MoEActivation
-from tests.helpers import UNFIT, randomize, transformers_config, transformers_gemma4
+from tests.helpers import UNFIT, randomize, slow_on_cuda, transformers_config, transformers_gemma4
 
 KEYS = {
     "router.proj.weight": (6, 32),
@@ -387,6 +387,7 @@ def test_router_under_autocast(device):
         assert router.logits(states).dtype == torch.bfloat16
 
 
+@slow_on_cuda
 def test_experts_call_is_transformers(device):
     layer = decoder_layer().to(device)
     experts = Gemma4MoE.from_transformers(layer).experts

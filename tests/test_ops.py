@@ -23,7 +23,7 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
-from tests.helpers import random_experts, randomize
+from tests.helpers import random_experts, randomize, slow_on_cuda
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -146,6 +146,7 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
     opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
 
 
+@slow_on_cuda
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_experts(device, dtype, requires_grad):
@@ -324,6 +325,7 @@ def gradients_of(function, module, hidden_states):
     return [output.detach(), hidden_states.grad, *(parameter.grad for parameter in module.parameters())]
 
 
+@slow_on_cuda
 def test_compiled_module_backward(device):
     module = randomize(Gemma4MoE(CONFIG)).to(device)
     twin = copy.deepcopy(module)

@@ -35,6 +35,8 @@ class Backend(Protocol):
     """One way to compute the experts."""
 
     name: str
+    is_slow: bool
+    """Whether ``"auto"`` says so when it has to take this one on a CUDA device: see :mod:`cupymoe.backends.slow`."""
 
     def unsupported_reason(self, call: ExpertsCall) -> str | None:
         """Why this backend can't serve the call; None if it can."""
@@ -67,8 +69,9 @@ def registry() -> dict[str, Backend]:
     from cupymoe.backends.fused import FusedBackend
     from cupymoe.backends.grouped import GroupedBackend
     from cupymoe.backends.reference import ReferenceBackend
+    from cupymoe.backends.simt import SimtBackend
 
-    backends: tuple[Backend, ...] = (FusedBackend(), GroupedBackend(), ReferenceBackend())
+    backends: tuple[Backend, ...] = (FusedBackend(), GroupedBackend(), SimtBackend(), ReferenceBackend())
     return {backend.name: backend for backend in backends}
 
 
@@ -81,16 +84,28 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {['auto', *registry()]}, got {name!r}")
 
 
+def serving(call: ExpertsCall) -> Backend:
+    """The first backend that serves a call; the last one serves every call."""
+    return next(backend for backend in registry().values() if backend.unsupported_reason(call) is None)
+
+
 @functools.lru_cache(maxsize=4096)
 def select(name: str, call: ExpertsCall) -> Backend:
-    """The backend that serves a call.
+    """The backend that a call is computed by. Where ``"auto"`` finds but a slow one on a CUDA device, it says so.
 
     Raises:
-        ValueError: the named backend is unknown or does not serve the call; the message says why.
+        ValueError: the named backend is unknown or does not serve the call; the message says why. Or
+            ``CUPYMOE_ON_SLOW`` is set to something unknown.
+        RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and ``"auto"`` finds but a slow backend.
     """
+    from cupymoe.backends import slow
+
     check_name(name)
-    for backend in registry().values() if name == "auto" else (registry()[name],):
-        reason = backend.unsupported_reason(call)
-        if reason is None:
-            return backend
-    raise ValueError(f"backend {name!r} does not serve this call: {reason}")
+    if name == "auto":
+        chosen = serving(call)
+        slow.check(call, chosen)
+        return chosen
+    reason = registry()[name].unsupported_reason(call)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} does not serve this call: {reason}")
+    return registry()[name]

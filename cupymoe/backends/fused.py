@@ -27,6 +27,7 @@ class FusedBackend:
     """
 
     name = "fused"
+    is_slow = False
 
     def unsupported_reason(self, call: ExpertsCall) -> str | None:
         """What its kernels were not built or not run for."""

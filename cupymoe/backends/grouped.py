@@ -21,6 +21,7 @@ class GroupedBackend:
     """
 
     name = "grouped"
+    is_slow = False
 
     def unsupported_reason(self, call: ExpertsCall) -> str | None:
         """What torch's grouped GEMM and the sort can't do."""

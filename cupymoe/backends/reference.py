@@ -13,6 +13,7 @@ class ReferenceBackend:
     """Plain torch, one expert after the other."""
 
     name = "reference"
+    is_slow = True
 
     def unsupported_reason(self, call: ExpertsCall) -> str | None:
         """None: every device and floating dtype is served."""

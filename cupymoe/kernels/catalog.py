@@ -16,6 +16,8 @@ from cupymoe.kernels import (
     experts_up_wgmma,
     gated_activation,
     gather,
+    grouped_linear,
+    grouped_outer,
     plan_experts,
     raw_read,
     route,
@@ -58,6 +60,10 @@ def _variants() -> Iterator[Variant]:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
             yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
+        for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
+            yield grouped_linear.variant(row_dtype, dtype, output_dtype)
+        for row_dtype in (dtype, torch.float32):
+            yield grouped_outer.variant(row_dtype, row_dtype, dtype)
         yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)

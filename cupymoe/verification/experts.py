@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cupymoe import reference
-from cupymoe.backends import ExpertsCall, registry, select
+from cupymoe.backends import ExpertsCall, registry, serving
 from cupymoe.functional import fused_experts
 from cupymoe.ops import experts_call
 from cupymoe.verification import transformers_peer
@@ -151,9 +151,9 @@ def _graph_replay(setting: Setting, num_tokens: int) -> Result:
     if not setting.on_gpu:
         return Result(name, "skipped", "no CUDA device")
     inputs = _inputs(setting, num_tokens)
-    backend = select("auto", _call(setting, inputs)).name
+    backend = serving(_call(setting, inputs)).name
     if backend == "reference":
-        return Result(name, "skipped", f"only the reference serves {setting.dtype}, and it waits for the GPU")
+        return Result(name, "skipped", "only the reference serves the call, and it waits for the GPU")
     eager = _run(setting, inputs, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
