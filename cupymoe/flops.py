@@ -64,12 +64,6 @@ def _projections(
 
 
 def _fused_experts(
-    hidden_states: Shape, gate_up_proj: Shape, down_proj: Shape, index: Shape, *_: Any, **__: Any
-) -> int:
-    return sum(projection.forward() for projection in _projections(gate_up_proj, down_proj, index))
-
-
-def _lora_experts(
     hidden_states: Shape,
     gate_up_proj: Shape,
     down_proj: Shape,
@@ -85,13 +79,10 @@ def _lora_experts(
     return sum(projection.forward() for projection in both)
 
 
-def _experts_backward(grad: Shape, *arguments: Any, **__: Any) -> int:
-    """Of both backward ops of experts: the tensors of the forward, then the activation, then which need a gradient."""
-    *tensors, _, needed = arguments
-    _, gate_up_proj, down_proj, index, _, *adapters = tensors
-    hidden, of_gate_up, of_down, _, _, *of_adapters = needed
-    gate_up_a, _, down_a, _ = adapters or (None,) * 4
-    of_up_a, of_up_b, of_down_a, of_down_b = of_adapters or (False,) * 4
+def _fused_experts_backward(grad: Shape, *arguments: Any, **__: Any) -> int:
+    """Of the forward's tensors and settings, and last of which tensors need a gradient."""
+    _, gate_up_proj, down_proj, index, _, gate_up_a, _, down_a, *_ = arguments
+    hidden, of_gate_up, of_down, _, of_up_a, of_up_b, of_down_a, of_down_b = arguments[-1]
     up, down = _projections(gate_up_proj, down_proj, index, gate_up_a, down_a)
     behind_down = hidden or of_gate_up or of_up_a or of_up_b
     return up.backward(hidden, of_gate_up, of_up_a, of_up_b) + down.backward(behind_down, of_down, of_down_a, of_down_b)
@@ -101,9 +92,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "router_logits": _router_logits,
     "router_logits_backward": _router_logits_backward,
     "fused_experts": _fused_experts,
-    "fused_experts_backward": _experts_backward,
-    "lora_experts": _lora_experts,
-    "lora_experts_backward": _experts_backward,
+    "fused_experts_out": _fused_experts,
+    "fused_experts_backward": _fused_experts_backward,
 }
 """By op, from the shapes of its arguments. The ops without one multiply no matrices."""
 

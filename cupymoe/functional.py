@@ -2,93 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from typing import Any, NamedTuple
-
 import torch
-from torch._subclasses import FakeTensor
 
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import check_name
-from cupymoe.customisation import is_wrapper
-from cupymoe.kernels.dtypes import SCALARS
+from cupymoe.checks import (
+    check_activation_input,
+    check_adapter,
+    check_experts,
+    check_global_num_experts,
+    check_out,
+    check_same,
+    check_served_by_kernel,
+    check_settings,
+    check_shape,
+    describe,
+    overlap,
+)
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
 
 
-class _Description(NamedTuple):
-    """What most checks look at."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    kind: type
-
-
-# The same as a plain tuple, at half the cost.
-_attributes = operator.attrgetter("shape", "dtype", "device", "__class__")
-
-
-def _describe(name: str, tensor: torch.Tensor) -> _Description:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return _Description(tensor.shape, tensor.dtype, tensor.device, type(tensor))
-
-
-def _check_plain(name: str, given: _Description) -> None:
-    if is_wrapper(given.kind):
-        raise TypeError(
-            f"{name} must be a plain tensor, got {given.kind.__name__}, which wraps another one: pass its local or "
-            "dequantised tensor"
-        )
-
-
-def _check_shape(name: str, given: _Description, shape: tuple[int | None, ...]) -> None:
-    """Rank and the sizes that are not None."""
-    if len(given.shape) != len(shape) or any(
-        size is not None and size != actual for size, actual in zip(shape, given.shape, strict=True)
-    ):
-        expected = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{expected}], got {list(given.shape)}")
-
-
-def _check_floating(name: str, given: _Description) -> None:
-    if not given.dtype.is_floating_point or given.dtype.itemsize == 1:
-        raise TypeError(f"{name} must be a floating-point tensor of at least 16 bits, got {given.dtype}")
-    if given.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {given.device}")
-
-
-def _check_served_by_kernel(name: str, given: _Description) -> None:
-    _check_floating(name, given)
-    if given.device.type == "cuda" and given.dtype not in SCALARS:
-        raise TypeError(
-            f"{name} must be bfloat16, float16 or float32 on CUDA, got {given.dtype} "
-            "(cupymoe.reference computes any floating dtype)"
-        )
-
-
-def _check_same(name: str, given: _Description, other_name: str, other: _Description, *, dtype: bool) -> None:
-    if given.device != other.device:
-        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {given.device}")
-    if dtype and given.dtype != other.dtype:
-        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {given.dtype}")
-
-
 def _member(activation: MoEActivation | str) -> MoEActivation:
     return activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
-
-
-def _check_activation_input(input: torch.Tensor, activation: MoEActivation) -> _Description:
-    given = _describe("input", input)
-    _check_served_by_kernel("input", given)
-    if not given.shape or (activation.is_gated and given.shape[-1] % 2):
-        expected = "[..., 2N]" if activation.is_gated else "[..., N]"
-        raise ValueError(f"input must have shape {expected} for {activation.name}, got {list(given.shape)}")
-    return given
 
 
 def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torch.Tensor:
@@ -106,7 +43,7 @@ def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torc
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
     member = _member(activation)
-    _check_activation_input(input, member)
+    check_activation_input(input, member)
     output: torch.Tensor = getattr(torch.ops.cupymoe, member.custom_op_name)(input)
     return output
 
@@ -135,12 +72,12 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
         RuntimeError: a gradient was asked for; :func:`moe_activation` is the differentiable form.
     """
     member = _member(activation)
-    given_input, given_output = _check_activation_input(input, member), _describe("output", output)
-    _check_shape("output", given_output, (*input.shape[:-1], member.output_size(input.shape[-1])))
-    _check_same("output", given_output, "input", given_input, dtype=True)
+    given_input, given_output = check_activation_input(input, member), describe("output", output)
+    check_shape("output", given_output, (*input.shape[:-1], member.output_size(input.shape[-1])))
+    check_same("output", given_output, "input", given_input, dtype=True)
     if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
         raise RuntimeError("apply_moe_activation writes in place and has no gradient: use moe_activation")
-    if not torch.compiler.is_compiling() and _overlap(output, input):
+    if not torch.compiler.is_compiling() and overlap(output, input):
         in_place = not member.is_gated and output.is_set_to(input)
         if not in_place:
             raise ValueError(
@@ -149,19 +86,6 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
             )
     torch.ops.cupymoe.apply_moe_activation(member.value, output, input)
     return output
-
-
-def _memory_span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first element and past the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (last + 1)
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.device.type == "meta" or isinstance(a, FakeTensor) or not a.numel() or not b.numel():
-        return False
-    (a_first, a_end), (b_first, b_end) = _memory_span(a), _memory_span(b)
-    return a_first < b_end and b_first < a_end
 
 
 def route(
@@ -191,9 +115,9 @@ def route(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    logits = _describe("router_logits", router_logits)
-    _check_shape("router_logits", logits, (None, None))
-    _check_served_by_kernel("router_logits", logits)
+    logits = describe("router_logits", router_logits)
+    check_shape("router_logits", logits, (None, None))
+    check_served_by_kernel("router_logits", logits)
     num_experts = router_logits.shape[1]
     if not isinstance(top_k, int | torch.SymInt) or isinstance(top_k, bool):
         raise TypeError(f"top_k must be an integer, got {top_k!r}")
@@ -204,10 +128,10 @@ def route(
     if logits.device.type == "cuda" and num_experts > MAX_EXPERTS:
         raise ValueError(f"router_logits must have at most {MAX_EXPERTS} experts on CUDA, got {num_experts}")
     if per_expert_scale is not None:
-        scale = _describe("per_expert_scale", per_expert_scale)
-        _check_shape("per_expert_scale", scale, (num_experts,))
-        _check_served_by_kernel("per_expert_scale", scale)
-        _check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
+        scale = describe("per_expert_scale", per_expert_scale)
+        check_shape("per_expert_scale", scale, (num_experts,))
+        check_served_by_kernel("per_expert_scale", scale)
+        check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
     weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, renormalize)
     return weights, index
 
@@ -221,6 +145,11 @@ def fused_experts(
     *,
     activation: MoEActivation | str,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    global_num_experts: int | None = None,
+    numerics: str = "fast",
+    keep: str = "input",
 ) -> torch.Tensor:
     """``output[t] = sum over k of w[t, k] * down[e] @ act(gate_up[e] @ x[t])`` with ``e = top_k_index[t, k]``.
 
@@ -235,11 +164,20 @@ def fused_experts(
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
         backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"``, ``"simt"`` or ``"reference"``.
             Where ``"auto"`` finds but one of the last two on CUDA, which are slow, it warns once with a
-            :class:`cupymoe.SlowWarning` that says what to do; ``CUPYMOE_ON_SLOW`` may be ``error`` or ``silent``.
+            :class:`cupymoe.SlowWarning` that says what to do; ``CUPYMOE_ON_SLOW`` may be ``error`` or ``silent``. The
+            gradients are computed by the same backend, or if it has none by the first that does.
+        out: ``[T, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written and returned.
+            None: a new tensor.
+        expert_map: which of all experts are here. Not served yet.
+        global_num_experts: how many experts ``top_k_index`` chooses from where only E of them are here, and most pairs
+            are masked; None: E. It changes no result, only what the kernels are chosen for.
+        numerics: ``"fast"``; ``"invariant"`` is not served yet.
+        keep: what a call that will be differentiated keeps for it: ``"input"``, its arguments alone, from which the
+            backward computes the rest again; ``"gate_up"`` is not served yet.
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
-        ``hidden_states``, both weights and ``top_k_weights``.
+        ``hidden_states``, both weights and ``top_k_weights``; gradients of gradients are computed by the reference.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
@@ -247,22 +185,28 @@ def fused_experts(
         RuntimeError: ``"auto"`` finds but a slow backend on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
     member = _member(activation)
-    _describe_and_check_experts(
+    check_settings(expert_map, numerics, keep)
+    check_experts(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=member, backend=backend
     )
+    if global_num_experts is not None:
+        check_global_num_experts(global_num_experts, down_proj.shape[0])
     if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
         top_k_weights = top_k_weights.to(work)
-    output: torch.Tensor = ops.dispatch(
-        torch.ops.cupymoe.fused_experts.default,
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        top_k_index,
-        top_k_weights,
-        member.value,
-        backend,
-    )
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    settings = (member.value, "plain", numerics, global_num_experts, backend)
+    if out is not None:
+        check_out(out, *tensors)
+        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *_NOT_SERVED, *settings, out)
+        return out
+    op = torch.ops.cupymoe.fused_experts.default
+    output: torch.Tensor = ops.dispatch(op, *tensors, *_NO_ADAPTERS, *_NOT_SERVED, *settings)
     return output
+
+
+# Of the op's tensors: the factors of both adapters; and scales and zeros of both weights, and the map of experts.
+_NO_ADAPTERS = (None,) * 4
+_NOT_SERVED = (None,) * 5
 
 
 def lora_experts(
@@ -284,114 +228,27 @@ def lora_experts(
             in every call.
         down_adapter: the same for ``down_proj``: ``[E, r, I]`` and ``[E, H, r]``.
 
-    Other arguments, result and errors are as of :func:`fused_experts`. Differentiable with respect to the adapters too,
-    once; the gradients of the weights are computed only where they are asked for. On CUDA in bfloat16 the kernels of
-    the ``grouped`` backend compute it, where it serves the call and the adapters start on 16 bytes; else plain torch,
-    one expert after the other.
+    Other arguments, result and errors are as of :func:`fused_experts` with ``backend="auto"``; ``fused`` has no
+    adapters yet. Differentiable with respect to the adapters too; the gradients of the weights are computed only where
+    they are asked for.
 
     Raises:
-        TypeError, ValueError: as of :func:`fused_experts`, or naming the adapter.
-        RuntimeError: a second derivative is asked for.
+        TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
     """
     member = _member(activation)
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    _describe_and_check_experts(*experts, activation=member, backend="auto")
+    check_experts(*experts, activation=member, backend="auto")
     adapters: list[torch.Tensor | None] = []
     for name, adapter, weight in (
         ("gate_up_adapter", gate_up_adapter, gate_up_proj),
         ("down_adapter", down_adapter, down_proj),
     ):
         if adapter is not None:
-            _check_adapter(name, adapter, weight)
+            check_adapter(name, adapter, weight)
         # Not +=: torch.compile of torch 2.11 does not add a NamedTuple to a list.
         adapters.extend((None, None) if adapter is None else adapter.prepared())
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
-    output: torch.Tensor = torch.ops.cupymoe.lora_experts.default(*experts[:4], weights, *adapters, member.value)
+    settings = (member.value, "plain", "fast", None, "auto")
+    op = torch.ops.cupymoe.fused_experts.default
+    output: torch.Tensor = ops.dispatch(op, *experts[:4], weights, *adapters, *_NOT_SERVED, *settings)
     return output
-
-
-def _check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
-    if not isinstance(adapter, LowRank):
-        raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
-    a, b, base = _describe(f"{name}.a", adapter.a), _describe(f"{name}.b", adapter.b), _describe("weight", weight)
-    num_experts, out_size, in_size = weight.shape
-    _check_shape(f"{name}.a", a, (num_experts, None, in_size))
-    _check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
-    for part, given in (("a", a), ("b", b)):
-        _check_same(f"{name}.{part}", given, "hidden_states", base, dtype=True)
-
-
-def _describe_and_check_experts(
-    hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    *,
-    activation: MoEActivation,
-    backend: str,
-) -> None:
-    if not _is_known(activation, backend, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
-        _check_experts(
-            activation,
-            backend,
-            _describe("hidden_states", hidden_states),
-            _describe("gate_up_proj", gate_up_proj),
-            _describe("down_proj", down_proj),
-            _describe("top_k_index", top_k_index),
-            _describe("top_k_weights", top_k_weights),
-        )
-    if not (gate_up_proj.is_contiguous() and down_proj.is_contiguous()):
-        name = "down_proj" if gate_up_proj.is_contiguous() else "gate_up_proj"
-        raise ValueError(f"{name} must be contiguous: weights are never copied")
-
-
-def _is_known(activation: MoEActivation, backend: str, *tensors: torch.Tensor) -> bool:
-    """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
-    if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
-        return False  # a traced size has no hash
-    try:
-        _check_kind(activation, backend, *map(_attributes, tensors))
-    except (AttributeError, TypeError, ValueError):
-        return False  # the checks say which is no tensor, or what else is wrong
-    return True
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_kind(activation: MoEActivation, backend: str, *attributes: tuple[Any, ...]) -> None:
-    _check_experts(activation, backend, *(_Description(*each) for each in attributes))
-
-
-def _check_experts(
-    activation: MoEActivation,
-    backend: str,
-    hidden_states: _Description,
-    gate_up_proj: _Description,
-    down_proj: _Description,
-    top_k_index: _Description,
-    top_k_weights: _Description,
-) -> None:
-    for name, given in (
-        ("hidden_states", hidden_states),
-        ("gate_up_proj", gate_up_proj),
-        ("down_proj", down_proj),
-        ("top_k_index", top_k_index),
-        ("top_k_weights", top_k_weights),
-    ):
-        _check_plain(name, given)
-    _check_shape("hidden_states", hidden_states, (None, None))
-    _check_floating("hidden_states", hidden_states)
-    num_tokens, hidden_size = hidden_states.shape
-    _check_shape("down_proj", down_proj, (None, hidden_size, None))
-    num_experts, _, intermediate_size = down_proj.shape
-    _check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        _check_same(name, weight, "hidden_states", hidden_states, dtype=True)
-    _check_shape("top_k_index", top_k_index, (num_tokens, None))
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
-    _check_same("top_k_index", top_k_index, "hidden_states", hidden_states, dtype=False)
-    _check_shape("top_k_weights", top_k_weights, tuple(top_k_index.shape))
-    _check_floating("top_k_weights", top_k_weights)
-    _check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
-    check_name(backend)

@@ -17,6 +17,7 @@ from cupymoe.customisation import hooks_of
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
+from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
@@ -26,13 +27,13 @@ _MAX_TOKENS = 32768
 
 def _way(num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[Any, ...]:
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
-    num_pairs = num_tokens * top_k
-    if takes_tiles(num_pairs, num_experts, hidden_size):
-        return *cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
-    if stream_reason(num_pairs, num_experts) is not None:
+    load = Load.of(num_tokens, top_k, num_experts)
+    if takes_tiles(load, hidden_size):
+        return *cut(load), block_of(load.num_pairs, num_experts)
+    if stream_reason(load) is not None:
         return ()  # another backend's
-    chosen = regime(num_tokens, top_k, intermediate_size)
-    return chosen, None if chosen.inline_pairs else pairs_per_lane(num_pairs)
+    chosen = regime(load, intermediate_size)
+    return chosen, None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)
 
 
 def one_of_each_way(num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ import torch
 import cupymoe
 from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.audit.targets import resolve
-from cupymoe.backends import fused, registry
+from cupymoe.backends import ExpertsTensors, fused, registry
+from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
 from cupymoe.verification.transformers_peer import experts_of
 
@@ -181,15 +182,13 @@ def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, C
 
 def ways_of_fused(config: Gemma4MoEConfig, case: Case) -> dict[str, Contender]:
     """The two ways of the fused backend, where they serve the case, whichever of them it takes."""
-    num_pairs = case.inputs.top_k_index.numel()
-    reasons = {
-        fused.stream: fused.stream_reason(num_pairs, config.num_experts),
-        fused.tiles: fused.tiles_reason(num_pairs, config.num_experts, config.hidden_size),
-    }
+    load = Load.of(*case.inputs.top_k_index.shape, config.num_experts)
+    reasons = {fused.stream: fused.stream_reason(load), fused.tiles: fused.tiles_reason(load, config.hidden_size)}
 
     def bind(way: Callable[..., torch.Tensor], case: Case) -> Callable[[], torch.Tensor]:
         hidden_states, index, weights = case.inputs
-        return partial(way, hidden_states, *case.weights, index, weights, config.activation)
+        call = experts_call(hidden_states, *case.weights, index, config.activation)
+        return partial(way, call, ExpertsTensors(hidden_states, *case.weights, index, weights))
 
     return {
         f"cupymoe:{way.__name__}": Contender(partial(bind, way)) for way, reason in reasons.items() if reason is None

@@ -13,6 +13,7 @@ from cupymoe.backends.fused import tiles_reason
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
+from cupymoe.kernels.load import Load
 from tests.helpers import Experts, oracle, random_experts, relative_error, run_python
 
 BACKENDS = [name for name in registry() if name != "reference"]
@@ -72,11 +73,12 @@ def shared_cases(counts=NUM_TOKENS, **sizes):
 
 def test_the_numbers_of_tokens_reach_every_kernel():
     num_experts, top_k = SIZES["num_experts"], SIZES["top_k"]
-    tiled = [count for count in NUM_TOKENS if prefers_tiles(count * top_k, num_experts)]
-    assert {cut(count * top_k, num_experts) for count in tiled} == {*CUTS}
-    every_regime = {regime(count, 3, 56) for count in range(1, 2000)}
-    assert {regime(count, 3, 56) for count in STREAMED} == every_regime
-    assert tiles_reason(3 * max(STREAMED), 11, 104) is not None
+    loads = [Load.of(count, top_k, num_experts) for count in NUM_TOKENS]
+    assert {cut(load) for load in loads if prefers_tiles(load)} == {*CUTS}
+    every_regime = {regime(Load.of(count, 1, 1), 56) for count in range(1, 2000)}
+    streamed = [Load.of(count, 3, 11) for count in STREAMED]
+    assert {regime(load, 56) for load in streamed} == every_regime
+    assert all(tiles_reason(load, 104) is not None for load in streamed)
 
 
 @pytest.mark.gpu

@@ -95,8 +95,7 @@ def test_every_op_is_checked_here(monkeypatch):
     test_opcheck_activation_writes_and_backward(cpu, MoEActivation.SILU)
     test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
     test_opcheck_route(cpu, False, True, torch.float32, None)
-    test_opcheck_experts(cpu, torch.float32, requires_grad=False)
-    test_opcheck_lora_experts(cpu, torch.float32, False, (True, True))
+    test_opcheck_experts(cpu, torch.float32, requires_grad=False, adapted=(True, True))
     registered = {
         name.removeprefix("cupymoe::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -146,41 +145,43 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
     opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
 
 
+NOT_SERVED = (None,) * 5
+SETTINGS = ("gelu_tanh", "plain", "fast", None, "auto")
+
+
+def random_adapters(weights, adapted, **kwargs):
+    """The four factors, of rank 8; None for a weight that is not adapted."""
+    factors = []
+    for weight, has_one in zip(weights, adapted, strict=True):
+        shapes = (weight.shape[0], 8, weight.shape[2]), (weight.shape[0], weight.shape[1], 8)
+        factors += [torch.randn(shape, **kwargs) if has_one else None for shape in shapes]
+    return factors
+
+
 @slow_on_cuda
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_experts(device, dtype, requires_grad):
-    case = random_experts(5, dtype=dtype, device=device)
-    for needed in ([True, True, True, False, True], [True, False, False, False, False]):
-        opcheck("fused_experts_backward", torch.randn_like(case.hidden_states), *case, "gelu_tanh", needed)
-    for tensor in (*case[:3], case.top_k_weights):
-        tensor.requires_grad_(requires_grad)
-    opcheck("fused_experts", *case, "gelu_tanh", "auto")
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapters", [(True, True), (True, False)])
-def test_opcheck_lora_experts(device, dtype, requires_grad, adapters):
+@pytest.mark.parametrize("adapted", [(False, False), (True, True), (True, False)])
+def test_opcheck_experts(device, dtype, requires_grad, adapted):
     case = random_experts(5, 4, 32, 24, 2, dtype=dtype, device=device)
-    parts = []
-    for adapted, weight in zip(adapters, (case.gate_up_proj, case.down_proj), strict=True):
-        shapes = (4, 8, weight.shape[2]), (4, weight.shape[1], 8)
-        parts += [torch.randn(shape, dtype=dtype, device=device) if adapted else None for shape in shapes]
-    needed = [True, True, False, False, True, *(part is not None for part in parts)]
-    opcheck("lora_experts_backward", torch.randn_like(case.hidden_states), *case, *parts, "gelu_tanh", needed)
-    for tensor in (*case[:3], case.top_k_weights, *(part for part in parts if part is not None)):
+    adapters = random_adapters(case[1:3], adapted, dtype=dtype, device=device)
+    tensors = (*case, *adapters, *NOT_SERVED)
+    of_adapters = [factor is not None for factor in adapters]
+    for needed in ([True, True, True, True, *of_adapters], [True, False, False, False, *of_adapters]):
+        grad = torch.randn_like(case.hidden_states)
+        opcheck("fused_experts_backward", grad, *tensors, None, *SETTINGS, needed)
+    if not requires_grad:
+        opcheck("fused_experts_out", *tensors, *SETTINGS, torch.empty_like(case.hidden_states))
+    for tensor in (*case[:3], case.top_k_weights, *(factor for factor in adapters if factor is not None)):
         tensor.requires_grad_(requires_grad)
-    opcheck("lora_experts", *case, *parts, "gelu_tanh")
+    opcheck("fused_experts", *tensors, *SETTINGS)
 
 
 def test_opcheck_backward_of_experts_without_tokens(device):
     case = random_experts(0, 4, 32, 24, 2, device=device)
     grad = torch.randn_like(case.hidden_states)
-    adapters = [torch.randn(shape, device=device) for shape in ((4, 8, 32), (4, 48, 8), (4, 8, 24), (4, 32, 8))]
-    needed = [True, True, True, False, True]
-    opcheck("fused_experts_backward", grad, *case, "gelu_tanh", needed)
-    opcheck("lora_experts_backward", grad, *case, *adapters, "gelu_tanh", needed + [True] * 4)
+    adapters = random_adapters(case[1:3], (True, True), device=device)
+    opcheck("fused_experts_backward", grad, *case, *adapters, *NOT_SERVED, None, *SETTINGS, [True] * 8)
 
 
 # --- torch.vmap and batched gradients ---------------------------------------------------------------------------------

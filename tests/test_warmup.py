@@ -14,6 +14,7 @@ from cupymoe.backends.fused import stream_reason, tiles_reason
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
+from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import block_of
 from cupymoe.warmup import NUM_TOKENS, one_of_each_way
@@ -127,15 +128,15 @@ def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, in
     """As the backend chooses, at every number of tokens up to 20000; where it serves none, one call for the others."""
     ranges = {}
     for num_tokens in range(1, 20000):
-        num_pairs = num_tokens * top_k
-        stream, tiles = stream_reason(num_pairs, num_experts), tiles_reason(num_pairs, num_experts, hidden_size)
+        load = Load.of(num_tokens, top_k, num_experts)
+        stream, tiles = stream_reason(load), tiles_reason(load, hidden_size)
         if stream and tiles:
             compiled = ()
-        elif tiles is None and (stream or prefers_tiles(num_pairs, num_experts)):
-            compiled = cut(num_pairs, num_experts), block_of(num_pairs, num_experts)
+        elif tiles is None and (stream or prefers_tiles(load)):
+            compiled = cut(load), block_of(load.num_pairs, num_experts)
         else:
-            its = regime(num_tokens, top_k, intermediate_size)
-            compiled = its, not its.inline_pairs and pairs_per_lane(num_pairs)
+            its = regime(load, intermediate_size)
+            compiled = its, not its.inline_pairs and pairs_per_lane(load.num_pairs)
         ranges.setdefault(compiled, num_tokens)
     assert one_of_each_way(num_experts, top_k, hidden_size, intermediate_size) == tuple(ranges.values())
 
@@ -146,8 +147,9 @@ def test_numbers_of_tokens_up_to_32768():
 
 
 def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
-    assert len({regime(count, 8, 704) for count in NUM_TOKENS if not prefers_tiles(8 * count, 128)}) == 4
-    assert {cut(8 * count, 128) for count in NUM_TOKENS if prefers_tiles(8 * count, 128)} == {*CUTS}
+    loads = [Load.of(count, 8, 128) for count in NUM_TOKENS]
+    assert len({regime(load, 704) for load in loads if not prefers_tiles(load)}) == 4
+    assert {cut(load) for load in loads if prefers_tiles(load)} == {*CUTS}
 
 
 def test_the_numbers_are_the_model_s_own(monkeypatch):

@@ -1,17 +1,23 @@
-"""The registry of backends: who can compute the experts, and who takes a call.
+"""The registry of backends: who can compute the experts and their gradients, and who takes a call.
 
-A backend says of every call whether it serves it. ``"auto"`` takes the first that does; a named one that can't raises
-with its reason. Nothing falls back to another formula.
+A backend says of every call, and of either direction of it, whether it serves it. ``"auto"`` takes the first that does;
+a named one that can't raises with its reason. Nothing falls back to another formula.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.load import Load
+
+Direction = Literal["forward", "backward"]
+"""Of a call: its output, or the gradients of its tensors."""
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class ExpertsCall(NamedTuple):
@@ -23,12 +29,51 @@ class ExpertsCall(NamedTuple):
     num_tokens: int
     top_k: int
     num_experts: int
+    """Whose weights are here."""
     hidden_size: int
     intermediate_size: int
     aligned_hidden_states: bool
-    """Whether hidden_states start on 16 bytes."""
+    """Whether hidden_states, and the output's memory where the caller gave it, start on 16 bytes."""
     aligned_weights: bool
     """Whether both weights start on 16 bytes."""
+    adapters: bool = False
+    """Whether a weight has a low-rank adapter."""
+    aligned_adapters: bool = True
+    """Whether all factors of the adapters start on 16 bytes."""
+    global_num_experts: int | None = None
+    """How many experts ``top_k_index`` chooses from; None: those that are here."""
+
+    @property
+    def load(self) -> Load:
+        """How much work it is."""
+        return Load.of(self.num_tokens, self.top_k, self.num_experts, self.global_num_experts)
+
+
+class ExpertsTensors(NamedTuple):
+    """The tensors of a call that are computed with, checked and contiguous."""
+
+    hidden_states: torch.Tensor
+    """``[T, H]``"""
+    gate_up_proj: torch.Tensor
+    """``[E, 2I, H]``, or ``[E, I, H]`` for an ungated activation."""
+    down_proj: torch.Tensor
+    """``[E, H, I]``"""
+    top_k_index: torch.Tensor
+    """``[T, K]`` int32 or int64; at least one pair."""
+    top_k_weights: torch.Tensor
+    """``[T, K]`` float32, float64 where ``hidden_states`` is."""
+    gate_up_a: torch.Tensor | None = None
+    """``[E, r, H]``: the adapter adds ``b @ a`` to ``gate_up_proj``."""
+    gate_up_b: torch.Tensor | None = None
+    """``[E, 2I, r]``"""
+    down_a: torch.Tensor | None = None
+    """``[E, r, I]``"""
+    down_b: torch.Tensor | None = None
+    """``[E, H, r]``"""
+
+
+DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name != "top_k_index")
+"""Names of the tensors that have a gradient, in their order."""
 
 
 class Backend(Protocol):
@@ -38,19 +83,17 @@ class Backend(Protocol):
     is_slow: bool
     """Whether ``"auto"`` says so when it has to take this one on a CUDA device: see :mod:`cupymoe.backends.slow`."""
 
-    def unsupported_reason(self, call: ExpertsCall) -> str | None:
-        """Why this backend can't serve the call; None if it can."""
+    def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
+        """Why this backend can't serve a direction of the call; None if it can."""
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        activation: MoEActivation,
-    ) -> torch.Tensor:
-        """``[T, H]`` in the dtype of ``hidden_states``; arguments are checked, contiguous, with at least one pair."""
+    def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``[T, H]`` in the dtype of ``hidden_states``; in ``out``, which is contiguous, where that is given."""
+
+    def backward(
+        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients with respect to :data:`DIFFERENTIABLE`, from that of the output, ``[T, H]``; None where not
+        ``needed``, and then not computed."""
 
 
 def row_packs_reason(call: ExpertsCall) -> str | None:
@@ -84,28 +127,32 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {['auto', *registry()]}, got {name!r}")
 
 
-def serving(call: ExpertsCall) -> Backend:
-    """The first backend that serves a call; the last one serves every call."""
-    return next(backend for backend in registry().values() if backend.unsupported_reason(call) is None)
+def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
+    """The first backend that serves a direction of a call; the last one serves every call."""
+    return next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
 
 
 @functools.lru_cache(maxsize=4096)
-def select(name: str, call: ExpertsCall) -> Backend:
-    """The backend that a call is computed by. Where ``"auto"`` finds but a slow one on a CUDA device, it says so.
+def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Backend:
+    """The backend that a direction of a call is computed by.
+
+    A named one that computes outputs and not gradients leaves these to the first that does. Where there is but a slow
+    one on a CUDA device, and it was not named, this says so.
 
     Raises:
         ValueError: the named backend is unknown or does not serve the call; the message says why. Or
             ``CUPYMOE_ON_SLOW`` is set to something unknown.
-        RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and ``"auto"`` finds but a slow backend.
+        RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and there is but a slow backend.
     """
     from cupymoe.backends import slow
 
     check_name(name)
-    if name == "auto":
-        chosen = serving(call)
-        slow.check(call, chosen)
-        return chosen
-    reason = registry()[name].unsupported_reason(call)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} does not serve this call: {reason}")
-    return registry()[name]
+    if name != "auto":
+        reason = registry()[name].unsupported_reason(call, direction)
+        if reason is None:
+            return registry()[name]
+        if direction == "forward":
+            raise ValueError(f"backend {name!r} does not serve this call: {reason}")
+    chosen = serving(call, direction)
+    slow.check(call, chosen, direction)
+    return chosen

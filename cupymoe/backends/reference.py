@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from cupymoe import reference
-from cupymoe.activation import MoEActivation
-from cupymoe.backends import ExpertsCall
+from cupymoe import gradients, reference
+from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, expert_rows
+from cupymoe.backends.expert_rows import LoopRows
 
 
 class ReferenceBackend:
-    """Plain torch, one expert after the other."""
+    """Plain torch, one expert after the other, and so with gradients of gradients."""
 
     name = "reference"
     is_slow = True
 
-    def unsupported_reason(self, call: ExpertsCall) -> str | None:
+    def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """None: every device and floating dtype is served."""
         return None
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        activation: MoEActivation,
-    ) -> torch.Tensor:
+    def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        output = reference.experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
-        return output.to(hidden_states.dtype)
+        if call.adapters:
+            return expert_rows.forward(LoopRows(tensors.top_k_index, call.num_experts), tensors, call.activation, out)
+        output = reference.experts(*tensors[:5], call.activation)
+        return output.to(call.dtype) if out is None else out.copy_(output)
+
+    def backward(
+        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """See :class:`cupymoe.backends.Backend`."""
+        if call.adapters:
+            rows = LoopRows(tensors.top_k_index, call.num_experts)
+            return expert_rows.backward(rows, tensors, call.activation, grad, needed)
+        of_states, of_up, of_down, of_weights = needed[:4]
+        grads = gradients.experts_backward(
+            grad, *tensors[:5], call.activation, (of_states, of_up, of_down, False, of_weights)
+        )
+        return *(grads[i] for i in (0, 1, 2, 4)), None, None, None, None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupymoe.backends import Backend, ExpertsCall, registry, serving
+from cupymoe.backends import Backend, Direction, ExpertsCall, registry, serving
 
 VARIABLE = "CUPYMOE_ON_SLOW"
 POLICIES = ("warn", "error", "silent")
@@ -64,8 +64,8 @@ def report(what: str, why: str, remedy: str) -> None:
                 _reported.add((what, remedy))
 
 
-def check(call: ExpertsCall, chosen: Backend) -> None:
-    """Report a call on a CUDA device for which ``"auto"`` chose a slow backend.
+def check(call: ExpertsCall, chosen: Backend, direction: Direction = "forward") -> None:
+    """Report a direction of a call on a CUDA device for which there is but a slow backend.
 
     Raises:
         RuntimeError, ValueError: as :func:`report`. An unknown ``CUPYMOE_ON_SLOW`` is refused for fast calls too, so
@@ -77,10 +77,11 @@ def check(call: ExpertsCall, chosen: Backend) -> None:
     if chosen.is_slow and call.num_tokens:
         fast = {name: backend for name, backend in registry().items() if not backend.is_slow}
         report(
-            f"{call.num_experts} experts of hidden size {call.hidden_size} and intermediate size "
-            f"{call.intermediate_size} in {call.dtype} on CUDA by the slow backend {chosen.name!r}",
-            "; ".join(f"{name}: {backend.unsupported_reason(call)}" for name, backend in fast.items()),
-            remedy(call),
+            f"{'' if direction == 'forward' else 'gradients of '}{call.num_experts} experts of hidden size "
+            f"{call.hidden_size} and intermediate size {call.intermediate_size} in {call.dtype} on CUDA by the slow "
+            f"backend {chosen.name!r}",
+            "; ".join(f"{name}: {backend.unsupported_reason(call, direction)}" for name, backend in fast.items()),
+            remedy(call, direction),
         )
 
 
@@ -98,6 +99,7 @@ _CHANGES = (
         lambda call: {"aligned_weights": True},
     ),
     _Change("start hidden_states on 16 bytes", lambda call: {"aligned_hidden_states": True}),
+    _Change("start every factor of the adapters on 16 bytes", lambda call: {"aligned_adapters": True}),
     _Change("cast hidden_states and both weights to torch.bfloat16", lambda call: {"dtype": torch.bfloat16}),
     _Change(
         "fill the hidden size up with zeros to a multiple of 16 and the intermediate size to one of 8",
@@ -110,11 +112,11 @@ _CHANGES = (
 _IN_VAIN = "No change of dtype, alignment or padding would make a fast backend serve it."
 
 
-def remedy(call: ExpertsCall) -> str:
+def remedy(call: ExpertsCall, direction: Direction = "forward") -> str:
     """The fewest changes with which a fast backend serves a call, as a sentence."""
     for count in range(1, len(_CHANGES) + 1):
         for changes in combinations(_CHANGES, count):
             fields = {name: value for change in changes for name, value in change.fields(call).items()}
-            if not serving(call._replace(**fields)).is_slow:
+            if not serving(call._replace(**fields), direction).is_slow:
                 return f"To have it fast, {', and '.join(change.to_do for change in changes)}."
     return _IN_VAIN

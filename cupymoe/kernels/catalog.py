@@ -29,6 +29,7 @@ from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
+from cupymoe.kernels.load import Load
 
 HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
 """The sources of the fused backend, which serves no other architecture (cupymoe/backends/fused.py)."""
@@ -92,7 +93,7 @@ def _fused_shapes() -> Iterator[Shape]:
         for num_tokens in (16, 64, 256, 512, 1024):
             for dtype in (torch.bfloat16, torch.float16):
                 yield shape_of(
-                    regime(num_tokens, sizes.top_k_experts, intermediate_size),
+                    regime(Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), intermediate_size),
                     dtype,
                     torch.int64,
                     sizes.activation,

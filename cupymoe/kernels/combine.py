@@ -56,19 +56,26 @@ def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: i
     return run, _blocks(columns, width)
 
 
-def combine(expert_output: torch.Tensor, slot_of_pair: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def combine(
+    expert_output: torch.Tensor,
+    slot_of_pair: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    output: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``output[t] = sum over k of top_k_weights[t, k] * expert_output[slot_of_pair[t, k]]``, ``[T, H]``.
 
     Args:
         expert_output: ``[T * K, H]`` in expert order, contiguous.
         slot_of_pair: ``[T, K]`` int32 of :class:`SortedPairs`, at least one token.
         top_k_weights: ``[T, K]`` float32, contiguous.
+        output: ``[T, H]``, contiguous, the dtype of ``expert_output``; None: a new tensor.
     """
     num_tokens, top_k = slot_of_pair.shape
     columns = expert_output.shape[1]
-    output = expert_output.new_empty((num_tokens, columns))
+    if output is None:
+        output = expert_output.new_empty((num_tokens, columns))
     device, address = output.device.index, expert_output.data_ptr()
-    run, blocks = _plan(output.dtype, columns, address % 16 == 0, top_k, device)
+    run, blocks = _plan(output.dtype, columns, (address | output.data_ptr()) % 16 == 0, top_k, device)
     run(
         (num_tokens, blocks),
         _THREADS,

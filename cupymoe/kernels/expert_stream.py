@@ -10,11 +10,14 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
+from cupymoe.kernels.load import Load
 
 MAX_PAIRS = 8192
 MAX_EXPERTS = 240
 
 _INLINE_PAIRS = 128
+# Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
+_INLINE_PAIRS_PER_EXPERT = 2
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,13 @@ class Regime:
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 
 
-_UP_TO_64_TOKENS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
-_UP_TO_256_TOKENS = Regime(
+# By the most pairs of an expert on average.
+_UP_TO_4_PAIRS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
+_UP_TO_16_PAIRS = Regime(
     32, Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2), Tile(256, 4, k_warps=2), 0, fp32_slots=False
 )
-_UP_TO_512_TOKENS = Regime(48, Tile(256, 3, k_warps=2), Tile(256, 3, k_warps=2), 0, fp32_slots=False)
-_MORE_TOKENS = Regime(80, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
+_UP_TO_32_PAIRS = Regime(48, Tile(256, 3, k_warps=2), Tile(256, 3, k_warps=2), 0, fp32_slots=False)
+_MORE_PAIRS = Regime(80, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
 
 
 @functools.cache
@@ -84,15 +88,16 @@ def _inline_regime(intermediate_size: int) -> Regime:
     return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
 
 
-def regime(num_tokens: int, top_k: int, intermediate_size: int) -> Regime:
+def regime(load: Load, intermediate_size: int) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
-    if num_tokens * top_k <= _INLINE_PAIRS:
+    pairs = load.pairs_per_expert
+    if load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT:
         return _inline_regime(intermediate_size)
-    if num_tokens <= 64:
-        return _UP_TO_64_TOKENS
-    if num_tokens <= 256:
-        return _UP_TO_256_TOKENS
-    return _UP_TO_512_TOKENS if num_tokens <= 512 else _MORE_TOKENS
+    if pairs <= 4:
+        return _UP_TO_4_PAIRS
+    if pairs <= 16:
+        return _UP_TO_16_PAIRS
+    return _UP_TO_32_PAIRS if pairs <= 32 else _MORE_PAIRS
 
 
 @dataclass(frozen=True, eq=False)

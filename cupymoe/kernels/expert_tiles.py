@@ -10,6 +10,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.dtypes import SCALARS
+from cupymoe.kernels.load import Load
 
 THREADS = 384
 BLOCK_K = 64
@@ -33,14 +34,14 @@ CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest."""
 
 
-def prefers_tiles(num_pairs: int, num_experts: int) -> bool:
-    """Whether a call of so many (token, k) pairs is faster here than in :mod:`cupymoe.kernels.expert_stream`."""
-    return num_pairs >= _TILES_FROM * num_experts
+def prefers_tiles(load: Load) -> bool:
+    """Whether a call is faster here than in :mod:`cupymoe.kernels.expert_stream`."""
+    return load.pairs_per_expert >= _TILES_FROM
 
 
-def cut(num_pairs: int, num_experts: int) -> tuple[int, int]:
+def cut(load: Load) -> tuple[int, int]:
     """Blocks of a cluster and products of a warpgroup, those that were measured to be the fastest."""
-    return next((blocks, products) for slots, blocks, products in _CUTS_FROM if num_pairs >= slots * num_experts)
+    return next((blocks, products) for slots, blocks, products in _CUTS_FROM if load.pairs_per_expert >= slots)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, MoEActivation
 from cupymoe.kernels import expert_stream
 from cupymoe.kernels.expert_stream import Shape, Tile, new_workspace, regime
+from cupymoe.kernels.load import Load
 
 GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
 SHARED_BYTES_OF_HOPPER = 227 * 1024
@@ -24,18 +25,19 @@ SIZES = [
     (72, 1000, 504, 5),
     (40, 136, 72, 3),
 ]
-NUM_TOKENS = [1, 64, 256, 512, 1024]  # one of each regime
+PAIRS_PER_EXPERT = [0, 4, 16, 32, 64]  # one of each regime
 
 
 def shape(num_tokens, num_experts, hidden, intermediate, top_k):
-    chosen = regime(num_tokens, top_k, intermediate)
+    chosen = regime(Load.of(num_tokens, top_k, num_experts), intermediate)
     return Shape(chosen, torch.bfloat16, torch.int64, MoEActivation.GELU_TANH, num_experts, hidden, intermediate, top_k)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-def test_rings_fit_a_multiprocessor(num_tokens, sizes):
-    chosen = shape(num_tokens, *sizes).regime
+@pytest.mark.parametrize("pairs_per_expert", PAIRS_PER_EXPERT)
+def test_rings_fit_a_multiprocessor(pairs_per_expert, sizes):
+    num_experts, _, intermediate, _ = sizes
+    chosen = regime(Load.of(max(1, pairs_per_expert * num_experts), 1, num_experts), intermediate)
     each = [tile.shared_bytes(chosen.tokens) for tile in (chosen.up, chosen.down)]
     for tile, shared_bytes in zip((chosen.up, chosen.down), each, strict=True):
         assert shared_bytes <= SHARED_BYTES_OF_HOPPER
@@ -48,7 +50,7 @@ def test_rings_fit_a_multiprocessor(num_tokens, sizes):
     ("intermediate", "whole_rows"), [(352, True), (704, True), (768, True), (176, False), (504, False), (800, False)]
 )
 def test_whole_rows_are_whole_32s_that_fit(intermediate, whole_rows):
-    assert regime(1, 8, intermediate).down.whole_rows == whole_rows
+    assert regime(Load.of(1, 8, 128), intermediate).down.whole_rows == whole_rows
 
 
 @pytest.mark.parametrize(("tile", "blocks"), [(Tile(256, 3), 132), (Tile(256, 3, blocks_per_sm=2), 264)])
@@ -61,9 +63,26 @@ def test_the_grid_is_what_is_resident_at_once(monkeypatch, tile, blocks):
 @pytest.mark.parametrize(("few", "many"), [(1, 16), (17, 64), (65, 256), (257, 512), (513, 1024)])
 def test_one_regime_from_few_to_many(few, many):
     """The bounds that docs/numerics.md names; 256 and 512 differ in their tiles, not in the order of their sums."""
-    k, intermediate = GEMMA.top_k_experts, GEMMA.moe_intermediate_size
-    assert regime(few, k, intermediate) == regime(many, k, intermediate)
-    assert regime(few, k, intermediate) != regime(many + 1, k, intermediate) or many == 1024
+
+    def of(num_tokens):
+        return regime(Load.of(num_tokens, GEMMA.top_k_experts, GEMMA.num_experts), GEMMA.moe_intermediate_size)
+
+    assert of(few) == of(many)
+    assert of(few) != of(many + 1) or many == 1024
+
+
+def test_the_regime_goes_by_the_pairs_that_are_expected_to_be_kept():
+    """An eighth of the experts here: the choice is that of an eighth of the tokens over as many experts."""
+    for num_tokens in (200, 512, 2048, 4096):
+        some = Load.of(num_tokens, 8, 16, global_num_experts=128)
+        assert (some.num_pairs, some.expected_pairs) == (8 * num_tokens, num_tokens)
+        assert regime(some, 704) == regime(Load.of(num_tokens, 8, 128), 704)
+
+
+def test_few_pairs_of_fewer_experts_are_planned_ahead():
+    """Chunks of 8 tokens would read the weights of most experts twice."""
+    assert regime(Load.of(8, 2, 8), 704).inline_pairs
+    assert not regime(Load.of(32, 2, 8), 704).inline_pairs
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 8), (127, 1), (16, 8), (129, 1), (17, 8), (1024, 8)])

@@ -9,6 +9,7 @@ import torch
 from cupymoe import MoEActivation
 from cupymoe.kernels import expert_tiles, experts_down_wgmma, experts_up_wgmma
 from cupymoe.kernels.expert_tiles import CUTS, prefers_tiles, tile_shape_of
+from cupymoe.kernels.load import Load
 from tests.helpers import compiled
 
 SHARED_BYTES_OF_HOPPER = 227 * 1024
@@ -75,10 +76,10 @@ def test_two_products_pad_nothing_of_gemma_4():
 
 def test_bounds_are_those_that_were_measured():
     """At 128 experts and 8 choices."""
-    assert [prefers_tiles(8 * tokens, 128) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
-    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (512, 3839)] == [(1, 2)] * 2
-    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (3840, 5887)] == [(1, 3)] * 2
-    assert [expert_tiles.cut(8 * tokens, 128) for tokens in (5888, 32768)] == [(2, 2)] * 2
+    assert [prefers_tiles(Load.of(tokens, 8, 128)) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (512, 3839)] == [(1, 2)] * 2
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (3840, 5887)] == [(1, 3)] * 2
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (5888, 32768)] == [(2, 2)] * 2
 
 
 def rows_of_box(tensor_map, start, row_bytes):

@@ -13,6 +13,7 @@ from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, 
 from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.expert_tiles import CUTS
 from cupymoe.kernels.jit import CompileError, Variant
+from cupymoe.kernels.load import Load
 from tests.helpers import compiled, run_python
 
 
@@ -29,7 +30,8 @@ def test_catalog_holds_nothing_twice():
 @pytest.mark.parametrize("intermediate", [704, 176])
 def test_catalog_holds_every_regime(intermediate, dtype):
     config = Gemma4MoEConfig.gemma4_26b_a4b()
-    regimes = {expert_stream.regime(num_tokens, config.top_k_experts, intermediate) for num_tokens in range(1, 1025)}
+    loads = [Load.of(num_tokens, config.top_k_experts, config.num_experts) for num_tokens in range(1, 1025)]
+    regimes = {expert_stream.regime(load, intermediate) for load in loads}
     experts, hidden, top_k = config.num_experts, config.hidden_size, config.top_k_experts
     shapes = [
         expert_stream.Shape(each, dtype, torch.int64, config.activation, experts, hidden, intermediate, top_k)

@@ -12,6 +12,7 @@ from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
+from cupymoe.kernels.load import Load
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,10 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
     reached = set()
     for num_experts, hidden_size, counts in sanitize.CASES:
         for count in counts:
-            num_pairs = count * sanitize.TOP_K
-            tiled = prefers_tiles(num_pairs, num_experts) and tiles_reason(num_pairs, num_experts, hidden_size) is None
-            reached.add(cut(num_pairs, num_experts) if tiled else regime(count, sanitize.TOP_K, 48))
-    assert reached == {*CUTS, *(regime(count, sanitize.TOP_K, 48) for count in range(1, 1000))}
+            load = Load.of(count, sanitize.TOP_K, num_experts)
+            tiled = prefers_tiles(load) and tiles_reason(load, hidden_size) is None
+            reached.add(cut(load) if tiled else regime(load, 48))
+    assert reached == {*CUTS, *(regime(Load.of(count, 1, 1), 48) for count in range(1, 1000))}
 
 
 def test_planted_faults_compile(sanitize):

@@ -1,0 +1,260 @@
+"""The algebra of rows in expert order: what a forward and a backward of the experts consist of, LoRA's products too.
+
+One row is one kept (token, k) pair, and the rows of an expert lie together. :func:`forward` and :func:`backward` are
+written once, in terms of what an :class:`ExpertRows` can do, and a backend says with whose kernels that is done. A LoRA
+adapter is never merged: its low-rank products stand beside those with the weight, ``x W^T + (x A^T) B^T``. The backward
+recomputes what it needs from the arguments.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import grouped_mm
+
+from cupymoe import reference
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import DIFFERENTIABLE, ExpertsTensors
+from cupymoe.gradients import activation_backward
+
+
+class ExpertRows(ABC):
+    """The kept (token, k) pairs by expert, and products of their rows with each row's own expert.
+
+    Rows of masked pairs come last. They are undefined, and no product or sum of another row reads them.
+    """
+
+    slot_of_pair: torch.Tensor
+    """``[T, K]`` row of each pair; -1: masked."""
+
+    @abstractmethod
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` -> ``[T * K, H]``."""
+
+    @abstractmethod
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``[T * K, H]`` -> ``[T, H]``, weighted with ``[T, K]`` in float32 or wider; into ``out`` if it is given."""
+
+    @abstractmethod
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``rows @ weight[e].T``: ``[T * K, in]``, ``[E, out, in]`` -> ``[T * K, out]``."""
+
+    @abstractmethod
+    def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Sums over each expert's rows: ``[T * K, out]``, ``[T * K, in]`` -> ``[E, out, in]``; zeros without rows."""
+
+    @abstractmethod
+    def activate(self, gate_up: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+        """``act(gate) * up``."""
+
+    def of_slots(self, of_pairs: torch.Tensor) -> torch.Tensor:
+        """``[T, K]`` -> ``[T * K, 1]``; zero for masked pairs."""
+        pairs = of_pairs.numel()
+        slots = torch.where(self.slot_of_pair < 0, pairs, self.slot_of_pair).flatten().long()
+        return of_pairs.new_zeros(pairs + 1).scatter(0, slots, of_pairs.flatten())[:pairs, None]
+
+    def of_pairs(self, of_slots: torch.Tensor) -> torch.Tensor:
+        """``[T * K]`` -> ``[T, K]``; zero for masked pairs."""
+        return torch.where(self.slot_of_pair < 0, 0, of_slots[self.slot_of_pair.clamp(min=0).long()])
+
+
+class KernelRows(ExpertRows):
+    """What the rows have of our kernels, in whichever way their products are computed."""
+
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
+        from cupymoe.kernels.sort_by_expert import sort_by_expert
+
+        pairs = sort_by_expert(top_k_index, num_experts)
+        self.slot_of_pair, self.offsets = pairs.slot_of_pair, pairs.expert_offsets
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        from cupymoe.kernels.gather import gather
+
+        return gather(states, self.slot_of_pair)
+
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        from cupymoe.kernels.combine import combine
+
+        return combine(rows, self.slot_of_pair, weights, out)
+
+    def activate(self, gate_up: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        from cupymoe.kernels.gated_activation import gated_activation
+
+        output = gate_up.new_empty((gate_up.shape[0], activation.output_size(gate_up.shape[1])))
+        return gated_activation(gate_up, output, activation, num_rows=self.offsets[-1:])
+
+
+class GroupedRows(KernelRows):
+    """Products by torch's grouped GEMM, which rounds each of them to the dtype of its rows."""
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        return grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets[1:])
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        return grouped_mm(left.T, right, offs=self.offsets[1:]).to(dtype)
+
+
+class SimtRows(KernelRows):
+    """Products on the CUDA cores, whatever the alignment; all of them in float32."""
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        from cupymoe.kernels.grouped_linear import grouped_linear
+
+        return grouped_linear(rows, weight, self.offsets, torch.float32)
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        from cupymoe.kernels.grouped_outer import grouped_outer
+
+        return grouped_outer(left, right, self.offsets, dtype)
+
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        output = super().combine(rows, weights)
+        return output if out is None else out.copy_(output)
+
+
+class LoopRows(ExpertRows):
+    """Plain torch, any device and dtype, one expert after the other; rows in float32 at least, as the reference's."""
+
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
+        kept = (top_k_index >= 0) & (top_k_index < num_experts)
+        experts, pair_of_slot = torch.sort(torch.where(kept, top_k_index, num_experts).flatten(), stable=True)
+        self.slot_of_pair = torch.where(kept, pair_of_slot.argsort().view_as(top_k_index), -1)
+        following = torch.arange(1, num_experts + 1, dtype=experts.dtype, device=experts.device)
+        self.offsets = [0, *torch.searchsorted(experts, following).tolist()]
+        self._token_of_slot = pair_of_slot // top_k_index.shape[1]
+        self._rows = [slice(start, end) for start, end in pairwise(self.offsets)]
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        return states.to(reference.work_dtype(states.dtype))[self._token_of_slot]
+
+    def combine(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        kept = (self.slot_of_pair >= 0).unsqueeze(-1)
+        output = torch.where(kept, rows[self.slot_of_pair.clamp(min=0)] * weights.unsqueeze(-1), 0).sum(1)
+        return output if out is None else out.copy_(output)
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        output = rows.new_zeros((rows.shape[0], weight.shape[1]))
+        for expert, its in enumerate(self._rows):
+            output[its] = rows[its] @ weight[expert].to(rows.dtype).T
+        return output
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        return torch.stack([left[its].T @ right[its] for its in self._rows]).to(dtype)
+
+    def activate(self, gate_up: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
+        """See :class:`ExpertRows`."""
+        return reference.activate(gate_up, activation)
+
+
+class Projection(NamedTuple):
+    """One of the experts' projections with its adapter, if it has one: the weight is ``W + B A``, which is never
+    formed."""
+
+    rows: ExpertRows
+    weight: torch.Tensor
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ (W + B A)^T``."""
+        output = self.rows.linear(rows, self.weight)
+        if self.a is None or self.b is None:
+            return output
+        return output + self.rows.linear(self.rows.linear(rows, self.a), self.b)
+
+    def transposed(self) -> Projection:
+        """The projection back: its call is ``rows @ (W + B A)``."""
+        a, b = (None if part is None else part.transpose(1, 2) for part in (self.a, self.b))
+        return Projection(self.rows, self.weight.transpose(1, 2), b, a)
+
+    def gradients(
+        self, grad: torch.Tensor, rows: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients with respect to weight, a and b; None where not needed.
+
+        Args:
+            grad: of the output, ``[T * K, out]`` in expert order.
+            rows: the input, ``[T * K, in]`` in expert order.
+            needed: which of the three.
+        """
+        linear, outer, dtype = self.rows.linear, self.rows.outer, self.weight.dtype
+        return (
+            outer(grad, rows, dtype) if needed[0] else None,
+            outer(linear(grad, self.b.transpose(1, 2)), rows, dtype) if needed[1] and self.b is not None else None,
+            outer(grad, linear(rows, self.a), dtype) if needed[2] and self.a is not None else None,
+        )
+
+
+def _projections(rows: ExpertRows, tensors: ExpertsTensors) -> tuple[Projection, Projection]:
+    return (
+        Projection(rows, tensors.gate_up_proj, tensors.gate_up_a, tensors.gate_up_b),
+        Projection(rows, tensors.down_proj, tensors.down_a, tensors.down_b),
+    )
+
+
+def forward(
+    rows: ExpertRows, tensors: ExpertsTensors, activation: MoEActivation, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[T, H]`` of the op's tensors, in the dtype of ``hidden_states``; into ``out`` if it is given."""
+    up, down = _projections(rows, tensors)
+    intermediate = rows.activate(up(rows.gather(tensors.hidden_states)), activation)
+    output = rows.combine(down(intermediate), tensors.top_k_weights, out)
+    return output.to(tensors.hidden_states.dtype)
+
+
+def backward(
+    rows: ExpertRows, tensors: ExpertsTensors, activation: MoEActivation, grad: torch.Tensor, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients with respect to :data:`cupymoe.backends.DIFFERENTIABLE`; None where not needed, and then not computed.
+
+    Args:
+        rows: of the op's ``top_k_index``.
+        tensors: the op's.
+        activation: between the projections.
+        grad: of the output, ``[T, H]``.
+        needed: which of the tensors want one.
+    """
+    of_states, of_up, of_down, of_weights, *of_adapters = needed
+    of_gate_up = of_states or of_up or any(of_adapters[:2])
+    up, down = _projections(rows, tensors)
+    weights = tensors.top_k_weights
+    weight_of_slot = rows.of_slots(weights)
+    states = rows.gather(tensors.hidden_states)
+    gate_up = up(states)
+    grad_output = rows.gather(grad)  # not yet weighted
+    grads: dict[str, torch.Tensor | None] = {}
+    if of_weights or of_down or any(of_adapters[2:]):
+        intermediate = rows.activate(gate_up, activation)
+        weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
+        grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
+            grad_output, weighted, (of_down, *of_adapters[2:])
+        )
+    if of_weights or of_gate_up:
+        back = down.transposed()(grad_output)
+    if of_weights:
+        of_slots = (back.to(weights.dtype) * intermediate.to(weights.dtype)).sum(-1)
+        grads["top_k_weights"] = rows.of_pairs(of_slots)
+    if of_gate_up:
+        grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), gate_up, activation)
+        grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"] = up.gradients(
+            grad_gate_up, states, (of_up, *of_adapters[:2])
+        )
+    if of_states:
+        grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
+    return tuple(grads.get(name) for name in DIFFERENTIABLE)

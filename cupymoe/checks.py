@@ -1,0 +1,234 @@
+"""What the public functions check of their arguments, before anything is launched.
+
+Each error names the argument, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensor
+
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import check_name
+from cupymoe.customisation import is_wrapper
+from cupymoe.kernels.dtypes import SCALARS
+from cupymoe.lora import LowRank
+
+
+class Description(NamedTuple):
+    """What most checks look at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    kind: type
+
+
+# The same as a plain tuple, at half the cost.
+_attributes = operator.attrgetter("shape", "dtype", "device", "__class__")
+
+
+def describe(name: str, tensor: torch.Tensor) -> Description:
+    """A tensor's description, or the error of what is none."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    return Description(tensor.shape, tensor.dtype, tensor.device, type(tensor))
+
+
+def _check_plain(name: str, given: Description) -> None:
+    if is_wrapper(given.kind):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {given.kind.__name__}, which wraps another one: pass its local or "
+            "dequantised tensor"
+        )
+
+
+def check_shape(name: str, given: Description, shape: tuple[int | None, ...]) -> None:
+    """Rank and the sizes that are not None."""
+    if len(given.shape) != len(shape) or any(
+        size is not None and size != actual for size, actual in zip(shape, given.shape, strict=True)
+    ):
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(given.shape)}")
+
+
+def _check_floating(name: str, given: Description) -> None:
+    if not given.dtype.is_floating_point or given.dtype.itemsize == 1:
+        raise TypeError(f"{name} must be a floating-point tensor of at least 16 bits, got {given.dtype}")
+    if given.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {given.device}")
+
+
+def check_served_by_kernel(name: str, given: Description) -> None:
+    """A dtype that the kernels take, where the tensor is on CUDA."""
+    _check_floating(name, given)
+    if given.device.type == "cuda" and given.dtype not in SCALARS:
+        raise TypeError(
+            f"{name} must be bfloat16, float16 or float32 on CUDA, got {given.dtype} "
+            "(cupymoe.reference computes any floating dtype)"
+        )
+
+
+def check_same(name: str, given: Description, other_name: str, other: Description, *, dtype: bool) -> None:
+    """The device of another argument, and its dtype if that is asked for."""
+    if given.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {given.device}")
+    if dtype and given.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {given.dtype}")
+
+
+def check_activation_input(input: torch.Tensor, activation: MoEActivation) -> Description:
+    """The input of an activation, which is described."""
+    given = describe("input", input)
+    check_served_by_kernel("input", given)
+    if not given.shape or (activation.is_gated and given.shape[-1] % 2):
+        expected = "[..., 2N]" if activation.is_gated else "[..., N]"
+        raise ValueError(f"input must have shape {expected} for {activation.name}, got {list(given.shape)}")
+    return given
+
+
+def _memory_span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first element and past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (last + 1)
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share memory, from the first to the last element of each."""
+    if a.device.type == "meta" or isinstance(a, FakeTensor) or not a.numel() or not b.numel():
+        return False
+    (a_first, a_end), (b_first, b_end) = _memory_span(a), _memory_span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def check_settings(expert_map: object, numerics: str, keep: str) -> None:
+    """What a call of the experts asks for is served, or refused by name."""
+    if expert_map is not None:
+        raise ValueError(
+            "expert_map is not served yet: give top_k_index in local experts, with -1 for those of other devices"
+        )
+    for name, given, served, coming in (
+        ("numerics", numerics, "fast", "invariant"),
+        ("keep", keep, "input", "gate_up"),
+    ):
+        if given == served:
+            continue
+        if given == coming:
+            raise ValueError(f"{name}={coming!r} is not served yet: {name}={served!r} is")
+        raise ValueError(f"{name} must be {served!r} or {coming!r}, got {given!r}")
+
+
+def check_global_num_experts(given: int, num_experts: int) -> None:
+    """No fewer than the experts that are here."""
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise TypeError(f"global_num_experts must be an integer or None, got {given!r}")
+    if given < num_experts:
+        raise ValueError(f"global_num_experts must be at least the {num_experts} experts that are here, got {given}")
+
+
+def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Memory that the output of the experts, whose tensors are ``inputs``, can be written into."""
+    hidden_states = describe("hidden_states", inputs[0])
+    given = describe("out", out)
+    _check_plain("out", given)
+    check_shape("out", given, tuple(inputs[0].shape))
+    check_same("out", given, "hidden_states", hidden_states, dtype=True)
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *inputs)):
+        raise ValueError("out must be None where a gradient is asked for: call under torch.no_grad(), or leave it out")
+    if not torch.compiler.is_compiling() and any(overlap(out, tensor) for tensor in inputs):
+        raise ValueError("out must not overlap an input, from the first to the last element of each")
+
+
+def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
+    """The factors of an adapter of ``weight``."""
+    if not isinstance(adapter, LowRank):
+        raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
+    a, b, base = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b), describe("weight", weight)
+    num_experts, out_size, in_size = weight.shape
+    check_shape(f"{name}.a", a, (num_experts, None, in_size))
+    check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
+    for part, given in (("a", a), ("b", b)):
+        check_same(f"{name}.{part}", given, "hidden_states", base, dtype=True)
+
+
+def check_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    activation: MoEActivation,
+    backend: str,
+) -> None:
+    """The arguments of a call of the experts; a kind of call that has passed is only looked up."""
+    if not _is_known(activation, backend, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+        _check_described(
+            activation,
+            backend,
+            describe("hidden_states", hidden_states),
+            describe("gate_up_proj", gate_up_proj),
+            describe("down_proj", down_proj),
+            describe("top_k_index", top_k_index),
+            describe("top_k_weights", top_k_weights),
+        )
+    if not (gate_up_proj.is_contiguous() and down_proj.is_contiguous()):
+        name = "down_proj" if gate_up_proj.is_contiguous() else "gate_up_proj"
+        raise ValueError(f"{name} must be contiguous: weights are never copied")
+
+
+def _is_known(activation: MoEActivation, backend: str, *tensors: torch.Tensor) -> bool:
+    """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
+    if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
+        return False  # a traced size has no hash
+    try:
+        _check_kind(activation, backend, *map(_attributes, tensors))
+    except (AttributeError, TypeError, ValueError):
+        return False  # the checks say which is no tensor, or what else is wrong
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind(activation: MoEActivation, backend: str, *attributes: tuple[Any, ...]) -> None:
+    _check_described(activation, backend, *(Description(*each) for each in attributes))
+
+
+def _check_described(
+    activation: MoEActivation,
+    backend: str,
+    hidden_states: Description,
+    gate_up_proj: Description,
+    down_proj: Description,
+    top_k_index: Description,
+    top_k_weights: Description,
+) -> None:
+    for name, given in (
+        ("hidden_states", hidden_states),
+        ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj),
+        ("top_k_index", top_k_index),
+        ("top_k_weights", top_k_weights),
+    ):
+        _check_plain(name, given)
+    check_shape("hidden_states", hidden_states, (None, None))
+    _check_floating("hidden_states", hidden_states)
+    num_tokens, hidden_size = hidden_states.shape
+    check_shape("down_proj", down_proj, (None, hidden_size, None))
+    num_experts, _, intermediate_size = down_proj.shape
+    check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+    check_shape("top_k_index", top_k_index, (num_tokens, None))
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
+    check_same("top_k_index", top_k_index, "hidden_states", hidden_states, dtype=False)
+    check_shape("top_k_weights", top_k_weights, tuple(top_k_index.shape))
+    _check_floating("top_k_weights", top_k_weights)
+    check_same("top_k_weights", top_k_weights, "hidden_states", hidden_states, dtype=False)
+    check_name(backend)
