@@ -2,19 +2,21 @@
 //
 // out[line, column] = sum over k of left[line, k] * right[column, k], k = 0, 1, ... in one chain of fused multiply-adds, so
 // that an element's bits depend on its two operands alone: not on the tile, the other lines, or how memory is aligned.
-// A block of BLOCK_THREADS owns up to TILE x TILE elements of the output. Both operands pass through shared memory as fp32,
-// STEP of k at a time, loaded one element at a time; what lies outside of an operand is loaded as zero.
+// A block of BLOCK_THREADS owns up to TILE x TILE elements of the output, each thread 4 x 4 of them. Both operands pass through
+// shared memory as fp32, STEP of k at a time, loaded one element at a time; what lies outside of an operand is loaded as zero.
 // Smem   2 * STEP * (TILE + 4) floats. A row ends in 4 unused ones, which keep it aligned to 16 bytes and spread the banks.
-// Why    What this serves has no alignment to build wide loads on, and often few lines for an expert: then kLines = 1 leaves
-//        out the sums that a full tile would make for nothing.
+// Why    What this serves has no alignment to build wide loads on, and often few lines for an expert: then one line a thread
+//        leaves out the sums that a full tile would make for nothing.
 #pragma once
 #include "dtypes.cuh"
 
-#define BLOCK_THREADS 256
+#if !defined(TILE) || !defined(BLOCK_THREADS)
+#error "define TILE and BLOCK_THREADS"
+#endif
+static_assert(BLOCK_THREADS == TILE * TILE / 16, "4 x 4 elements a thread");
 #define BLOCKS_AT_ONCE 2  // on a multiprocessor, so that some load while others multiply
-#define TILE 64
 #define STEP 32
-#define FEW_LINES 16  // a tile of no more needs one line a thread
+#define FEW_LINES (TILE / 4)  // a tile of no more needs one line a thread
 
 // `count` lines of k, from `first` on; strides in elements.
 template <typename T> struct Operand {
@@ -48,10 +50,10 @@ __device__ __forceinline__ void load_stage(Stage& stage, const Operand<T>& opera
 template <int kLines, typename Left, typename Right, typename Out>
 __device__ __forceinline__ void multiply(Stage& lefts, Stage& rights, const Operand<Left>& left, const Operand<Right>& right,
                                          u64 depth, Out* out, u64 out_stride) {
-    u32 line = threadIdx.x / 16 * kLines, column = threadIdx.x % 16 * 4;
+    u32 line = threadIdx.x / (TILE / 4) * kLines, column = threadIdx.x % (TILE / 4) * 4;
     float sums[kLines][4] = {};
     for (u64 from = 0; from < depth; from += STEP) {
-        load_stage<16 * kLines>(lefts, left, from, depth);
+        load_stage<FEW_LINES * kLines>(lefts, left, from, depth);
         load_stage<TILE>(rights, right, from, depth);
         __syncthreads();
 #pragma unroll 8

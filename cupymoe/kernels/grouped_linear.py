@@ -12,8 +12,10 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 TILE = 64
-"""Slots and columns of a block, as ``cuda_src/common/simt_product.cuh`` has it."""
+"""Slots of a block, and columns."""
 BLOCK_THREADS = 256
+TILING = (f"TILE={TILE}", f"BLOCK_THREADS={BLOCK_THREADS}")
+"""Defines of ``cuda_src/common/simt_product.cuh``."""
 
 
 def variant(row_dtype: torch.dtype, weight_dtype: torch.dtype, output_dtype: torch.dtype) -> Variant:
@@ -24,6 +26,7 @@ def variant(row_dtype: torch.dtype, weight_dtype: torch.dtype, output_dtype: tor
             f"ROW_SCALAR={SCALARS[row_dtype]}",
             f"WEIGHT_SCALAR={SCALARS[weight_dtype]}",
             f"OUT_SCALAR={SCALARS[output_dtype]}",
+            *TILING,
         ),
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
-from cupymoe.kernels.grouped_linear import BLOCK_THREADS, TILE
+from cupymoe.kernels.grouped_linear import BLOCK_THREADS, TILE, TILING
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -21,6 +21,7 @@ def variant(left_dtype: torch.dtype, right_dtype: torch.dtype, output_dtype: tor
             f"LEFT_SCALAR={SCALARS[left_dtype]}",
             f"RIGHT_SCALAR={SCALARS[right_dtype]}",
             f"OUT_SCALAR={SCALARS[output_dtype]}",
+            *TILING,
         ),
     )
 
