@@ -9,13 +9,12 @@ import os
 import platform
 import sys
 import time
-from importlib import metadata
 
 import click
 import torch
 
 import cupymoe
-from cupymoe import verification
+from cupymoe import reports, verification
 from cupymoe.backends import ExpertsCall, registry
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, jit
@@ -39,24 +38,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({platform.machine()})"
 
 
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a report carries."""
-    return {
-        "cupymoe": cupymoe.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cupy": ", ".join(f"{name} {version}" for name, version in jit.installed_cupys().items()) or "not installed",
-        "transformers": _version_of("transformers"),
-    }
-
-
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="gemma4-26b", show_default=True, help="Sizes.")
@@ -73,7 +54,7 @@ def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: 
     report = {
         "device": _device_name(setting.device),
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": reports.versions(),
         "cuda_src_sha256": cuda_sources.sha256(),
         **({"shape": shape} if checkpoint is None else {"checkpoint": checkpoint}),
         "dtype": dtype,
@@ -99,10 +80,13 @@ def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: 
 
 @main.command()
 def info() -> None:
-    """Print what this machine has: GPU, CuPy, NVRTC, cache, backends and compiled sources."""
+    """Print what this machine has: GPU, CuPy, NVRTC, cache, backends and compiled sources.
+
+    In a checkout also whether each benchmark report is still of the present kernels.
+    """
     device = _device()
     click.echo(f"device           {_device_name(device)}")
-    for name, version in versions().items():
+    for name, version in reports.versions().items():
         click.echo(f"{name:16} {version}")
     click.echo(f"nvrtc            {_nvrtc_version()}")
     click.echo(f"kernel cache     {_cache_state()}")
@@ -116,6 +100,12 @@ def info() -> None:
     click.echo("\nCUDA sources")
     for name in cuda_sources.names():
         click.echo(f"  {name:18} {_readiness(name, device)}")
+    if paths := reports.committed():
+        click.echo("\nbenchmark reports")
+    for path in paths:
+        reason = reports.stale_reason(path)
+        state = "of the present kernels" if reason is None else f"stale: {reason}"
+        click.echo(f"  {path.parent.name}/{path.name:12} {state}")
 
 
 def _nvrtc_version() -> str:
@@ -205,7 +195,7 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
         "device": _device_name(device),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": reports.versions(),
     }
     findings, reason = [], None
     # What a target prints must not get into the JSON.

@@ -31,6 +31,7 @@ SUPPORTED_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_12
 _CUPY_DISTRIBUTIONS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 _lock = threading.RLock()
+_loaded_sources: set[str] = set()
 
 
 class CompileError(RuntimeError):
@@ -193,6 +194,7 @@ def _load(variant: Variant, device: int) -> Any:
                     module.compile()
         except cupy.cuda.compiler.CompileException as error:
             raise _compile_error(variant, arch, error.get_message()) from error
+    _loaded_sources.add(variant.source)
     return module
 
 
@@ -227,6 +229,11 @@ def kernel(
 def compiled_variants() -> int:
     """How many variants this process has compiled or loaded."""
     return _load.cache_info().currsize
+
+
+def loaded_sources() -> frozenset[str]:
+    """The sources, by their stems, of which this process has compiled or loaded a variant."""
+    return frozenset(_loaded_sources)
 
 
 def compile_offline(variant: Variant, arch: str) -> CompileReport:
