@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, reference
-from cupymoe.kernels import jit
+from cupymoe.kernels.offline_cache import compile_offline
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATED = [member for member in MoEActivation if member.is_gated]
 
-compiled = functools.cache(jit.compile_offline)
+compiled = functools.cache(compile_offline)
 """Several tests look at one compilation."""
 
 
