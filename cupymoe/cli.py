@@ -9,13 +9,12 @@ import os
 import platform
 import sys
 import time
-from importlib import metadata
 
 import click
 import torch
 
 import cupymoe
-from cupymoe import verification
+from cupymoe import reports, verification
 from cupymoe.backends import ExpertsCall, registry
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.checkpoint.files import on_disk
@@ -40,25 +39,6 @@ def _device() -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({platform.machine()})"
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a report carries."""
-    return {
-        "cupymoe": cupymoe.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cupy": ", ".join(f"{name} {version}" for name, version in cupy_import.installed_cupys().items())
-        or "not installed",
-        "transformers": _version_of("transformers"),
-    }
 
 
 def _on_disk(_context: click.Context, _parameter: click.Parameter, path: str | None) -> str | None:
@@ -88,7 +68,7 @@ def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: 
     report = {
         "device": _device_name(setting.device),
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": reports.versions(),
         "cuda_src_sha256": cuda_sources.sha256(),
         **({"shape": shape} if checkpoint is None else {"checkpoint": checkpoint}),
         "dtype": dtype,
@@ -114,10 +94,13 @@ def verify(as_json: bool, shape: str, checkpoint: str | None, dtype: str, seed: 
 
 @main.command()
 def info() -> None:
-    """Print what this machine has: GPU, CuPy, NVRTC, cache, backends and compiled sources."""
+    """Print what this machine has: GPU, CuPy, NVRTC, cache, backends and compiled sources.
+
+    In a checkout also whether each benchmark report is still of the present kernels.
+    """
     device = _device()
     click.echo(f"device           {_device_name(device)}")
-    for name, version in versions().items():
+    for name, version in reports.versions().items():
         click.echo(f"{name:16} {version}")
     click.echo(f"nvrtc            {_nvrtc_version()}")
     click.echo(f"kernel cache     {_cache_state()}")
@@ -134,6 +117,12 @@ def info() -> None:
     click.echo("\nCUDA sources")
     for name in cuda_sources.names():
         click.echo(f"  {name:18} {_readiness(name, device)}")
+    if paths := reports.committed():
+        click.echo("\nbenchmark reports")
+    for path in paths:
+        reason = reports.stale_reason(path)
+        state = "of the present kernels" if reason is None else f"stale: {reason}"
+        click.echo(f"  {path.parent.name}/{path.name:12} {state}")
 
 
 def _nvrtc_version() -> str:
@@ -223,7 +212,7 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
         "device": _device_name(device),
         "seed": seed,
         "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        "versions": reports.versions(),
     }
     findings, reason = [], None
     # What a target prints must not get into the JSON.

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_experts import Bench
 from bench_lora import measure_lora
 from bench_peers import imported_contender
-from bench_report import report_folder, report_heading, write_report
+from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import free_memory
 from readme_table import (
@@ -132,7 +132,7 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, st
     tables, failures = [], []
 
     def keep(name: str, found: Report, failed: list[str]) -> Report:
-        report = {**start, **found}
+        report = {**start, **timed_kernels(), **found}
         failures.extend(failed)
         if not failed:
             write_report(folder / f"{name}.json", report)

@@ -23,6 +23,7 @@ from bench_peers import (
     transformers_contenders,
     ways_of_fused,
 )
+from bench_report import timed_kernels
 from bench_timing import (
     Captured,
     Ceilings,
@@ -203,9 +204,11 @@ class Bench:
         for _ in range(HOST_REPEATS):
             for name, each in calls.items():
                 wall[name].append(wall_us(each, HOST_LOOPS))
+        first_call_s, sources = first_call_seconds()
         return {
+            **timed_kernels(sources),
             "tokens": 1,
-            "first_call_s": first_call_seconds(),
+            "first_call_s": first_call_s,
             "calls": [
                 {
                     "name": name,

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_report import report_folder, report_heading, write_report
+from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_timing import capture, free_memory, percentiles
 from readme_table import greedy_table, heading, model_table
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
@@ -384,7 +384,7 @@ def main(layers: int, small: bool, output: Path, seed: int) -> None:
     bench = ModelBench(plan, device)
     click.echo(f"built in {time.perf_counter() - began:.0f} s")
     found = bench.run()
-    report = {**start, **found}
+    report = {**start, **timed_kernels(), **found}
     click.echo(f"\n{model_table(report)}\n\n{greedy_table(report)}\n\n{time.perf_counter() - began:.0f} s in all")
     if not small and layers == gemma4_26b_a4b().num_hidden_layers:
         write_report(report_folder(output, start["device"]) / "model.json", report)

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import platform
 import re
+from collections.abc import Iterable
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import click
-import torch
 from readme_table import Report
 
-import cupymoe
-from cupymoe.kernels import cuda_sources, cupy_import
-
-
-def versions() -> dict[str, str]:
-    """Of everything that bears on the times."""
-    found = {
-        "cupymoe": cupymoe.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        **cupy_import.installed_cupys(),
-    }
-    for package in ("transformers", "vllm", "sglang", "sonic-moe"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+from cupymoe.kernels import cuda_sources, jit
+from cupymoe.reports import kernel_hashes, versions
 
 
 def report_heading(device: str) -> Report:
@@ -41,6 +23,14 @@ def report_heading(device: str) -> Report:
         "versions": versions(),
         "cuda_src_sha256": cuda_sources.sha256(),
     }
+
+
+def timed_kernels(elsewhere: Iterable[str] = ()) -> Report:
+    """A report's ``"kernels"``: hashes of all sources that this process has loaded so far, and of those ``elsewhere``.
+
+    After ``bench.py --regime all`` the sources of the regimes before are among them.
+    """
+    return {"kernels": kernel_hashes({*jit.loaded_sources(), *elsewhere})}
 
 
 def report_folder(output: Path, device: str) -> Path:

@@ -139,6 +139,7 @@ _FIRST_CALL = """
 import time, torch
 from cupymoe import Gemma4MoE, Gemma4MoEConfig
 from cupymoe.kernels.cupy_import import import_cupy
+from cupymoe.kernels.jit import loaded_sources
 from cupymoe.warmup import NUM_TOKENS, warmup
 with torch.device("cuda"):
     moe = Gemma4MoE(Gemma4MoEConfig.gemma4_26b_a4b()).to(torch.bfloat16)
@@ -151,12 +152,17 @@ for tokens in (1,), NUM_TOKENS:
     torch.cuda.synchronize()
     seconds.append(time.perf_counter())
 print(*(later - sooner for sooner, later in zip(seconds, seconds[1:])))
+print(*loaded_sources())
 """
 
 
-def first_call_seconds() -> dict[str, dict[str, float]]:
-    """What a fresh process waits for, at Gemma 4's sizes: with an empty kernel cache, then with the kernels on disk."""
-    found = {}
+def first_call_seconds() -> tuple[dict[str, dict[str, float]], set[str]]:
+    """What a fresh process waits for, at Gemma 4's sizes: with an empty kernel cache, then with the kernels on disk.
+
+    Also the CUDA sources that it loads.
+    """
+    found: dict[str, dict[str, float]] = {}
+    sources: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("compiling", "from_disk"):
             run = subprocess.run(
@@ -171,9 +177,11 @@ def first_call_seconds() -> dict[str, dict[str, float]]:
                 encoding="utf-8",
                 check=True,
             )
-            seconds = [float(f"{float(part):.3g}") for part in run.stdout.split()]
+            times, loaded = run.stdout.splitlines()
+            seconds = [float(f"{float(part):.3g}") for part in times.split()]
+            sources.update(loaded.split())
             found[name] = dict(zip(("import_cupy", "one_token", "every_regime"), seconds, strict=True))
-    return found
+    return found, sources
 
 
 def free_memory() -> None:

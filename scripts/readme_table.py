@@ -13,7 +13,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe.kernels import cuda_sources
+from cupymoe.reports import stale_reason
 
 Report = dict[str, Any]
 
@@ -233,17 +233,9 @@ def greedy_table(report: Report) -> str:
 
 
 def stale_reports(benchmarks: Path) -> list[str]:
-    """A line for each report made from other CUDA sources than the present ones, or that is no report."""
-    present, lines = cuda_sources.sha256(), []
-    for path in sorted(benchmarks.glob("*/*.json")):
-        try:
-            measured = json.loads(path.read_text(encoding="utf-8"))["cuda_src_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            lines.append(f"stale report: {path} has no cuda_src_sha256 ({type(error).__name__}: {error})")
-            continue
-        if measured != present:
-            lines.append(f"stale report: {path} measured cuda_src {measured[:12]}, the sources are {present[:12]}")
-    return lines
+    """A line for each report that timed other kernels than the present ones, or that is no report."""
+    reasons = {path: stale_reason(path) for path in sorted(benchmarks.glob("*/*.json"))}
+    return [f"stale report: {path}: {reason}" for path, reason in reasons.items() if reason is not None]
 
 
 @click.command()

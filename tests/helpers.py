@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, reference
-from cupymoe.kernels import jit
+from cupymoe.kernels.offline_cache import compile_offline
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,7 +22,7 @@ GATED = [member for member in MoEActivation if member.is_gated]
 slow_on_cuda = pytest.mark.filterwarnings("ignore::cupymoe.SlowWarning")
 """For what computes on CUDA, by whatever ``"auto"`` takes, in a dtype or at sizes that no fast backend serves."""
 
-compiled = functools.cache(jit.compile_offline)
+compiled = functools.cache(compile_offline)
 """Several tests look at one compilation."""
 
 

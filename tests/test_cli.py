@@ -1,5 +1,6 @@
 """``cupymoe info``: what it says of a machine, whatever the machine lacks."""
 
+import json
 import os
 from importlib import metadata
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cupymoe import reports
 from cupymoe.cli import main
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
 
@@ -18,7 +20,12 @@ def info():
 
 
 def states_of_sources(output):
-    lines = output[output.index("\nCUDA sources\n") :].splitlines()[2:]
+    return section(output, "CUDA sources")
+
+
+def section(output, title):
+    """First and other words of each line under a title."""
+    lines = output.partition(f"\n{title}\n")[2].partition("\n\n")[0].splitlines()
     return dict(line.split(maxsplit=1) for line in lines)
 
 
@@ -64,6 +71,27 @@ def test_info_of_a_package_that_is_not_installed(no_gpu, monkeypatch, package):
 
 def test_info_without_a_gpu(no_gpu):
     assert states_of_sources(info()) == dict.fromkeys(cuda_sources.names(), "not compiled: no CUDA device")
+
+
+def test_info_says_of_each_benchmark_report_whether_it_is_of_these_kernels(no_gpu, monkeypatch, tmp_path):
+    kernels = {
+        "fresh": reports.kernel_hashes(["route"]),
+        "stale": {"route": "0" * 64},
+    }
+    paths = [tmp_path / "gpu" / f"{name}.json" for name in kernels]
+    (tmp_path / "gpu").mkdir()
+    for path, timed in zip(paths, kernels.values(), strict=True):
+        path.write_text(json.dumps({"kernels": timed}))
+    monkeypatch.setattr(reports, "committed", lambda: paths)
+    assert section(info(), "benchmark reports") == {
+        "gpu/fresh.json": "of the present kernels",
+        "gpu/stale.json": "stale: route is changed since",
+    }
+
+
+def test_info_of_a_wheel_names_no_benchmark_report(no_gpu, monkeypatch):
+    monkeypatch.setattr(reports, "committed", lambda: [])
+    assert "benchmark reports" not in info()
 
 
 def test_info_compiles_what_a_gpu_is_served_with(monkeypatch):

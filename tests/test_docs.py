@@ -59,3 +59,14 @@ def test_no_test_of_these_is_left_out():
     properties = re.findall(r"@holds_for\(\w+\)\ndef (\w+)", (ROOT / "tests/test_properties.py").read_text())
     assert properties
     assert all(f"`tests/test_properties.py::{name}`" in text for name in properties)
+
+
+def test_ci_runs_the_tests_as_the_readme_says_and_then_the_slow_ones(pytestconfig):
+    """Else what is marked slow would be run by nobody."""
+    options = pytestconfig.getini("addopts")
+    assert options[options.index("-m") + 1] == "not slow"
+    steps = [line for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines() if "pytest" in line]
+    assert steps == ["pytest", "pytest -m slow"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install -e '.[test]' && pytest\n" in readme
+    assert "`pytest -m slow`" in readme

@@ -12,6 +12,11 @@ _INCLUDE = re.compile(r'^#include "(?P<path>[^"]+)"\s*$')
 # A #line in a branch that is switched off does nothing: without another after the branch, the numbers of the lines that
 # follow would count what was pasted into it.
 _BRANCH_ENDS = re.compile(r"\s*#\s*(elif|else|endif)\b")
+_LINE_MARKER = re.compile(r'^#line \d+ ".*"\n', re.MULTILINE)
+# A literal or a number is matched as a whole, so that no comment begins and no space is dropped within it.
+_GAP_OR_WHOLE = re.compile(
+    r"""(?P<gap>(?:\s|//[^\n]*|/\*.*?\*/)+)|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\b\d[\w.']*""", re.DOTALL
+)
 
 
 @functools.cache
@@ -34,7 +39,10 @@ def names() -> list[str]:
 
 
 def sha256() -> str:
-    """Hash over names and bytes of all sources and headers; reports carry it, so that a stale one is seen."""
+    """Hash over names and bytes of all sources and headers: the state of ``cuda_src``, for the record.
+
+    Whether a benchmark report is still of the present kernels is decided by :func:`kernel_hash`.
+    """
     digest = hashlib.sha256()
     for path in sorted(directory().rglob("*.cu*")):
         digest.update(path.relative_to(directory()).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -52,6 +60,33 @@ def expanded(name: str) -> str:
         ValueError: a header includes itself, by way of others or directly.
     """
     return _expand(directory() / f"{name}.cu", ()) + "\n"
+
+
+@functools.cache
+def kernel_hash(name: str) -> str:
+    """Hash of what the compiler reads of ``<name>.cu`` and its headers; a benchmark report carries it for each source
+    that it timed, and is stale once one of them has another.
+
+    A change is another sequence of tokens in :func:`expanded`, that of parts which the kernel does not use included.
+    No change is what only moves, such as code into a header that is included at the same place, nor a comment, an
+    indent, or a line that is broken elsewhere (but for preprocessor directives, which are lines). Functions in another
+    order are a change, and so is a space where there was none.
+    """
+    return hashlib.sha256(_normalised(expanded(name)).encode()).hexdigest()
+
+
+def _normalised(text: str) -> str:
+    """The text without comments and ``#line``, each run of whitespace one space, each directive on its own line."""
+
+    def replace(match: re.Match[str]) -> str:
+        gap = match["gap"]
+        if gap is None:
+            return match[0]
+        return "\n" if "\n" in gap else " "
+
+    text = _LINE_MARKER.sub("", text).replace("\\\n", " ")
+    lines = _GAP_OR_WHOLE.sub(replace, text).strip().split("\n")
+    return "".join(f"\n{line}\n" if line.startswith("#") else f"{line} " for line in lines)
 
 
 def _expand(path: Path, includers: tuple[Path, ...]) -> str:

@@ -21,6 +21,7 @@ from cupymoe.kernels.cupy_import import check_cuda_major, import_cupy, import_nv
 from cupymoe.kernels.launch import Kernel
 
 _lock = threading.RLock()
+_loaded_sources: set[str] = set()
 
 
 class CompileError(RuntimeError):
@@ -85,6 +86,7 @@ def _load(variant: Variant, device: int) -> Any:
                     module.compile()
         except cupy.cuda.compiler.CompileException as error:
             raise _compile_error(variant, arch, error.get_message()) from error
+    _loaded_sources.add(variant.source)
     return module
 
 
@@ -119,6 +121,11 @@ def kernel(
 def compiled_variants() -> int:
     """How many variants this process has compiled or loaded."""
     return _load.cache_info().currsize
+
+
+def loaded_sources() -> frozenset[str]:
+    """The sources, by their stems, of which this process has compiled or loaded a variant."""
+    return frozenset(_loaded_sources)
 
 
 def compile_offline(variant: Variant, arch: str) -> CompileReport:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from cupymoe.kernels.catalog import architectures, variants
-from cupymoe.kernels.jit import CompileError, Variant, compile_offline
+from cupymoe.kernels.jit import CompileError, Variant
+from cupymoe.kernels.offline_cache import compile_offline
 from cupymoe.verification.result import Result, Setting
 
 

@@ -52,6 +52,7 @@ def assert_same(got, expected):
     assert relative_error(got, expected.double()) < (1e-5 if expected.dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routers", [False, True])
 @pytest.mark.parametrize("mode", ["default", pytest.param("reduce-overhead", marks=pytest.mark.gpu)])
 def test_model(device, mode, routers):
@@ -71,6 +72,7 @@ def test_model(device, mode, routers):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1), (False, len(LENGTHS))])
 def test_no_recompilation_but_torch_s_own(device, dynamic, graphs):
     """By default torch compiles for the first length, then once for all."""
@@ -93,6 +95,7 @@ def test_experts_whose_activation_is_a_function(device):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_gradients(device):
     ids = tokens(6, device)
     gradients = []

@@ -82,6 +82,15 @@ def load(variant=VARIANT):
     return [str(warning.message) for warning in caught]
 
 
+def test_loaded_sources_are_those_of_the_variants_that_compiled(cache, monkeypatch):
+    monkeypatch.setattr(jit, "_loaded_sources", set())
+    with pytest.raises(jit.CompileError):
+        load(Variant("route", ("SCALAR=no_type",)))
+    assert jit.loaded_sources() == set()
+    load()
+    assert jit.loaded_sources() == {"raw_read"}
+
+
 def entries(folder):
     return {path: path.read_bytes() for path in folder.iterdir()}
 

@@ -17,9 +17,14 @@ def copied(tmp_path, monkeypatch):
     folder = tmp_path / "cuda_src"
     shutil.copytree(cuda_sources.directory(), folder)
     monkeypatch.setattr(cuda_sources, "directory", lambda: folder)
-    cuda_sources.expanded.cache_clear()
+    clear_caches()
     yield folder
+    clear_caches()
+
+
+def clear_caches():
     cuda_sources.expanded.cache_clear()
+    cuda_sources.kernel_hash.cache_clear()
 
 
 def test_directory_and_names():
@@ -137,7 +142,7 @@ def test_expanded_and_hash_follow_a_header(copied):
     assert re.fullmatch(r"[0-9a-f]{64}", before_hash)
     header = copied / "common" / "dtypes.cuh"
     header.write_text(header.read_text() + "// changed\n")
-    cuda_sources.expanded.cache_clear()
+    clear_caches()
     assert cuda_sources.expanded("route") != before_text
     assert cuda_sources.sha256() != before_hash
 
@@ -196,3 +201,89 @@ def test_a_checkout_behind_a_symbolic_link(tmp_path):
     link.symlink_to(ROOT)
     code = "from cupymoe.kernels import cuda_sources; print(len(cuda_sources.expanded('route')))"
     assert int(run_python(code, PYTHONPATH=str(link))) > 1000
+
+
+TEXT = """\
+#pragma once
+__device__ float twice(float x) {
+    return 2 * x;
+}
+
+__device__ float half(float x) {
+    asm("fma.rn.f32  %0; // a string, no comment" ::);
+    return x / 2'000;
+}
+#define COLS 4
+"""
+
+
+def hash_of(folder, text, **headers):
+    """Of a kernel that includes a header of this text."""
+    (folder / "probe.cu").write_text('#include "common/probe.cuh"\n__global__ void probe() {}\n')
+    (folder / "common" / "probe.cuh").write_text(text)
+    for name, header in headers.items():
+        (folder / "common" / f"{name}.cuh").write_text(header)
+    clear_caches()
+    return cuda_sources.kernel_hash("probe")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    return 2", "return  2"),
+        ("return 2 * x;\n", "return 2 *\n    x;\n"),
+        ("2 * x;", "2 * x;  // it's twice \"x"),
+        ("2 * x;", "/* of\ntwo lines */ 2 * x;"),
+        ("2 * x;", '2 * /* " */ x;'),
+        ("#define COLS 4", "#define COLS  4  // columns"),
+        ("#define COLS 4", "#define COLS \\\n    4"),
+        ("}\n\n__device__", "}\n__device__"),
+        ("}\n\n__device__", "}\n\n// Half of x.\n\n__device__"),
+    ],
+)
+def test_a_kernel_s_hash_does_not_follow_comments_and_layout(copied, old, new):
+    changed = TEXT.replace(old, new)
+    assert changed != TEXT
+    assert hash_of(copied, changed) == hash_of(copied, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("2 * x", "3 * x"),
+        ("return 2 * x", "return2 * x"),
+        ("2'000", "2'001"),
+        ("f32  %0", "f32 %0"),
+        ("a string, no comment", "another"),
+        ("#define COLS 4", "#define COLS 5"),
+        ("#define COLS 4\n", "#define COLS\n4\n"),
+        ("#define COLS 4\n", ""),
+    ],
+)
+def test_a_kernel_s_hash_follows_every_token(copied, old, new):
+    changed = TEXT.replace(old, new)
+    assert changed != TEXT
+    assert hash_of(copied, changed) != hash_of(copied, TEXT)
+
+
+def test_a_kernel_s_hash_follows_the_order_of_functions(copied):
+    twice, half = "void twice() {}\n", "void half() {}\n"
+    assert hash_of(copied, twice + half) != hash_of(copied, half + twice)
+
+
+def test_a_kernel_s_hash_does_not_follow_code_that_moves_to_a_header_of_its_own(copied):
+    before = hash_of(copied, TEXT)
+    first, _, rest = TEXT.partition("__device__ float half")
+    rest = f"#pragma once\n// Half of something.\n__device__ float half{rest}"
+    assert hash_of(copied, f'{first}#include "half.cuh"\n', half=rest) == before
+
+
+def test_a_kernel_s_hash_does_not_follow_other_kernels(copied):
+    before = {name: cuda_sources.kernel_hash(name) for name in cuda_sources.names()}
+    source = copied / "route.cu"
+    source.write_text(source.read_text() + "__global__ void another() {}\n")
+    shutil.copy(source, copied / "another.cu")
+    clear_caches()
+    after = {name: cuda_sources.kernel_hash(name) for name in cuda_sources.names()}
+    assert {name for name in after if after[name] != before.get(name)} == {"route", "another"}
+    assert len(set(after.values())) == len(before)  # the two new ones are the same

@@ -47,6 +47,7 @@ def test_rings_fit_a_multiprocessor(cut, sizes):
         assert tiling.shared_bytes + stage_bytes > SHARED_BYTES_OF_HOPPER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "sizes"), [*product(CUTS, SIZES)])
 def test_compiles_for_other_models(cut, sizes):
     """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import files
 
 import pytest
@@ -35,7 +35,16 @@ def copying_variants() -> Iterator[Variant]:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
 
 
-@pytest.mark.parametrize("variant", dict.fromkeys(copying_variants()))
+def first_of_each_source(variants: Iterable[Variant]):
+    """The variants as parameters: the first of each source for every run of the tests, the others slow."""
+    sources, parameters = set(), []
+    for variant in dict.fromkeys(variants):
+        parameters.append(pytest.param(variant, marks=[pytest.mark.slow] if variant.source in sources else []))
+        sources.add(variant.source)
+    return parameters
+
+
+@pytest.mark.parametrize("variant", first_of_each_source(copying_variants()))
 def test_no_copy_that_the_assembler_breaks(variant, tmp_path):
     """ptxas 12.9 and 13.0 can emit an LDGSTS with its cache policy in an odd uniform register, or its shared address
     split over two registers: an illegal instruction on the device (seen on an H100, 2026-11-24)."""
@@ -60,7 +69,9 @@ FRESH_FROM = {
 }
 
 
-@pytest.mark.parametrize("variant", [each for each in catalog.variants() if each.source in FRESH_FROM])
+@pytest.mark.parametrize(
+    "variant", first_of_each_source(each for each in catalog.variants() if each.source in FRESH_FROM)
+)
 def test_what_is_loaded_early_comes_from_l2(variant, tmp_path):
     """Through a pointer that is __restrict__ the compiler may move a load over the wait, to where the grid before has
     yet to write; and what is two grids back may lie in the first-level cache as it was in the call before."""

@@ -1,10 +1,14 @@
 """bench.py without a GPU: what it refuses, and that a peer's function gets what the experts are given."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cupymoe import Gemma4MoEConfig, reference
+from cupymoe.kernels import jit
+from cupymoe.reports import kernel_hashes
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
 
@@ -121,3 +125,24 @@ def test_an_error_limit_is_ours_a_peer_s_or_given(built, peers, name, limit, fai
 
 def nearly(*arguments):
     return experts(*arguments) * 1.008
+
+
+def test_a_report_carries_the_kernels_that_were_loaded_here_and_elsewhere(monkeypatch):
+    from bench_report import timed_kernels
+
+    monkeypatch.setattr(jit, "_loaded_sources", {"route", "combine"})
+    assert timed_kernels(["gather"]) == {"kernels": kernel_hashes(["combine", "gather", "route"])}
+
+
+def test_the_first_calls_process_says_what_it_loaded(monkeypatch):
+    import bench_timing
+
+    def run(command, **_):
+        compile(command[-1], "first call", "exec")
+        return SimpleNamespace(stdout="0.1 0.9512 9.1\nroute combine\n")
+
+    monkeypatch.setattr(bench_timing.subprocess, "run", run)
+    seconds, sources = bench_timing.first_call_seconds()
+    expected = {"import_cupy": 0.1, "one_token": 0.951, "every_regime": 9.1}
+    assert seconds == {"compiling": expected, "from_disk": expected}
+    assert sources == {"route", "combine"}

@@ -27,6 +27,7 @@ def bench(bench_model):
     return bench_model.ModelBench(bench_model.small_plan(), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
     result = CliRunner().invoke(bench_model.main, ["--small", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -179,6 +180,7 @@ def test_a_wrong_token_fails(bench_model, bench):
     assert "cupymoe gave logits that are not finite" in bench_model.failures({"greedy": [row]})
 
 
+@pytest.mark.slow
 def test_tables_of_a_report(bench, tmp_path):
     """readme_table.py renders model.json."""
     import readme_table

@@ -1,7 +1,6 @@
 """mutate.py without a GPU: every fault still stands in one place, still compiles, and is a fault."""
 
 import ast
-import functools
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import mutate
 import pytest
 
 from cupymoe.kernels import catalog, cuda_sources, jit
-from tests.helpers import ROOT
+from tests.helpers import ROOT, compiled
 
 CUDA = [mutation for mutation in mutate.MUTATIONS if mutation.source]
 LAUNCHERS = [mutation for mutation in mutate.MUTATIONS if not mutation.source]
@@ -33,11 +32,7 @@ def test_its_tests_are_there(mutation):
         assert f"def {name or 'test_'}" in (ROOT / file).read_text()
 
 
-@functools.cache
-def compiled(variant):
-    return jit.compile_offline(variant, "sm_90a").cubin
-
-
+@pytest.mark.slow
 @by_fault(CUDA)
 def test_a_faulty_source_compiles_to_something_else(mutation, tmp_path, monkeypatch):
     variant = next(
@@ -45,7 +40,7 @@ def test_a_faulty_source_compiles_to_something_else(mutation, tmp_path, monkeypa
         for variant in catalog.variants()
         if variant.source == mutation.source and (not mutation.define or mutation.define in variant.defines)
     )
-    expected = compiled(variant)
+    expected = compiled(variant, "sm_90a").cubin
     shutil.copytree(cuda_sources.directory(), tmp_path / "cuda_src")
     mutation.apply(tmp_path)
     monkeypatch.setattr(cuda_sources, "directory", lambda: tmp_path / "cuda_src")
@@ -68,6 +63,7 @@ def test_a_fault_that_stands_nowhere_is_named(tmp_path):
             mutate.Mutation("gone", "file", old, "d", ()).apply(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("test", "mutated", "hangs", "expected", "word", "timeout"),
     [

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cupymoe.kernels import cuda_sources
+from cupymoe.reports import kernel_hashes
 from tests.helpers import ROOT
 
 
@@ -201,24 +201,14 @@ def check_report(readme_table, benchmarks):
     return result.output
 
 
-def test_a_report_of_the_present_sources_is_not_stale(readme_table, tmp_path, report):
-    report.write_text(json.dumps({"cuda_src_sha256": cuda_sources.sha256()}))
+def test_a_report_of_the_present_kernels_is_not_stale(readme_table, tmp_path, report):
+    report.write_text(json.dumps({"kernels": kernel_hashes(["route"])}))
     assert check_report(readme_table, tmp_path) == ""
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ('{"cuda_src_sha256": "0123456789abcdef"}', "measured cuda_src 0123456789ab, the sources are {present}\n"),
-        ("{}", "has no cuda_src_sha256 (KeyError: "),
-        ("[]", "has no cuda_src_sha256 (TypeError: "),
-        ("no JSON", "has no cuda_src_sha256 (JSONDecodeError: "),
-    ],
-)
-def test_a_stale_report_and_what_is_no_report_are_named(readme_table, tmp_path, report, content, said):
-    report.write_text(content)
-    said = said.replace("{present}", cuda_sources.sha256()[:12])
-    assert check_report(readme_table, tmp_path).startswith(f"stale report: {report} {said}")
+def test_a_stale_report_is_named_with_the_reason(readme_table, tmp_path, report):
+    report.write_text(json.dumps({"kernels": {"route": "0123"}}))
+    assert check_report(readme_table, tmp_path) == f"stale report: {report}: route is changed since\n"
 
 
 def test_no_report(readme_table, tmp_path):
