@@ -4,6 +4,7 @@ from cupymoe import flops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends.slow import SlowWarning
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.explain import Explanation, explain
 from cupymoe.functional import (
     apply_moe_activation,
     fused_experts,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 flops.register_when_imported()
 
 __all__ = [
+    "Explanation",
     "Gemma4Experts",
     "Gemma4MoE",
     "Gemma4MoEConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "apply_moe_activation",
     "as_cupy",
     "as_torch",
+    "explain",
     "fused_experts",
     "gelu_tanh_and_mul",
     "lora_experts",

@@ -219,6 +219,10 @@ def lora_experts(
     down_adapter: LowRank | None,
     *,
     activation: MoEActivation | str,
+    expert_map: torch.Tensor | None = None,
+    global_num_experts: int | None = None,
+    numerics: str = "fast",
+    keep: str = "input",
 ) -> torch.Tensor:
     """:func:`fused_experts` on ``gate_up_proj + b @ a`` and ``down_proj + b @ a``, which are never formed.
 
@@ -236,8 +240,11 @@ def lora_experts(
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
     """
     member = _member(activation)
+    check_settings(expert_map, numerics, keep)
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     check_experts(*experts, activation=member, backend="auto")
+    if global_num_experts is not None:
+        check_global_num_experts(global_num_experts, down_proj.shape[0])
     adapters: list[torch.Tensor | None] = []
     for name, adapter, weight in (
         ("gate_up_adapter", gate_up_adapter, gate_up_proj),
@@ -248,7 +255,7 @@ def lora_experts(
         # Not +=: torch.compile of torch 2.11 does not add a NamedTuple to a list.
         adapters.extend((None, None) if adapter is None else adapter.prepared())
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
-    settings = (member.value, "plain", "fast", None, "auto")
+    settings = (member.value, "plain", numerics, global_num_experts, "auto")
     op = torch.ops.cupymoe.fused_experts.default
     output: torch.Tensor = ops.dispatch(op, *experts[:4], weights, *adapters, *_NOT_SERVED, *settings)
     return output

@@ -14,7 +14,7 @@ from torch import nn
 from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
-from cupymoe.integrations import is_set_to_cupymoe
+from cupymoe.integrations import are_experts_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
@@ -156,7 +156,7 @@ def _parts(target: nn.Module) -> list[_Part]:
         part = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if part in found:
             continue
-        if isinstance(part, Gemma4Router | Gemma4Experts) or (is_set_to_cupymoe(part) and _has_experts(part)):
+        if isinstance(part, Gemma4Router | Gemma4Experts) or are_experts_set_to_cupymoe(part):
             names = path.split(".") if path else []
             around = [modules[".".join(names[:depth])] for depth in range(len(names))]
             found[part] = _Part(part, module, *_place(path, part, module, around))
@@ -221,10 +221,6 @@ def _loaded(loader: Any) -> Iterator[None]:
         yield
     finally:
         loader._hf_hook.post_forward(loader, None)
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
 
 
 def _first(part: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ a named one that can't raises with its reason. Nothing falls back to another for
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.load import Load
+
+_log = logging.getLogger("cupymoe")
 
 Direction = Literal["forward", "backward"]
 """Of a call: its output, or the gradients of its tensors."""
@@ -86,6 +89,9 @@ class Backend(Protocol):
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """Why this backend can't serve a direction of the call; None if it can."""
 
+    def way(self, call: ExpertsCall) -> str:
+        """How it computes a call that it serves, in a few words for a reader."""
+
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, H]`` in the dtype of ``hidden_states``; in ``out``, which is contiguous, where that is given."""
 
@@ -150,9 +156,25 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     if name != "auto":
         reason = registry()[name].unsupported_reason(call, direction)
         if reason is None:
-            return registry()[name]
+            return _logged(registry()[name], call, direction)
         if direction == "forward":
             raise ValueError(f"backend {name!r} does not serve this call: {reason}")
     chosen = serving(call, direction)
     slow.check(call, chosen, direction)
+    return _logged(chosen, call, direction)
+
+
+def _logged(chosen: Backend, call: ExpertsCall, direction: Direction) -> Backend:
+    _log.info(
+        "%s of %d tokens over %d experts [%d, %d] in %s on %s: %s (%s)",
+        direction,
+        call.num_tokens,
+        call.num_experts,
+        call.hidden_size,
+        call.intermediate_size,
+        call.dtype,
+        call.device,
+        chosen.name,
+        chosen.way(call),
+    )
     return chosen

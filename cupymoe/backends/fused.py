@@ -53,6 +53,13 @@ class FusedBackend:
         not_tiled = tiles_reason(call.load, call.hidden_size)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
+    def way(self, call: ExpertsCall) -> str:
+        """See :class:`cupymoe.backends.Backend`."""
+        if takes_tiles(call.load, call.hidden_size):
+            blocks, products = cut(call.load)
+            return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks}"
+        return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
+
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         compute = tiles if takes_tiles(call.load, call.hidden_size) else stream

@@ -37,6 +37,10 @@ class GroupedBackend:
             return "the factors of the adapters must start on 16 bytes"
         return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)
 
+    def way(self, call: ExpertsCall) -> str:
+        """See :class:`cupymoe.backends.Backend`."""
+        return "torch's grouped GEMM"
+
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         rows = GroupedRows(tensors.top_k_index, call.num_experts)

@@ -21,6 +21,10 @@ class ReferenceBackend:
         """None: every device and floating dtype is served."""
         return None
 
+    def way(self, call: ExpertsCall) -> str:
+        """See :class:`cupymoe.backends.Backend`."""
+        return "plain torch, one expert after the other"
+
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapters:

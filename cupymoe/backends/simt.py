@@ -32,6 +32,10 @@ class SimtBackend:
             return f"its kernels take bfloat16, float16 and float32, not {call.dtype}"
         return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)
 
+    def way(self, call: ExpertsCall) -> str:
+        """See :class:`cupymoe.backends.Backend`."""
+        return "products on the CUDA cores"
+
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         rows = SimtRows(tensors.top_k_index, call.num_experts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 EXPERTS_IMPLEMENTATION = "cupymoe"
 """The name that transformers knows us by."""
 
@@ -11,3 +13,9 @@ EXPERTS_IMPLEMENTATION = "cupymoe"
 def is_set_to_cupymoe(experts: Any) -> bool:
     """Whether an experts module of transformers computes with ``experts_implementation="cupymoe"``."""
     return getattr(getattr(experts, "config", None), "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
+
+
+def are_experts_set_to_cupymoe(module: Any) -> bool:
+    """Whether a module is such experts, and not one that shares their config."""
+    has_weights = isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
+    return has_weights and is_set_to_cupymoe(module)

@@ -63,6 +63,9 @@ def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
 
 _ALL_PROPERTIES = _properties(use_experts_implementation)
 
+# Models have different names for the number of their experts.
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -141,8 +144,26 @@ def experts_forward(
     gate_up_proj, down_proj, dtype = self.gate_up_proj, self.down_proj, hidden_states.dtype
     if dtype != gate_up_proj.dtype:  # to() costs 1 us where it has nothing to do
         hidden_states = hidden_states.to(gate_up_proj.dtype)
-    output = fused_experts(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=activation)
+    output = fused_experts(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        activation=activation,
+        global_num_experts=_global_num_experts(self, down_proj.shape[0]),
+    )
     return output if output.dtype == dtype else output.to(dtype)
+
+
+def _global_num_experts(experts: Any, num_experts: int) -> int | None:
+    """How many experts the router chooses from, where expert parallelism leaves but ``num_experts`` of them here."""
+    config = experts.config
+    for name in _NUM_EXPERTS:
+        count = getattr(config, name, None)
+        if count is not None:
+            return count if isinstance(count, int) and count > num_experts else None
+    return None
 
 
 def served_activation(experts: Any) -> MoEActivation:

@@ -1,0 +1,129 @@
+"""Who computes the layers of a model, in which way, and why nobody faster does; without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
+from cupymoe.integrations import are_experts_set_to_cupymoe
+from cupymoe.modules import Gemma4Experts
+
+
+class Explanation(NamedTuple):
+    """Of one direction of the calls of one number of tokens."""
+
+    path: str
+    """Where the experts lie in the model; empty for the model itself."""
+    tokens: int
+    direction: Direction
+    backend: str | None
+    """Who computes it; None: nobody, since the experts are refused."""
+    way: str
+    """How that backend does it."""
+    weight_format: str
+    """``"plain"``: as they are in the parameters."""
+    reasons: dict[str, str]
+    """Why the backends before that one don't, by name; or under ``"cupymoe"`` why it computes none of it."""
+
+    def __str__(self) -> str:
+        taken = "not computed" if self.backend is None else f"{self.backend} ({self.way}), {self.weight_format} weights"
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.reasons.items())
+        return f"{self.path or '(itself)'}, {self.tokens} tokens, {self.direction}: {taken}{reasons}"
+
+
+def explain(target: nn.Module, tokens: int | Iterable[int] = (1, 64, 1024)) -> list[Explanation]:
+    """Who computes the experts of a model or module, for each of them, number of tokens and direction.
+
+    ``print(*cupymoe.explain(model), sep="\\n")`` shows all. The logger ``cupymoe`` says the same of each kind of call
+    when it is first made, at level INFO.
+
+    Args:
+        target: a module that holds ``Gemma4Experts``, or transformers' experts with
+            ``experts_implementation="cupymoe"``; with PEFT's adapters or without.
+        tokens: each at least 1.
+
+    Raises:
+        TypeError, ValueError: ``target`` is no module or holds no such experts; ``tokens`` are no positive integers.
+    """
+    if not isinstance(target, nn.Module):
+        raise TypeError(f"target must be a torch.nn.Module, got {type(target).__name__}")
+    counts = [tokens] if isinstance(tokens, int) else [*tokens]
+    if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
+        raise ValueError(f"tokens must be positive integers, got {tokens!r}")
+    found: list[Explanation] = []
+    seen: set[nn.Module] = set()
+    for path, module in target.named_modules():  # from the outside in: a wrapper comes before what it wraps
+        experts = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if experts not in seen and (isinstance(experts, Gemma4Experts) or are_experts_set_to_cupymoe(experts)):
+            seen.add(experts)
+            for count in counts:
+                found += [_explain(path, experts, module, count, direction) for direction in DIRECTIONS]
+    if not found:
+        raise ValueError(
+            f"target must hold a Gemma4Experts or experts set to cupymoe; {type(target).__name__} holds none"
+        )
+    return found
+
+
+def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, direction: Direction) -> Explanation:
+    try:
+        name, call = _call_of(experts, caller, tokens)
+    except ValueError as error:
+        return Explanation(path, tokens, direction, None, "", "plain", {"cupymoe": str(error)})
+    backends = registry()
+    named = name != "auto" and backends[name].unsupported_reason(call, direction) is None
+    if name != "auto" and not named and direction == "forward":
+        reason = backends[name].unsupported_reason(call, direction)
+        return Explanation(path, tokens, direction, None, "", "plain", {name: str(reason)})
+    taken = backends[name] if named else serving(call, direction)
+    reasons: dict[str, str] = {}
+    for other, backend in backends.items():
+        if backend is taken:
+            break
+        reason = backend.unsupported_reason(call, direction)
+        reasons[other] = f"backend={name!r} was asked for" if reason is None else reason
+    return Explanation(path, tokens, direction, taken.name, taken.way(call), "plain", reasons)
+
+
+def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, ExpertsCall]:
+    """The backend that is asked for, and what the backends are asked about."""
+    if isinstance(experts, Gemma4Experts):
+        name, activation = experts.backend, experts.activation
+    else:
+        from cupymoe.integrations.transformers import served_activation
+
+        name, activation = "auto", served_activation(experts)
+    weights = experts.gate_up_proj, experts.down_proj
+    config = experts.config
+    top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
+    num_experts, hidden_size, intermediate_size = weights[1].shape
+    return name, ExpertsCall(
+        device=weights[0].device,
+        dtype=weights[0].dtype,
+        activation=activation,
+        num_tokens=tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        aligned_hidden_states=True,
+        aligned_weights=all(_is_aligned(weight) for weight in weights),
+        adapters=caller is not experts and _is_low_rank(caller),
+    )
+
+
+def _is_aligned(weight: torch.Tensor) -> bool:
+    return weight.is_meta or weight.data_ptr() % 16 == 0
+
+
+def _is_low_rank(caller: nn.Module) -> bool:
+    """Whether a wrapper of PEFT computes its adapters unmerged."""
+    try:
+        from cupymoe.integrations.peft import ParamWrapper
+    except ImportError:
+        return False
+    return isinstance(caller, ParamWrapper)
