@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cupymoe.activation_math import FUNCTIONS, Function, Values
+
 # Spellings in model configs that mean one of the members, and nothing else.
 _ALIASES = {
     "swish": "silu",
@@ -80,6 +82,16 @@ class MoEActivation(Enum):
     def function(self) -> str:
         """Name of the elementwise function, the same for a member and its ungated form: ``"GELU_TANH"``."""
         return self.name.removesuffix(_NO_MUL.upper())
+
+    @property
+    def definition(self) -> Function:
+        """The function itself: value, slope, and what parameters it has."""
+        return FUNCTIONS[self.function]
+
+    @property
+    def parameters(self) -> Values:
+        """The values of the function's parameters, by name."""
+        return self.definition.parameters
 
     @property
     def custom_op_name(self) -> str:
