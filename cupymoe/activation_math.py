@@ -17,6 +17,15 @@ import torch
 Values = Mapping[str, float]
 """The values of a function's parameters, by name."""
 
+
+class Parameter(NamedTuple):
+    """A parameter of a function: its value where none is asked for, and the least and the greatest that it may have."""
+
+    default: float
+    least: float
+    greatest: float
+
+
 ValueAndSlope = tuple[torch.Tensor, Callable[[], torch.Tensor]]
 """A factor of an activation at every element, and what computes its derivative there, for those who want it."""
 
@@ -26,8 +35,18 @@ class Function(NamedTuple):
 
     gate: Callable[[torch.Tensor, Values], ValueAndSlope]
     up: Callable[[torch.Tensor, Values], ValueAndSlope]
-    parameters: Values = MappingProxyType({})
-    """What ``gate`` and ``up`` are given, and the values that they have by default."""
+    parameters: Mapping[str, Parameter] = MappingProxyType({})
+    """Those whose values ``gate`` and ``up`` are given."""
+
+
+def _limit(default: float) -> Parameter:
+    # Infinity clamps nothing. 0 is refused, because some configs mean "nothing" by it and others would clamp to it.
+    return Parameter(default, 1e-6, math.inf)
+
+
+def _alpha(default: float) -> Parameter:
+    # Where the kernels keep their promise of 0.51 and 4 ulp.
+    return Parameter(default, 0.125, 8.0)
 
 
 # --- gate -------------------------------------------------------------------------------------------------------------
@@ -103,11 +122,11 @@ def _clamped_plus_one(up: torch.Tensor, values: Values) -> ValueAndSlope:
 
 
 FUNCTIONS: Mapping[str, Function] = {
-    "SILU": Function(_silu, _clamped, {"limit": math.inf, "alpha": 1.0}),
+    "SILU": Function(_silu, _clamped, {"limit": _limit(math.inf), "alpha": _alpha(1.0)}),
     "GELU": Function(_gelu, _as_it_is),
     "GELU_TANH": Function(_gelu_tanh, _as_it_is),
     "RELU2": Function(_relu2, _as_it_is),
-    "SWIGLUOAI": Function(_silu, _clamped_plus_one, {"limit": 7.0, "alpha": 1.702}),
-    "SWIGLUSTEP": Function(_silu_clamped_after, _clamped, {"limit": 7.0}),
+    "SWIGLUOAI": Function(_silu, _clamped_plus_one, {"limit": _limit(7.0), "alpha": _alpha(1.702)}),
+    "SWIGLUSTEP": Function(_silu_clamped_after, _clamped, {"limit": _limit(7.0)}),
 }
 """By the name that :attr:`cupymoe.MoEActivation.function` gives and the kernels are compiled with."""

@@ -20,7 +20,7 @@ from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import registry
 from cupymoe.gradients import activation_backward
-from cupymoe.ops import experts_call, needed_gradients_fake, on_device_of, register
+from cupymoe.ops import experts_call, member_of, needed_gradients_fake, on_device_of, register
 
 RANK_MULTIPLE = 8
 """Of the ranks that torch's grouped GEMM takes in bfloat16: its rows are whole 16-byte packs."""
@@ -217,7 +217,7 @@ class _Call(NamedTuple):
 
 def _forward(*arguments: Any) -> torch.Tensor:
     *tensors, name = arguments
-    call, activation = _Call(*tensors), MoEActivation(name)
+    call, activation = _Call(*tensors), member_of(name)
     if call.is_empty:
         return call.hidden_states.new_zeros(call.hidden_states.shape)
     with on_device_of(call.hidden_states):
@@ -230,7 +230,7 @@ def _forward(*arguments: Any) -> torch.Tensor:
 def _backward(grad: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
     """Gradients of the tensors that need one, in the op's order."""
     *tensors, name, needed = arguments
-    call, activation = _Call(*tensors), MoEActivation(name)
+    call, activation = _Call(*tensors), member_of(name)
     if call.is_empty:
         return [torch.zeros_like(tensor) for tensor, wanted in zip(tensors, needed, strict=True) if wanted]
     with on_device_of(call.hidden_states):

@@ -6,6 +6,7 @@ its dispatch costs 2 us a call, ``custom_op``'s 11.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -68,6 +69,9 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
+member_of = functools.cache(MoEActivation.from_str)
+"""What an op's string means; a program that was exported elsewhere may bring parameters that are new here."""
+
 
 def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
     if input.device.type != "cuda":
@@ -84,6 +88,33 @@ def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEAct
 
 def _new_output(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
     return input.new_empty((*input.shape[:-1], activation.output_size(input.shape[-1])))
+
+
+def _moe_activation(input: torch.Tensor, activation: str) -> torch.Tensor:
+    member = member_of(activation)
+    return _activate_into(input, _new_output(input, member), member)
+
+
+def _moe_activation_fake(input: torch.Tensor, activation: str) -> torch.Tensor:
+    return _new_output(input, member_of(activation))
+
+
+def _moe_activation_setup(ctx: Any, inputs: tuple[torch.Tensor, str], output: torch.Tensor) -> None:
+    input, ctx.activation = inputs
+    ctx.save_for_backward(input)
+
+
+def _moe_activation_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return torch.ops.cupymoe.activation_backward(grad, ctx.saved_tensors[0], ctx.activation), None
+
+
+register(
+    "moe_activation(Tensor input, str activation) -> Tensor",
+    _moe_activation,
+    _moe_activation_fake,
+    _moe_activation_grad,
+    _moe_activation_setup,
+)
 
 
 def _register_activation(activation: MoEActivation) -> None:
@@ -108,7 +139,7 @@ for _activation in MoEActivation:
 
 
 def _activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
-    return gradients.activation_backward(grad, input, MoEActivation(activation))
+    return gradients.activation_backward(grad, input, member_of(activation))
 
 
 def _activation_backward_fake(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
@@ -123,7 +154,7 @@ register(
 
 
 def _apply_moe_activation(activation: str, output: torch.Tensor, input: torch.Tensor) -> None:
-    _activate_into(input, output, MoEActivation(activation))
+    _activate_into(input, output, member_of(activation))
     # A kernel writes behind autograd's back, which would use an overwritten tensor that it has saved.
     torch.autograd.graph.increment_version(output)
 
@@ -252,9 +283,6 @@ register(
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-_MEMBERS = {member.value: member for member in MoEActivation}
-
-
 def experts_call(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -289,7 +317,7 @@ def _fused_experts(
     activation: str,
     backend: str,
 ) -> torch.Tensor:
-    member = _MEMBERS[activation]
+    member = member_of(activation)
     chosen = select(backend, experts_call(hidden_states, gate_up_proj, down_proj, top_k_index, member))
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape)
@@ -331,7 +359,7 @@ def _fused_experts_backward(
 ) -> list[torch.Tensor]:
     """Gradients of the tensors that need one, in the op's order."""
     grads = gradients.experts_backward(
-        grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, MoEActivation(activation), needed
+        grad, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, member_of(activation), needed
     )
     return [gradient for gradient in grads if gradient is not None]
 

@@ -18,6 +18,13 @@ from cupymoe.kernels import jit
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATED = [member for member in MoEActivation if member.is_gated]
+WITH_PARAMETERS = [
+    MoEActivation.SILU.with_parameters(limit=10.0),  # DeepSeek V4
+    MoEActivation.SILU.with_parameters(limit=0.75, alpha=1.702),
+    MoEActivation.SWIGLUOAI.with_parameters(limit=3.0, alpha=0.125),
+    MoEActivation.SWIGLUSTEP.with_parameters(limit=0.5),
+    MoEActivation.SWIGLUSTEP.with_parameters(limit=float("inf")),
+]
 
 compiled = functools.cache(jit.compile_offline)
 """Several tests look at one compilation."""

@@ -75,6 +75,32 @@ def test_swiglustep_clamps_after_silu():
     torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), MoEActivation.SWIGLUSTEP), expected)
 
 
+@pytest.mark.parametrize("limit", [0.25, 7.0, 10.0, math.inf])
+@pytest.mark.parametrize("alpha", [0.125, 1.0, 1.702, 8.0])
+def test_silu_with_parameters(limit, alpha):
+    """DeepSeek V4's ``swiglu_limit``, and quick GELU: gate at most the limit, up within it."""
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    clamped = torch.minimum(gate, torch.tensor(limit))
+    expected = clamped / (1 + torch.exp(-alpha * clamped)) * torch.clip(up, -limit, limit)
+    got = reference.activate(torch.cat((gate, up), -1), MoEActivation.SILU.with_parameters(limit=limit, alpha=alpha))
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_swigluoai_with_parameters():
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    clamped = torch.minimum(gate, torch.tensor(3.0))
+    expected = clamped / (1 + torch.exp(-0.5 * clamped)) * (torch.clip(up, -3, 3) + 1)
+    activation = MoEActivation.SWIGLUOAI.with_parameters(limit=3, alpha=0.5)
+    torch.testing.assert_close(reference.activate(torch.stack((gate, up), -1).flatten(-2), activation), expected)
+
+
+def test_swiglustep_with_parameters():
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    expected = torch.minimum(F.silu(gate), torch.tensor(0.5)) * torch.clip(up, -0.5, 0.5)
+    activation = MoEActivation.SWIGLUSTEP.with_parameters(limit=0.5)
+    torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), activation), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_computed_in_float32(dtype):
     input = torch.randn(4, 16).to(dtype)
