@@ -43,7 +43,7 @@ class MoEActivation(Enum):
 
     Gated members read ``[gate | up]`` and give ``act(gate) * up``; ``*_NO_MUL`` members give ``act(x)``.
     ``GELU`` is always the exact (erf) form and ``GELU_TANH`` always the tanh approximation.
-    ``SWIGLUOAI`` reads gate and up interleaved (gate, up, gate, up, ...).
+    ``SWIGLUOAI`` reads gate and up interleaved (gate, up, gate, up, ...), ``SWIGLUOAI_UNINTERLEAVE`` as the others do.
 
     A member with other parameters than its own, ``SWIGLUOAI.with_parameters(limit=10.0)``, is an instance too, though
     none of those that are listed, as a combination of flags is one of ``enum.Flag``. It has a member's properties, its
@@ -55,6 +55,7 @@ class MoEActivation(Enum):
     GELU_TANH = "gelu_tanh"
     RELU2 = "relu2"
     SWIGLUOAI = "swigluoai"
+    SWIGLUOAI_UNINTERLEAVE = "swigluoai_uninterleave"
     SWIGLUSTEP = "swiglustep"
     SILU_NO_MUL = "silu_no_mul"
     GELU_NO_MUL = "gelu_no_mul"
@@ -152,8 +153,8 @@ class MoEActivation(Enum):
 
     @property
     def function(self) -> str:
-        """Name of the elementwise function, the same for a member and its ungated form: ``"GELU_TANH"``."""
-        return self.member.name.removesuffix(_NO_MUL.upper())
+        """Name of the elementwise function, the same however gate and up lie and without an up: ``"GELU_TANH"``."""
+        return self.member.name.removesuffix(_NO_MUL.upper()).removesuffix("_UNINTERLEAVE")
 
     @property
     def definition(self) -> Function:

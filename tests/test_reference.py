@@ -65,6 +65,8 @@ def test_swigluoai_is_interleaved_and_clamped():
     expected = clamped / (1 + torch.exp(-1.702 * clamped)) * (torch.clip(up, -7, 7) + 1)
     interleaved = torch.stack((gate, up), -1).flatten(-2)
     torch.testing.assert_close(reference.activate(interleaved, MoEActivation.SWIGLUOAI), expected)
+    halves = torch.cat((gate, up), -1)
+    torch.testing.assert_close(reference.activate(halves, MoEActivation.SWIGLUOAI_UNINTERLEAVE), expected)
 
 
 def test_swiglustep_clamps_after_silu():

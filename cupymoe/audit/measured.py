@@ -29,7 +29,11 @@ def _member(member: MoEActivation, gate: torch.Tensor, up: torch.Tensor) -> torc
 
 # The functions that an implementation may turn out to compute, by the name that a config would give them.
 CANDIDATES: dict[str, Function] = {
-    **{member.value: functools.partial(_member, member) for member in MoEActivation if member.is_gated},
+    **{
+        member.value: functools.partial(_member, member)
+        for member in MoEActivation
+        if member.name == member.function  # not a second order of gate and up, nor an ungated form
+    },
     "quick_gelu": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
     "relu": lambda gate, up: torch.relu(gate) * up,
     # DeepSeek-style: SILU's argument is clamped, where SWIGLUSTEP clamps its result.
