@@ -88,7 +88,8 @@ def test_experts_are_compiled_with_the_parameters_of_their_activation(source):
     assert len(cubins) == 3
 
 
-def test_an_infinite_limit_is_no_define():
+def test_a_limit_beyond_float32_is_no_define():
+    assert activation_defines(MoEActivation.SWIGLUSTEP.with_parameters(limit=1e39)) == ("ACTIVATION=SWIGLUSTEP",)
     assert activation_defines(MoEActivation.GELU_TANH) == ("ACTIVATION=GELU_TANH",)
     assert activation_defines(MoEActivation.SILU) == ("ACTIVATION=SILU", "ACTIVATION_ALPHA=1.0")
     assert activation_defines(MoEActivation.SWIGLUOAI.with_parameters(limit=1e-6)) == (
