@@ -44,7 +44,11 @@ def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torc
     """
     member = _member(activation)
     check_activation_input(input, member)
-    output: torch.Tensor = getattr(torch.ops.cupymoe, member.custom_op_name)(input)
+    output: torch.Tensor
+    if member is member.member:
+        output = getattr(torch.ops.cupymoe, member.custom_op_name)(input)
+    else:
+        output = torch.ops.cupymoe.moe_activation(input, member.value)
     return output
 
 

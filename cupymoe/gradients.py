@@ -6,55 +6,12 @@ they belong to.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.reference import (
-    GELU_TANH_CUBIC,
-    GELU_TANH_LINEAR,
-    SWIGLU_LIMIT,
-    SWIGLUOAI_ALPHA,
-    activate,
-    split_gate_up,
-    work_dtype,
-)
-
-
-def _sigmoid_product(
-    x: torch.Tensor, z: torch.Tensor, z_slope: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x * sigmoid(z)`` and its derivative in x."""
-    s = torch.sigmoid(z)
-    return x * s, s + x * s * (1 - s) * z_slope
-
-
-def _gate_and_slope(gate: torch.Tensor, activation: MoEActivation) -> tuple[torch.Tensor, torch.Tensor]:
-    """``act(gate)`` and its derivative."""
-    match activation.function:
-        case "SILU":
-            return _sigmoid_product(gate, gate, 1.0)
-        case "GELU":
-            probability = 0.5 * torch.erfc(gate * -math.sqrt(0.5))
-            density = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
-            return gate * probability, probability + gate * density
-        case "GELU_TANH":
-            z = GELU_TANH_LINEAR * gate + GELU_TANH_CUBIC * gate**3
-            return _sigmoid_product(gate, z, GELU_TANH_LINEAR + 3 * GELU_TANH_CUBIC * gate.square())
-        case "RELU2":
-            positive = torch.relu(gate)
-            return positive.square(), 2 * positive
-        case "SWIGLUOAI":
-            clamped = gate.clamp(max=SWIGLU_LIMIT)
-            value, slope = _sigmoid_product(clamped, SWIGLUOAI_ALPHA * clamped, SWIGLUOAI_ALPHA)
-            return value, slope * (gate <= SWIGLU_LIMIT)
-        case "SWIGLUSTEP":
-            value, slope = _sigmoid_product(gate, gate, 1.0)
-            return value.clamp(max=SWIGLU_LIMIT), slope * (value <= SWIGLU_LIMIT)
-        case _:
-            raise AssertionError(activation)
+from cupymoe.reference import activate, split_gate_up, work_dtype
 
 
 def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
@@ -62,15 +19,11 @@ def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoE
     work = work_dtype(input.dtype)
     grad = grad.to(work)
     gate, up = split_gate_up(input.to(work), activation)
-    value, slope = _gate_and_slope(gate, activation)
+    value, slope = activation.definition.gate(gate, activation.parameters)
     if not activation.is_gated:
-        return (grad * slope).to(input.dtype).contiguous()
-    up_factor, up_slope = up, torch.ones_like(up)
-    if activation.function.startswith("SWIGLU"):
-        up_factor, up_slope = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT), (up.abs() <= SWIGLU_LIMIT).to(work)
-    if activation is MoEActivation.SWIGLUOAI:
-        up_factor = up_factor + 1
-    halves = (grad * up_factor * slope, grad * value * up_slope)
+        return (grad * slope()).to(input.dtype).contiguous()
+    factor, factor_slope = activation.definition.up(up, activation.parameters)
+    halves = (grad * factor * slope(), grad * value * factor_slope())
     joined = torch.stack(halves, -1).flatten(-2) if activation.is_interleaved else torch.cat(halves, -1)
     return joined.to(input.dtype)
 

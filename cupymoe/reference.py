@@ -11,11 +11,6 @@ import torch
 
 from cupymoe.activation import MoEActivation
 
-SWIGLUOAI_ALPHA = 1.702
-SWIGLU_LIMIT = 7.0
-GELU_TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
-GELU_TANH_CUBIC = 0.044715 * GELU_TANH_LINEAR
-
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a computation on ``dtype`` runs in: at least float32."""
@@ -33,29 +28,10 @@ def split_gate_up(input: torch.Tensor, activation: MoEActivation) -> tuple[torch
 
 
 def activate(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
-    """``act(gate) * up`` of ``[..., 2N]`` (or ``act(x)`` of ``[..., N]``), unrounded in the work dtype.
-
-    Sigmoid and erfc forms, because ``1 + tanh`` and ``1 + erf`` cancel for negative gates, in float64 too.
-    """
+    """``act(gate) * up`` of ``[..., 2N]`` (or ``act(x)`` of ``[..., N]``), unrounded in the work dtype."""
     gate, up = split_gate_up(input.to(work_dtype(input.dtype)), activation)
-    if activation.function.startswith("SWIGLU"):
-        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    match activation.function:
-        case "SILU":
-            return gate * torch.sigmoid(gate) * up
-        case "GELU":
-            return gate * 0.5 * torch.erfc(gate * -math.sqrt(0.5)) * up
-        case "GELU_TANH":
-            return gate * torch.sigmoid(GELU_TANH_LINEAR * gate + GELU_TANH_CUBIC * gate**3) * up
-        case "RELU2":
-            return torch.relu(gate).square() * up
-        case "SWIGLUOAI":
-            gate = gate.clamp(max=SWIGLU_LIMIT)
-            return gate * torch.sigmoid(SWIGLUOAI_ALPHA * gate) * (up + 1)
-        case "SWIGLUSTEP":
-            return (gate * torch.sigmoid(gate)).clamp(max=SWIGLU_LIMIT) * up
-        case _:
-            raise AssertionError(activation)
+    value = activation.definition.gate(gate, activation.parameters)[0]
+    return value * activation.definition.up(up, activation.parameters)[0] if activation.is_gated else value
 
 
 def router_input(hidden_states: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:

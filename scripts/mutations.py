@@ -93,8 +93,8 @@ MUTATIONS = (
         "GELU_TANH",
     ),
     activation("a coefficient to four digits", "fma_rn(a * a, 0.10294324f,", "fma_rn(a * a, 0.1029f,", "GELU_TANH"),
-    activation("a clamp without its lower end", ": up < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : up;", ": up;", "SWIGLUSTEP"),
-    activation("the limit of another activation", "gate > SWIGLU_LIMIT ?", "gate > 2 * SWIGLU_LIMIT ?", "SWIGLUOAI"),
+    activation("a clamp without its lower end", ": up < -limit ? -limit : up;", ": up;", "SWIGLUSTEP"),
+    activation("the limit of another activation", "gate > limit ?", "gate > 2 * limit ?", "SWIGLUOAI"),
     cuda(
         "truncation for rounding",
         "common/dtypes.cuh",

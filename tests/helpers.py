@@ -18,6 +18,13 @@ from cupymoe.kernels.offline_cache import compile_offline
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATED = [member for member in MoEActivation if member.is_gated]
+WITH_PARAMETERS = [
+    MoEActivation.SILU.with_parameters(limit=10.0),  # DeepSeek V4
+    MoEActivation.SILU.with_parameters(limit=0.75, alpha=1.702),
+    MoEActivation.SWIGLUOAI.with_parameters(limit=3.0, alpha=0.125),
+    MoEActivation.SWIGLUSTEP.with_parameters(limit=0.5),
+    MoEActivation.SWIGLUSTEP.with_parameters(limit=float("inf")),
+]
 
 slow_on_cuda = pytest.mark.filterwarnings("ignore::cupymoe.SlowWarning")
 """For what computes on CUDA, by whatever ``"auto"`` takes, in a dtype or at sizes that no fast backend serves."""

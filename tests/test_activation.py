@@ -1,9 +1,16 @@
 """The activation contract: names, spellings, ops."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 
 from cupymoe import MoEActivation
+from cupymoe.activation_math import FUNCTIONS
+from cupymoe.ops import member_of
+from tests.helpers import WITH_PARAMETERS
 
 VALUES = {
     "SILU": "silu",
@@ -11,6 +18,7 @@ VALUES = {
     "GELU_TANH": "gelu_tanh",
     "RELU2": "relu2",
     "SWIGLUOAI": "swigluoai",
+    "SWIGLUOAI_UNINTERLEAVE": "swigluoai_uninterleave",
     "SWIGLUSTEP": "swiglustep",
     "SILU_NO_MUL": "silu_no_mul",
     "GELU_NO_MUL": "gelu_no_mul",
@@ -24,6 +32,7 @@ OPS = {
     "GELU_TANH": "gelu_tanh_and_mul",
     "RELU2": "relu2_and_mul",
     "SWIGLUOAI": "swigluoai_and_mul",
+    "SWIGLUOAI_UNINTERLEAVE": "swigluoai_uninterleave_and_mul",
     "SWIGLUSTEP": "swiglustep_and_mul",
     "SILU_NO_MUL": "silu",
     "GELU_NO_MUL": "gelu",
@@ -98,3 +107,89 @@ def test_custom_op_name_is_a_registered_op(member):
     assert member.custom_op_name == OPS[member.name]
     op = getattr(torch.ops.cupymoe, member.custom_op_name)
     assert op(torch.ones(3, 8)).shape == (3, 4 if member.is_gated else 8)
+
+
+def test_every_function_is_some_member_s():
+    assert {member.function for member in MoEActivation} == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "member", "parameters"),
+    [
+        ("silu(limit=10.0)", MoEActivation.SILU, {"limit": 10.0, "alpha": 1.0}),
+        ("swish( alpha = 1.702 , limit=1e1 )", MoEActivation.SILU, {"limit": 10.0, "alpha": 1.702}),
+        ("swigluoai(limit=inf,alpha=2)", MoEActivation.SWIGLUOAI, {"limit": math.inf, "alpha": 2.0}),
+        ("swiglustep(limit=0.5)", MoEActivation.SWIGLUSTEP, {"limit": 0.5}),
+    ],
+)
+def test_parameters_are_part_of_a_spelling(spelling, member, parameters):
+    activation = MoEActivation.from_str(spelling)
+    assert activation.member is member
+    assert activation.parameters == parameters
+    assert activation is member.with_parameters(**parameters)
+    assert (activation.function, activation.is_gated, activation.is_interleaved) == (
+        member.function,
+        member.is_gated,
+        member.is_interleaved,
+    )
+    assert activation.input_size(7) == 14
+    assert activation.without_mul() is activation
+
+
+@pytest.mark.parametrize("activation", WITH_PARAMETERS, ids=lambda activation: activation.value)
+def test_there_is_one_object_of_an_activation_with_parameters(activation):
+    assert isinstance(activation, MoEActivation)
+    assert activation not in list(MoEActivation)
+    assert activation is MoEActivation.from_str(activation.value)
+    assert activation is MoEActivation(activation.value)
+    assert activation is member_of(activation.value)
+    assert activation is copy.deepcopy(activation)
+    assert activation is pickle.loads(pickle.dumps(activation))
+    assert activation is activation.with_parameters()
+    assert activation.with_parameters(**activation.member.parameters) is activation.member
+    assert repr(activation).startswith(f"<MoEActivation.{activation.member.name}(")
+
+
+@pytest.mark.parametrize("member", MoEActivation)
+def test_a_member_with_its_own_parameters_is_itself(member):
+    assert member.member is member
+    assert member.with_parameters() is member
+    if member.is_gated:
+        assert member.with_parameters(**member.parameters) is member
+
+
+def test_an_activation_with_parameters_has_no_op_of_its_own():
+    with pytest.raises(ValueError, match=r"no op is named after silu\(limit=10.0\): .*moe_activation takes its value"):
+        _ = MoEActivation.from_str("silu(limit=10.0)").custom_op_name
+
+
+@pytest.mark.parametrize(
+    ("spelling", "message"),
+    [
+        ("silu(limit=0)", r"limit of silu must be from 1e-06 to inf, got 0\.0"),
+        ("silu(limit=-7)", "limit of silu must be from 1e-06 to inf, got -7"),
+        ("swiglustep(limit=nan)", "limit of swiglustep must be from 1e-06 to inf, got nan"),
+        ("swigluoai(alpha=inf)", r"alpha of swigluoai must be from 0\.125 to 8\.0, got inf"),
+        ("swigluoai(alpha=nan)", "alpha of swigluoai must be from"),
+        ("swigluoai(alpha=0)", "alpha of swigluoai must be from"),
+        ("swigluoai(beta=1)", "swigluoai has no parameter 'beta': it has limit, alpha"),
+        ("swiglustep(alpha=1)", "swiglustep has no parameter 'alpha': it has limit"),
+        ("silu(self=1)", "silu has no parameter 'self'"),
+        ("gelu_tanh(limit=7)", "gelu_tanh has no parameter 'limit': it has none"),
+        ("silu_no_mul(limit=7)", "silu_no_mul has no parameter 'limit': it has none"),
+        ("unknown(limit=7)", "Unknown MoE activation: 'unknown'"),
+        *(
+            (spelling, "must be spelled like 'swigluoai")
+            for spelling in ("silu(", "silu()", "silu(7)", "silu(limit=7", "silu(limit=7)!", "silu(limit=7,limit=7)")
+        ),
+    ],
+)
+def test_parameters_that_can_t_be_are_refused(spelling, message):
+    with pytest.raises(ValueError, match=message):
+        MoEActivation.from_str(spelling)
+
+
+@pytest.mark.parametrize("value", [None, "7", True, torch.tensor(7.0)])
+def test_a_parameter_is_a_number(value):
+    with pytest.raises(TypeError, match="limit of silu must be a number, got"):
+        MoEActivation.SILU.with_parameters(limit=value)

@@ -7,6 +7,7 @@ from cupymoe import Gemma4MoEConfig, MoEActivation, fused_experts
 from cupymoe.backends import registry
 from cupymoe.ops import experts_call
 from tests.helpers import (
+    WITH_PARAMETERS,
     Experts,
     max_error,
     oracle,
@@ -198,7 +199,7 @@ def test_intermediate_sizes_of_tensor_parallel_gemma_4(run, intermediate):
     assert check(run, case) <= TRANSFORMERS_ERROR
 
 
-@pytest.mark.parametrize("activation", MoEActivation)
+@pytest.mark.parametrize("activation", [*MoEActivation, *WITH_PARAMETERS])
 def test_every_activation(run, activation):
     case = random_experts(130, 16, 256, 176, 4, dtype=torch.bfloat16, device="cuda", activation=activation)
     # Gates and ups that reach the clamps of the SWIGLU members.

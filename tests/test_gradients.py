@@ -6,29 +6,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import MoEActivation, fused_experts, gradients, moe_activation, reference, route
 from cupymoe.gradients import experts_backward, route_backward, router_logits_backward
-from tests.helpers import random_experts
+from tests.helpers import WITH_PARAMETERS, random_experts
 
 
 def inputs_off_the_kinks(activation, rows=12, columns=5, dtype=torch.float64):
-    """Random, both sides of the clamps at 7 and -7 reached, nothing within 1e-3 of a kink of the function.
+    """Random, both sides of the clamps reached, nothing within 1e-3 of a kink of the function.
 
     On a kink torch's own slope changed with 2.14.
     """
     input = 6 * torch.randn(rows, activation.input_size(columns), dtype=torch.float64).to(dtype)
     gates, _ = reference.split_gate_up(input, activation)
-    for kink in (0.0, 7.0, -7.0):
+    limit = min(activation.parameters.get("limit", 7.0), 7.0)
+    kinks = [0.0, limit, -limit]
+    if activation.function == "SWIGLUSTEP" and limit < 7.0:
+        kinks.append(0.7482)  # where silu is 0.5
+    for kink in kinks:
         near = (input - kink).abs() < 1e-3
         input = torch.where(near, kink + 2**-5, input)  # a bfloat16
-    assert (gates > 7).any()
+    assert (gates > limit).any()
     return input.requires_grad_()
 
 
-@pytest.mark.parametrize("activation", MoEActivation)
+@pytest.mark.parametrize("activation", [*MoEActivation, *WITH_PARAMETERS])
 def test_activation(activation):
     assert torch.autograd.gradcheck(lambda input: moe_activation(activation, input), inputs_off_the_kinks(activation))
 
 
-@pytest.mark.parametrize("activation", MoEActivation)
+@pytest.mark.parametrize("activation", [*MoEActivation, *WITH_PARAMETERS])
 def test_activation_keeps_dtype_and_rounds_once(activation):
     low = inputs_off_the_kinks(activation, dtype=torch.bfloat16)
     moe_activation(activation, low).sum().backward()
@@ -83,7 +87,7 @@ def test_route(device, renormalize, scaled):
         torch.testing.assert_close(ours.grad.double(), oracle.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", MoEActivation)
+@pytest.mark.parametrize("activation", [*MoEActivation, MoEActivation.SILU.with_parameters(limit=0.5, alpha=2)])
 def test_experts(activation):
     case = random_experts(4, 4, 6, 5, 2, dtype=torch.float64, activation=activation)
     index = torch.tensor([[0, 1], [-1, 2], [1, 4], [2, 0]])  # two masked pairs; expert 3 has no tokens

@@ -23,7 +23,7 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
-from tests.helpers import random_experts, randomize, slow_on_cuda
+from tests.helpers import WITH_PARAMETERS, random_experts, randomize, slow_on_cuda
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -92,6 +92,7 @@ def test_every_op_is_checked_here(monkeypatch):
     cpu = torch.device("cpu")
     for member in MoEActivation:
         test_opcheck_activation(cpu, member, requires_grad=False)
+    test_opcheck_activation_with_parameters(cpu)
     test_opcheck_activation_writes_and_backward(cpu, MoEActivation.SILU)
     test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
     test_opcheck_route(cpu, False, True, torch.float32, None)
@@ -251,7 +252,11 @@ def test_vmap_of_experts(device):
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", MoEActivation)
+def test_opcheck_activation_with_parameters(device):
+    opcheck("moe_activation", torch.randn(3, 16, device=device, requires_grad=True), "silu(limit=0.5)")
+
+
+@pytest.mark.parametrize("activation", [*MoEActivation, WITH_PARAMETERS[0]])
 def test_compiled_activation(device, activation):
     compiled = torch.compile(moe_activation_function, fullgraph=True, backend="aot_eager")
     input = torch.randn(5, activation.input_size(16), device=device)
@@ -263,7 +268,16 @@ def test_compiled_activation(device, activation):
     assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.GELU_TANH_NO_MUL])
+def test_compiled_activation_whose_parameters_are_first_spelled_in_the_traced_code(device):
+    def function(input):
+        return moe_activation_function("swigluoai(alpha=1.625)", input)
+
+    input = torch.randn(5, 32, device=device)
+    output = torch.compile(function, fullgraph=True, backend="aot_eager")(input)
+    assert torch.equal(output, function(input))
+
+
+@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.GELU_TANH_NO_MUL, WITH_PARAMETERS[0]])
 def test_compiled_apply(device, activation):
     compiled = torch.compile(apply_moe_activation, fullgraph=True, backend="aot_eager")
     input = torch.randn(5, activation.input_size(16), device=device)
@@ -295,7 +309,7 @@ def test_compiled_route(device, renormalize):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "swigluoai", "relu2_no_mul"])
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "swigluoai", "relu2_no_mul", "silu(limit=0.5)"])
 def test_compiled_experts(device, activation):
     def function(*arguments):
         return fused_experts(*arguments, activation=activation)

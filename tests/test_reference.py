@@ -65,6 +65,8 @@ def test_swigluoai_is_interleaved_and_clamped():
     expected = clamped / (1 + torch.exp(-1.702 * clamped)) * (torch.clip(up, -7, 7) + 1)
     interleaved = torch.stack((gate, up), -1).flatten(-2)
     torch.testing.assert_close(reference.activate(interleaved, MoEActivation.SWIGLUOAI), expected)
+    halves = torch.cat((gate, up), -1)
+    torch.testing.assert_close(reference.activate(halves, MoEActivation.SWIGLUOAI_UNINTERLEAVE), expected)
 
 
 def test_swiglustep_clamps_after_silu():
@@ -73,6 +75,32 @@ def test_swiglustep_clamps_after_silu():
     assert (F.silu(gate) > 7).any()
     expected = torch.minimum(F.silu(gate), torch.tensor(7.0)) * torch.clip(up, -7, 7)
     torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), MoEActivation.SWIGLUSTEP), expected)
+
+
+@pytest.mark.parametrize("limit", [0.25, 7.0, 10.0, math.inf])
+@pytest.mark.parametrize("alpha", [0.125, 1.0, 1.702, 8.0])
+def test_silu_with_parameters(limit, alpha):
+    """DeepSeek V4's ``swiglu_limit``, and quick GELU: gate at most the limit, up within it."""
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    clamped = torch.minimum(gate, torch.tensor(limit))
+    expected = clamped / (1 + torch.exp(-alpha * clamped)) * torch.clip(up, -limit, limit)
+    got = reference.activate(torch.cat((gate, up), -1), MoEActivation.SILU.with_parameters(limit=limit, alpha=alpha))
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
+
+
+def test_swigluoai_with_parameters():
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    clamped = torch.minimum(gate, torch.tensor(3.0))
+    expected = clamped / (1 + torch.exp(-0.5 * clamped)) * (torch.clip(up, -3, 3) + 1)
+    activation = MoEActivation.SWIGLUOAI.with_parameters(limit=3, alpha=0.5)
+    torch.testing.assert_close(reference.activate(torch.stack((gate, up), -1).flatten(-2), activation), expected)
+
+
+def test_swiglustep_with_parameters():
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+    expected = torch.minimum(F.silu(gate), torch.tensor(0.5)) * torch.clip(up, -0.5, 0.5)
+    activation = MoEActivation.SWIGLUSTEP.with_parameters(limit=0.5)
+    torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), activation), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

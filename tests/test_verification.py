@@ -49,6 +49,12 @@ def test_a_definition_that_is_off_by_little_is_seen(monkeypatch):
     assert activations._definitions().status == "fail"
 
 
+def test_a_function_without_a_second_wording_is_not_taken_for_another():
+    new = SimpleNamespace(function="NEW", name="NEW")
+    with pytest.raises(NotImplementedError, match="no second wording of NEW"):
+        activations._definition(new, torch.ones(1), torch.ones(1))
+
+
 @pytest.mark.parametrize(
     ("dtype", "steps", "status"),
     [(torch.bfloat16, 0, "pass"), (torch.bfloat16, 1, "fail"), (torch.float32, 1, "pass"), (torch.float32, 5, "fail")],

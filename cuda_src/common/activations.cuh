@@ -10,8 +10,13 @@
 
 enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUOAI, SWIGLUSTEP };
 
-#define SWIGLUOAI_ALPHA 1.702f
-#define SWIGLU_LIMIT 7.0f  // SWIGLUOAI and SWIGLUSTEP
+// Parameters of the function, from its record in cupymoe/activation_math.py; an infinite limit is left to this default.
+#ifndef ACTIVATION_LIMIT
+#define ACTIVATION_LIMIT __int_as_float(0x7f800000)
+#endif
+#ifndef ACTIVATION_ALPHA
+#define ACTIVATION_ALPHA 1.0
+#endif
 
 // (mantissa + low) * 2^exponent, mantissa in [0.7, 1.5]: holds what is far below the fp32 range.
 struct Scaled {
@@ -116,9 +121,11 @@ __device__ __forceinline__ float scaled_normal_tail(float a) {
 }
 
 // x * sigmoid(alpha x)
-template <bool kPrecise> __device__ __forceinline__ float silu(float x, float alpha, float alpha_low) {
+template <bool kPrecise> __device__ __forceinline__ float silu(float x) {
+    const float alpha = (float)ACTIVATION_ALPHA, alpha_low = (float)(ACTIVATION_ALPHA - (double)alpha);
     if (!kPrecise) return times_logistic_approx(x, fabsf(x) * (alpha * 1.44269504f));
-    const float cutoff = 110.0f / alpha;
+    // A small alpha multiplies what exp(-z) leaves of x, so that a subnormal is left of it until z is larger.
+    const float cutoff = (alpha < 0.3f ? 150.0f : 110.0f) / alpha;
     float a = fminf(fabsf(x), cutoff), z = mul_rn(a, alpha);
     return times_logistic(x, {z, fma_rn(a, alpha, -z) + a * alpha_low}, cutoff);
 }
@@ -153,7 +160,6 @@ template <bool kPrecise> __device__ __forceinline__ float gelu(float x) {
 }
 
 template <int kActivation, bool kPrecise> __device__ __forceinline__ float activate(float gate, float up) {
-    if (kActivation == SILU) return mul_rn(silu<kPrecise>(gate, 1.0f, 0.0f), up);
     if (kActivation == GELU) return mul_rn(gelu<kPrecise>(gate), up);
     if (kActivation == GELU_TANH) return mul_rn(gelu_tanh<kPrecise>(gate), up);
     if (kActivation == RELU2) {
@@ -161,13 +167,13 @@ template <int kActivation, bool kPrecise> __device__ __forceinline__ float activ
         // The square of a large gate leaves the fp32 range before up brings it back.
         return positive > 1e18f ? mul_rn(positive, mul_rn(positive, up)) : mul_rn(mul_rn(positive, positive), up);
     }
+    const float limit = (float)ACTIVATION_LIMIT;
     // These clamps compare so that NaN passes through, as torch.clamp.
-    up = up > SWIGLU_LIMIT ? SWIGLU_LIMIT : up < -SWIGLU_LIMIT ? -SWIGLU_LIMIT : up;
-    if (kActivation == SWIGLUOAI) {
-        gate = gate > SWIGLU_LIMIT ? SWIGLU_LIMIT : gate;
-        float gated = silu<kPrecise>(gate, SWIGLUOAI_ALPHA, -2.193451e-8f);
-        return fma_rn(gated, up, gated);
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    if (kActivation == SWIGLUSTEP) {
+        float gated = silu<kPrecise>(gate);
+        return mul_rn(gated > limit ? limit : gated, up);
     }
-    float gated = silu<kPrecise>(gate, 1.0f, 0.0f);
-    return mul_rn(gated > SWIGLU_LIMIT ? SWIGLU_LIMIT : gated, up);
+    float gated = silu<kPrecise>(gate > limit ? limit : gate);
+    return kActivation == SWIGLUOAI ? fma_rn(gated, up, gated) : mul_rn(gated, up);
 }

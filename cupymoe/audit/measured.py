@@ -27,28 +27,25 @@ def _member(member: MoEActivation, gate: torch.Tensor, up: torch.Tensor) -> torc
     return reference.activate(rows, member)
 
 
-def _clamped_swiglu(limit: float, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-style: clamps SILU's argument, where SWIGLUSTEP clamps its result."""
-    gate = gate.clamp(max=limit)
-    return gate * torch.sigmoid(gate) * up.clamp(-limit, limit)
-
-
 # The functions that an implementation may turn out to compute, by the name that a config would give them.
 CANDIDATES: dict[str, Function] = {
-    **{member.value: functools.partial(_member, member) for member in MoEActivation if member.is_gated},
+    **{
+        member.value: functools.partial(_member, member)
+        for member in MoEActivation
+        if member.name == member.function  # not a second order of gate and up, nor an ungated form
+    },
     "quick_gelu": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
     "relu": lambda gate, up: torch.relu(gate) * up,
-    "clamped_swiglu_7": functools.partial(_clamped_swiglu, 7.0),
-    "clamped_swiglu_10": functools.partial(_clamped_swiglu, 10.0),
+    # DeepSeek-style: SILU's argument is clamped, where SWIGLUSTEP clamps its result.
+    "clamped_swiglu_7": functools.partial(_member, MoEActivation.SILU.with_parameters(limit=7.0)),
+    "clamped_swiglu_10": functools.partial(_member, MoEActivation.SILU.with_parameters(limit=10.0)),
 }
 
+# How a report writes them, where that is not the name in capitals.
 _LABELS = {
-    "silu": "SILU",
     "gelu": "GELU (erf)",
     "gelu_tanh": "GELU (tanh)",
     "relu2": "ReLU2",
-    "swigluoai": "SWIGLUOAI",
-    "swiglustep": "SWIGLUSTEP",
     "quick_gelu": "quick GELU",
     "relu": "ReLU",
     "clamped_swiglu_7": "clamped SwiGLU (limit 7)",
@@ -68,19 +65,21 @@ def candidate_name(activation: str) -> str:
     """The candidate that a config's spelling means.
 
     Raises:
-        ValueError: it means none, or one without a gate.
+        ValueError: it means none, or an activation without a gate.
     """
     if activation in CANDIDATES:
         return activation
-    name = MoEActivation.from_str(activation).value
-    if name not in CANDIDATES:
+    member = MoEActivation.from_str(activation)
+    if not member.is_gated:
         raise ValueError(f"audit probes gated experts, and {activation!r} has no gate")
-    return name
+    if member.value not in CANDIDATES:
+        raise ValueError(f"audit has no candidate {member.value!r}; it has {sorted(CANDIDATES)}")
+    return member.value
 
 
 def label(name: str) -> str:
     """How a report writes a candidate."""
-    return _LABELS[name]
+    return _LABELS.get(name, name.upper())
 
 
 class Case(NamedTuple):

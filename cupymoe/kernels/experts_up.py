@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
@@ -14,9 +15,7 @@ from cupymoe.kernels.launch import Kernel
 
 def variant(shape: Shape) -> Variant:
     """The compilation for one shape."""
-    return Variant(
-        "experts_up", (*shape.defines(), *shape.regime.up.defines(), f"ACTIVATION={shape.activation.function}")
-    )
+    return Variant("experts_up", (*shape.defines(), *shape.regime.up.defines(), *activation_defines(shape.activation)))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid
 from cupymoe.kernels.jit import Variant, kernel
@@ -16,9 +17,7 @@ from cupymoe.kernels.tensor_map import tensor_map
 
 def variant(shape: TileShape) -> Variant:
     """The compilation for one shape."""
-    return Variant(
-        "experts_up_wgmma", (*shape.defines(), *shape.up.defines(), f"ACTIVATION={shape.activation.function}")
-    )
+    return Variant("experts_up_wgmma", (*shape.defines(), *shape.up.defines(), *activation_defines(shape.activation)))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.jit import Variant, kernel
@@ -22,7 +23,7 @@ def variant(dtype: torch.dtype, activation: MoEActivation, columns: int, width: 
         "gated_activation",
         (
             f"SCALAR={SCALARS[dtype]}",
-            f"ACTIVATION={activation.function}",
+            *activation_defines(activation),
             f"GATED={int(activation.is_gated)}",
             f"INTERLEAVED={int(activation.is_interleaved)}",
             f"COLS={columns}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from cupymoe import gradients, reference
 from cupymoe.activation import MoEActivation
 from cupymoe.ops.register import on_device_of, register
+
+member_of = functools.cache(MoEActivation.from_str)
+"""What an op's string means; a program that was exported elsewhere may bring parameters that are new here."""
 
 
 def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
@@ -26,6 +30,33 @@ def _activate_into(input: torch.Tensor, output: torch.Tensor, activation: MoEAct
 
 def _new_output(input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
     return input.new_empty((*input.shape[:-1], activation.output_size(input.shape[-1])))
+
+
+def _moe_activation(input: torch.Tensor, activation: str) -> torch.Tensor:
+    member = member_of(activation)
+    return _activate_into(input, _new_output(input, member), member)
+
+
+def _moe_activation_fake(input: torch.Tensor, activation: str) -> torch.Tensor:
+    return _new_output(input, member_of(activation))
+
+
+def _moe_activation_setup(ctx: Any, inputs: tuple[torch.Tensor, str], output: torch.Tensor) -> None:
+    input, ctx.activation = inputs
+    ctx.save_for_backward(input)
+
+
+def _moe_activation_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return torch.ops.cupymoe.activation_backward(grad, ctx.saved_tensors[0], ctx.activation), None
+
+
+register(
+    "moe_activation(Tensor input, str activation) -> Tensor",
+    _moe_activation,
+    _moe_activation_fake,
+    _moe_activation_grad,
+    _moe_activation_setup,
+)
 
 
 def _register_activation(activation: MoEActivation) -> None:
@@ -50,7 +81,7 @@ for _activation in MoEActivation:
 
 
 def _activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
-    return gradients.activation_backward(grad, input, MoEActivation(activation))
+    return gradients.activation_backward(grad, input, member_of(activation))
 
 
 def _activation_backward_fake(grad: torch.Tensor, input: torch.Tensor, activation: str) -> torch.Tensor:
@@ -65,7 +96,7 @@ register(
 
 
 def _apply_moe_activation(activation: str, output: torch.Tensor, input: torch.Tensor) -> None:
-    _activate_into(input, output, MoEActivation(activation))
+    _activate_into(input, output, member_of(activation))
     # A kernel writes behind autograd's back, which would use an overwritten tensor that it has saved.
     torch.autograd.graph.increment_version(output)
 

@@ -18,6 +18,7 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, select, slow
+from cupymoe.ops.activation import member_of
 from cupymoe.ops.register import on_device_of, register
 
 _TENSORS = (
@@ -28,7 +29,6 @@ _TENSORS = (
 _NUM_TENSORS = _TENSORS.count("Tensor")
 _SETTINGS = "str activation, str weight_format, str numerics, int? global_num_experts, str backend"
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
-_MEMBERS = {member.value: member for member in MoEActivation}
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
@@ -71,7 +71,7 @@ def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *adapters = arguments[:9]
     activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
     call = experts_call(
-        hidden_states, gate_up_proj, down_proj, top_k_index, _MEMBERS[activation], adapters, global_num_experts, out
+        hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts, out
     )
     chosen = select(backend, call)
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
@@ -135,7 +135,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *adapters = arguments[:9]
     _, activation, _, _, global_num_experts, backend, needed = arguments[_NUM_TENSORS:]
     call = experts_call(
-        hidden_states, gate_up_proj, down_proj, top_k_index, _MEMBERS[activation], adapters, global_num_experts
+        hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts
     )
     chosen = select(backend, call, "backward")
     given = [arguments[index] for index in _DIFFERENTIABLE]

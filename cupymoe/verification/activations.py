@@ -41,8 +41,10 @@ def _definition(activation: MoEActivation, gate: torch.Tensor, up: torch.Tensor)
         case "SWIGLUOAI":
             gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
             return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
-        case _:
+        case "SWIGLUSTEP":
             return torch.minimum(F.silu(gate), torch.tensor(7.0)) * up.clamp(-7.0, 7.0)
+        case _:
+            raise NotImplementedError(f"no second wording of {activation.name} to check it against")
 
 
 def _definitions() -> Result:

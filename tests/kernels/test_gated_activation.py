@@ -5,7 +5,7 @@ import torch
 
 from cupymoe import MoEActivation, reference
 from cupymoe.kernels.gated_activation import gated_activation
-from tests.helpers import DTYPES, assert_ulps, every_value
+from tests.helpers import DTYPES, GATED, WITH_PARAMETERS, assert_ulps, every_value
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +28,7 @@ def check(input, activation):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-@pytest.mark.parametrize("activation", MoEActivation)
+@pytest.mark.parametrize("activation", [*MoEActivation, *WITH_PARAMETERS])
 def test_every_16_bit_value(activation, dtype):
     """All finite gates, infinities and NaN; for a gated member against random ups."""
     gate = every_value(dtype, "cuda").view(-1, COLUMNS)
@@ -36,9 +36,11 @@ def test_every_16_bit_value(activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-@pytest.mark.parametrize("activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUSTEP])
+@pytest.mark.parametrize(
+    "activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUSTEP, *WITH_PARAMETERS]
+)
 def test_every_16_bit_up(activation, dtype):
-    """The clamps of the SWIGLU members, and that an infinite or NaN up comes through."""
+    """The clamps, and that an infinite or NaN up comes through."""
     up = every_value(dtype, "cuda").view(-1, COLUMNS)
     check(join(torch.randn_like(up), up, activation), activation)
 
@@ -57,11 +59,11 @@ def test_float32(activation):
     check(float32_gates(), activation)
 
 
-@pytest.mark.parametrize("activation", [member for member in MoEActivation if member.is_gated])
+@pytest.mark.parametrize("activation", [*GATED, *WITH_PARAMETERS])
 def test_float32_times_up(activation):
     """Where act(gate) is a normal number: a subnormal one has lost bits that a large up would show."""
     gate = float32_gates()
-    one = join(gate, torch.full_like(gate, 0.0 if activation is MoEActivation.SWIGLUOAI else 1.0), activation)
+    one = join(gate, torch.full_like(gate, 0.0 if activation.function == "SWIGLUOAI" else 1.0), activation)
     factor = reference.activate(one.double(), activation).abs()
     info = torch.finfo(torch.float32)
     gate = torch.where((factor >= info.tiny) & (factor <= info.max), gate, 1.0)

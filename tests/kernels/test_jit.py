@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupymoe import Gemma4MoEConfig, moe_activation
-from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, jit
+from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
+from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
+from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.expert_tiles import CUTS
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
-from tests.helpers import compiled, run_python
+from tests.helpers import WITH_PARAMETERS, compiled, run_python
 
 
 def test_catalog_holds_every_source():
@@ -65,6 +66,39 @@ def test_catalog_holds_every_cut(source):
 def test_catalog_holds_every_vector_width(source):
     widths = {("bf16", "8"), ("fp16", "8"), ("fp32", "4"), ("bf16", "1"), ("fp16", "1"), ("fp32", "1")}
     assert widths <= defines_in_catalog(source, "SCALAR", "VEC")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation", WITH_PARAMETERS, ids=lambda activation: activation.value)
+def test_an_activation_is_compiled_with_its_parameters(activation, dtype):
+    theirs, ours = (
+        compiled(gated_activation.variant(dtype, member, 704, 4), "sm_90a")
+        for member in (activation.member, activation)
+    )
+    assert ours.cubin != theirs.cubin
+    assert ours.spill_bytes == 0
+
+
+@pytest.mark.parametrize("source", ["experts_up", "experts_up_wgmma"])
+def test_experts_are_compiled_with_the_parameters_of_their_activation(source):
+    variant = next(variant for variant in catalog.variants() if variant.source == source)
+    others = tuple(define for define in variant.defines if "ACTIVATION" not in define)
+    cubins = {
+        compiled(Variant(source, others + defines), "sm_90a").cubin
+        for defines in map(activation_defines, (MoEActivation.SILU, WITH_PARAMETERS[0], WITH_PARAMETERS[1]))
+    }
+    assert len(cubins) == 3
+
+
+def test_a_limit_beyond_float32_is_no_define():
+    assert activation_defines(MoEActivation.SWIGLUSTEP.with_parameters(limit=1e39)) == ("ACTIVATION=SWIGLUSTEP",)
+    assert activation_defines(MoEActivation.GELU_TANH) == ("ACTIVATION=GELU_TANH",)
+    assert activation_defines(MoEActivation.SILU) == ("ACTIVATION=SILU", "ACTIVATION_ALPHA=1.0")
+    assert activation_defines(MoEActivation.SWIGLUOAI.with_parameters(limit=1e-6)) == (
+        "ACTIVATION=SWIGLUOAI",
+        "ACTIVATION_LIMIT=1e-06",
+        "ACTIVATION_ALPHA=1.702",
+    )
 
 
 def test_hopper_alone_has_the_experts():
