@@ -5,7 +5,7 @@
 are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
-``lora``: what an unmerged adapter costs.
+``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers'.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bench_peers import imported_contender
 from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import free_memory
+from bench_training import measure_training
 from readme_table import (
     Report,
     experts_table,
@@ -35,6 +36,7 @@ from readme_table import (
     percentiles_table,
     skewed_table,
     stages_table,
+    training_table,
     ways_table,
 )
 
@@ -84,7 +86,7 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 )
 @click.option(
     "--regime",
-    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "all"]),
+    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "all"]),
     default="experts",
     show_default=True,
     help="What to measure; all: experts, stages, host and lora.",
@@ -150,6 +152,11 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, st
     if regime in ("lora", "all"):
         bench = Bench(config, device, imported, installed=False)
         tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
+        del bench
+        free_memory()
+    if regime == "training":
+        bench = Bench(config, device, imported, installed=False)
+        tables.append(training_table(keep("training", measure_training(bench), bench.failures)))
         del bench
         free_memory()
     if regime in ("experts", "decode", "prefill", "sweep", "all"):

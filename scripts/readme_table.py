@@ -196,6 +196,21 @@ def lora_table(report: Report) -> str:
     return markdown(["tokens", "rank", *(f"{way} us" for way in ways), *(f"error {way}" for way in ways)], rows)
 
 
+def training_table(report: Report) -> str:
+    """The table of ``training.json``: medians in milliseconds, the peer's over ours, memory, and the worst error."""
+    rows = []
+    for row in report["steps"]:
+        ours, peer = (row["ms"][name]["p50"] for name in ("cupymoe", "grouped_mm"))
+        peaks = (str(row["peak_mb"][name]) for name in ("cupymoe", "grouped_mm"))
+        errors = (f"{max(row['error'][name].values()):.5f}" for name in ("cupymoe", "grouped_mm"))
+        rows.append(
+            [str(row["tokens"]), row["what"], f"{ours:.2f}", f"{peer:.2f} ({peer / ours:.2f}x)", *peaks, *errors]
+        )
+    names = ("cupymoe", "grouped_mm")
+    columns = [f"{name} {unit}" for unit in ("ms", "peak MB", "error") for name in names]
+    return markdown(["tokens", "gradients", *columns], rows)
+
+
 def model_table(report: Report) -> str:
     """The table of ``model.json``: medians in milliseconds, a token where decoding, and the peer's over each."""
     names = list(report["cells"][0]["ms"])

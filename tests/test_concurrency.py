@@ -18,7 +18,7 @@ from tests.helpers import Experts, oracle, random_experts, relative_error, run_p
 
 BACKENDS = [name for name in registry() if name != "reference"]
 SIZES = {"num_experts": 60, "hidden": 256, "intermediate": 176, "top_k": 6}
-STREAMED = (1, 7, 21, 64, 200, 300, 600)  # every regime of the weight stream, where tiles don't serve a call
+STREAMED = (1, 7, 14, 50, 100, 300, 600)  # every regime of the weight stream, where tiles don't serve a call
 NUM_TOKENS = (*STREAMED, 1300, 3000, 4000)  # and every cut of the tiles, from 320 tokens on
 LONG = 50_000_000  # cycles of sleep, longer than it takes to queue what comes after
 

@@ -111,6 +111,26 @@ def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):
     assert built.failures[0].endswith(f"at T=3, above {bench_lora.ERROR_LIMIT}")
 
 
+def test_errors_of_gradients_are_judged(built, monkeypatch):
+    """By float64, of some tokens and experts; here of gradients that are 2% off."""
+    pytest.importorskip("transformers")
+    import bench_training
+
+    monkeypatch.setattr(bench_training, "TOKENS", (70,))
+    monkeypatch.setattr(bench_training, "time_steps", lambda steps: ({}, {}))
+    found = bench_training.measure_training(built)["steps"]
+    assert built.failures == []
+    assert [row["what"] for row in found] == ["full", "frozen"]
+    full, frozen = (row["error"]["cupymoe"] for row in found)
+    assert full.keys() - frozen.keys() == {"gate_up_proj", "down_proj"}
+    assert all(0 < error < 0.008 for error in (*full.values(), *frozen.values()))
+    kept = bench_training.fused_experts
+    monkeypatch.setattr(bench_training, "fused_experts", lambda *a, **k: kept(*a, **k) * 1.02)
+    bench_training.measure_training(built)
+    assert len(built.failures) == 6
+    assert built.failures[0].endswith(f"at T=70, above {bench_training.ERROR_LIMIT}")
+
+
 @pytest.mark.parametrize(
     ("name", "limit", "fails"), [("cupymoe", None, True), ("peer", None, False), ("x", 0.006, True)]
 )
