@@ -57,6 +57,7 @@ class MoEActivation(Enum):
     SWIGLUOAI = "swigluoai"
     SWIGLUOAI_UNINTERLEAVE = "swigluoai_uninterleave"
     SWIGLUSTEP = "swiglustep"
+    SITU = "situ"
     SILU_NO_MUL = "silu_no_mul"
     GELU_NO_MUL = "gelu_no_mul"
     GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
@@ -106,7 +107,8 @@ class MoEActivation(Enum):
         """The same function with other values of the parameters that are named.
 
         SILU and SWIGLUOAI have ``limit`` (gate at most that, up within plus or minus that; infinity clamps nothing) and
-        ``alpha`` (``gate * sigmoid(alpha * gate)``), SWIGLUSTEP has ``limit``.
+        ``alpha`` (``gate * sigmoid(alpha * gate)``), SWIGLUSTEP has ``limit``, SITU has ``beta`` and ``linear_beta``
+        (bounds that gate and up approach).
 
         Raises:
             TypeError: a value is no number.

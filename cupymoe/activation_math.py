@@ -100,6 +100,14 @@ def _silu_clamped_after(gate: torch.Tensor, values: Values) -> ValueAndSlope:
     return value.clamp(max=limit), lambda: slope() * (value <= limit)
 
 
+def _situ(gate: torch.Tensor, values: Values) -> ValueAndSlope:
+    """``beta tanh(gate / beta) sigmoid(gate)``, Kimi K3's."""
+    squashed, squashed_slope = _squashed(gate, values["beta"])
+    sigmoid = torch.sigmoid(gate)
+    value = squashed * sigmoid
+    return value, lambda: squashed_slope() * sigmoid + value * (1 - sigmoid)
+
+
 # --- up ---------------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +129,14 @@ def _clamped_plus_one(up: torch.Tensor, values: Values) -> ValueAndSlope:
     return value + 1, slope
 
 
+def _squashed(x: torch.Tensor, bound: float) -> ValueAndSlope:
+    """``bound tanh(x / bound)``."""
+    if bound == math.inf:
+        return x, lambda: torch.ones_like(x)
+    tanh = torch.tanh(x / bound)
+    return bound * tanh, lambda: 1 - tanh.square()
+
+
 FUNCTIONS: Mapping[str, Function] = {
     "SILU": Function(_silu, _clamped, {"limit": _limit(math.inf), "alpha": _alpha(1.0)}),
     "GELU": Function(_gelu, _as_it_is),
@@ -128,5 +144,10 @@ FUNCTIONS: Mapping[str, Function] = {
     "RELU2": Function(_relu2, _as_it_is),
     "SWIGLUOAI": Function(_silu, _clamped_plus_one, {"limit": _limit(7.0), "alpha": _alpha(1.702)}),
     "SWIGLUSTEP": Function(_silu_clamped_after, _clamped, {"limit": _limit(7.0)}),
+    "SITU": Function(
+        _situ,
+        lambda up, values: _squashed(up, values["linear_beta"]),
+        {"beta": Parameter(1.0, 0.125, 1e4), "linear_beta": Parameter(math.inf, 0.125, math.inf)},
+    ),
 }
 """By the name that :attr:`cupymoe.MoEActivation.function` gives and the kernels are compiled with."""

@@ -24,6 +24,8 @@ WITH_PARAMETERS = [
     MoEActivation.SWIGLUOAI.with_parameters(limit=3.0, alpha=0.125),
     MoEActivation.SWIGLUSTEP.with_parameters(limit=0.5),
     MoEActivation.SWIGLUSTEP.with_parameters(limit=float("inf")),
+    MoEActivation.SITU.with_parameters(beta=4.0, linear_beta=25.0),  # Kimi K3
+    MoEActivation.SITU.with_parameters(beta=0.125, linear_beta=0.125),
 ]
 
 slow_on_cuda = pytest.mark.filterwarnings("ignore::cupymoe.SlowWarning")

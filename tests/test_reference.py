@@ -103,6 +103,21 @@ def test_swiglustep_with_parameters():
     torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), activation), expected)
 
 
+@pytest.mark.parametrize("beta", [0.125, 1.0, 4.0, 1e4])
+@pytest.mark.parametrize("linear_beta", [0.125, 25.0, math.inf])
+def test_situ(beta, linear_beta):
+    """Kimi K3: gate and up approach bounds, by 1 - 2 / (1 + e^2x) instead of tanh."""
+    gate, up = 6 * torch.randn(2, 500, 8, dtype=torch.float64)
+
+    def squashed(x, bound):
+        return bound * (1 - 2 / (1 + torch.exp(2 * x / bound))) if bound < math.inf else x
+
+    expected = squashed(gate, beta) / (1 + torch.exp(-gate)) * squashed(up, linear_beta)
+    activation = MoEActivation.SITU.with_parameters(beta=beta, linear_beta=linear_beta)
+    got = reference.activate(torch.cat((gate, up), -1), activation)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_computed_in_float32(dtype):
     input = torch.randn(4, 16).to(dtype)

@@ -8,7 +8,7 @@
 #pragma once
 #include "dtypes.cuh"
 
-enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUOAI, SWIGLUSTEP };
+enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUOAI, SWIGLUSTEP, SITU };
 
 // Parameters of the function, from its record in cupymoe/activation_math.py; an infinite limit is left to this default.
 #ifndef ACTIVATION_LIMIT
@@ -16,6 +16,12 @@ enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUOAI, SWIGLUSTEP };
 #endif
 #ifndef ACTIVATION_ALPHA
 #define ACTIVATION_ALPHA 1.0
+#endif
+#ifndef ACTIVATION_BETA
+#define ACTIVATION_BETA 1.0
+#endif
+#ifndef ACTIVATION_LINEAR_BETA
+#define ACTIVATION_LINEAR_BETA __int_as_float(0x7f800000)
 #endif
 
 // (mantissa + low) * 2^exponent, mantissa in [0.7, 1.5]: holds what is far below the fp32 range.
@@ -130,6 +136,43 @@ template <bool kPrecise> __device__ __forceinline__ float silu(float x) {
     return times_logistic(x, {z, fma_rn(a, alpha, -z) + a * alpha_low}, cutoff);
 }
 
+// 1 - sigmoid(z), z >= 0.
+template <bool kPrecise> __device__ __forceinline__ float logistic_rest(float z) {
+    if (!kPrecise) {
+        float e = exp2_approx(z * -1.44269504f);
+        return e * reciprocal_approx(1.0f + e);
+    }
+    float e = value_of(exp_of_minus({z, 0.0f}));
+    return e / (1.0f + e);
+}
+
+// bound * tanh(x / bound): x itself where the bound is infinite.
+template <bool kPrecise> __device__ __forceinline__ float squash(float x, float bound) {
+    if (bound == __int_as_float(0x7f800000)) return x;
+    float t = fabsf(x) / bound;
+    if (!(t >= 0.6f)) {  // NaN too
+        // (tanh(t) / t - 1) / t^2, fitted for least maximum error of tanh(t) / t (1.2e-9) against float64.
+        float square = t * t, p = 2.2267045e-3f;
+        p = fma_rn(p, square, -8.2623493e-3f);
+        p = fma_rn(p, square, 2.1732505e-2f);
+        p = fma_rn(p, square, -5.3952113e-2f);
+        p = fma_rn(p, square, 1.3333245e-1f);
+        p = fma_rn(p, square, -3.3333331e-1f);
+        return fma_rn(x, p * square, x);
+    }
+    return copysignf(fma_rn(-2.0f * bound, logistic_rest<kPrecise>(2.0f * t), bound), x);
+}
+
+// beta tanh(x / beta) sigmoid(x)
+template <bool kPrecise> __device__ __forceinline__ float situ(float x) {
+    float squashed = squash<kPrecise>(x, (float)ACTIVATION_BETA), a = fabsf(x);
+    if (!kPrecise) return times_logistic_approx(squashed, a * 1.44269504f);
+    if (!(x < 0.0f)) return fma_rn(-squashed, logistic_rest<kPrecise>(a), squashed);
+    // A large beta leaves a subnormal of what is beyond silu's cutoff.
+    const float cutoff = 150.0f;
+    return x < -cutoff ? mul_rn(squashed, 0.0f) : times_logistic(squashed, {a, 0.0f}, cutoff);
+}
+
 template <bool kPrecise> __device__ __forceinline__ float gelu_tanh(float x) {
     if (!kPrecise) {
         float a = fabsf(x);
@@ -167,6 +210,7 @@ template <int kActivation, bool kPrecise> __device__ __forceinline__ float activ
         // The square of a large gate leaves the fp32 range before up brings it back.
         return positive > 1e18f ? mul_rn(positive, mul_rn(positive, up)) : mul_rn(mul_rn(positive, positive), up);
     }
+    if (kActivation == SITU) return mul_rn(situ<kPrecise>(gate), squash<kPrecise>(up, (float)ACTIVATION_LINEAR_BETA));
     const float limit = (float)ACTIVATION_LIMIT;
     // These clamps compare so that NaN passes through, as torch.clamp.
     up = up > limit ? limit : up < -limit ? -limit : up;

@@ -43,6 +43,8 @@ def _definition(activation: MoEActivation, gate: torch.Tensor, up: torch.Tensor)
             return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
         case "SWIGLUSTEP":
             return torch.minimum(F.silu(gate), torch.tensor(7.0)) * up.clamp(-7.0, 7.0)
+        case "SITU":
+            return torch.tanh(gate) / (1 + torch.exp(-gate)) * up
         case _:
             raise NotImplementedError(f"no second wording of {activation.name} to check it against")
 
