@@ -1,7 +1,7 @@
 """What a training step of one layer's experts costs, as ``bench.py --regime training`` times it.
 
-A step is a forward and a backward, eager: autograd's own work on the host is part of it. ``full`` asks for the gradients
-of hidden states, routing weights and both weights, ``frozen`` for the first two.
+A step is a forward and a backward, eager: autograd's own work on the host is part of it. ``full`` asks for the
+gradients of hidden states, routing weights and both weights, ``frozen`` for the first two.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def time_steps(steps: dict[str, Step]) -> tuple[dict[str, dict[str, float]], dic
 @torch.inference_mode(False)
 @torch.enable_grad()
 def measure_training(bench: Any) -> dict[str, Any]:
-    """What ``training.json`` holds beside the heading; ``bench`` is a ``bench_experts.Bench``, and keeps what was wrong."""
+    """What ``training.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
     rows = []
     layers = [type(layer)(*(weight.clone() for weight in layer)) for layer in bench.layers[:1]]
     for tokens in TOKENS:
