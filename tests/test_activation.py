@@ -9,7 +9,7 @@ import torch
 
 from cupymoe import MoEActivation
 from cupymoe.activation_math import FUNCTIONS
-from cupymoe.ops import member_of
+from cupymoe.ops.activation import member_of
 from tests.helpers import WITH_PARAMETERS
 
 VALUES = {

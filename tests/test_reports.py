@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 
 from cupymoe import reports
-from cupymoe.kernels import cuda_sources, jit
+from cupymoe.kernels import cuda_sources, cupy_import
 from tests.helpers import ROOT
 
 HASHES = reports.kernel_hashes(["combine", "gather", "route"])
@@ -72,7 +72,7 @@ def test_versions_leave_out_peers_that_are_not_installed(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr(jit, "installed_cupys", lambda: {"cupy-cuda13x": "14.2.0"})
+    monkeypatch.setattr(cupy_import, "installed_cupys", lambda: {"cupy-cuda13x": "14.2.0"})
     found = reports.versions()
     assert found.pop("cupymoe")
     assert list(found) == ["python", "torch", "cuda", "cupy-cuda13x", "transformers", "vllm"]

@@ -186,17 +186,17 @@ def test_many_tokens_are_checked_as_few_are(monkeypatch):
 
 def test_few_tokens_are_compared_over_several_calls(monkeypatch):
     """The error of one token scatters by a tenth; the calls stay as small as the check says."""
-    right, calls, compared = ReferenceBackend.__call__, [], []
+    right, calls, compared = ReferenceBackend.forward, [], []
 
-    def recorded(self, states, *rest):
-        calls.append(len(states))
-        return right(self, states, *rest)
+    def recorded(self, call, *rest):
+        calls.append(call.num_tokens)
+        return right(self, call, *rest)
 
     def oracle(states, *rest):
         compared.append(len(states))
         return reference.experts(states, *rest)
 
-    monkeypatch.setattr(ReferenceBackend, "__call__", recorded)
+    monkeypatch.setattr(ReferenceBackend, "forward", recorded)
     monkeypatch.setattr(experts, "reference", SimpleNamespace(experts=oracle))
     for num_tokens, count in ((1, 16), (7, 3), (16, 1), (64, 1)):
         assert [result.status for result in experts._against_float64(small("cpu"), num_tokens)][-1] == "pass"
@@ -209,15 +209,15 @@ def test_few_tokens_are_compared_over_several_calls(monkeypatch):
 @pytest.mark.parametrize("tokens", [slice(0, 100), slice(MANY - 100, MANY)], ids=["first", "last"])
 def test_a_fault_of_some_of_many_tokens_is_seen(monkeypatch, tokens):
     """Though float64 computes a part of them only."""
-    right = ReferenceBackend.__call__
+    right = ReferenceBackend.forward
 
-    def wrong(self, states, *rest):
-        output = right(self, states, *rest)
+    def wrong(self, *arguments):
+        output = right(self, *arguments)
         if len(output) == MANY:
             output[tokens] = 0
         return output
 
-    monkeypatch.setattr(ReferenceBackend, "__call__", wrong)
+    monkeypatch.setattr(ReferenceBackend, "forward", wrong)
     assert outcomes(experts.checks(small("cpu")), r"float64.*\(reference\)") == {
         "experts against float64, T = 64 (reference)": "pass",
         f"experts against float64, T = {MANY} (reference)": "fail",
@@ -226,13 +226,13 @@ def test_a_fault_of_some_of_many_tokens_is_seen(monkeypatch, tokens):
 
 @pytest.mark.usefixtures("_many")
 def test_a_result_that_changes_with_many_tokens_alone_is_seen(monkeypatch):
-    right = ReferenceBackend.__call__
+    right = ReferenceBackend.forward
 
-    def wrong(self, states, *rest):
-        output = right(self, states, *rest)
+    def wrong(self, *arguments):
+        output = right(self, *arguments)
         return output * (1 + torch.rand(())) if len(output) == MANY else output
 
-    monkeypatch.setattr(ReferenceBackend, "__call__", wrong)
+    monkeypatch.setattr(ReferenceBackend, "forward", wrong)
     assert outcomes(experts.checks(small("cpu")), "same bits") == {
         "same bits every run, T = 64 (reference)": "pass",
         f"same bits every run, T = {MANY} (reference)": "fail",

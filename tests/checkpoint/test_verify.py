@@ -163,17 +163,17 @@ def test_verify_without_safetensors(tmp_path, monkeypatch):
 
 def test_verify_fails_for_a_backend_that_is_wrong(tmp_path, monkeypatch):
     """Erf for tanh is seen in float32; a scale that is applied twice in bfloat16 too."""
-    right = ReferenceBackend.__call__
+    right = ReferenceBackend.forward
 
-    def erf(self, *args):
-        return right(self, *args[:-1], MoEActivation.GELU)
+    def erf(self, call, *rest):
+        return right(self, call._replace(activation=MoEActivation.GELU), *rest)
 
-    def scaled_twice(self, states, gate_up, down, index, weights, activation):
-        return right(self, states, gate_up, down, index, weights * 1.01, activation)
+    def scaled_twice(self, call, tensors, *rest):
+        return right(self, call, tensors._replace(top_k_weights=tensors.top_k_weights * 1.01), *rest)
 
     path = write(tmp_path, tensors_of())
     for wrong, dtype in ((erf, "float32"), (scaled_twice, "bfloat16")):
-        monkeypatch.setattr(ReferenceBackend, "__call__", wrong)
+        monkeypatch.setattr(ReferenceBackend, "forward", wrong)
         result = run_verify(path, "--dtype", dtype)
         assert result.exit_code == 1
         assert "3 fail" in result.output
