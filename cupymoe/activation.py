@@ -97,11 +97,11 @@ class MoEActivation(Enum):
             value = _with_parameters(name)
             known = _WITH_PARAMETERS.get(value)
             return cls(value) if known is None else known
-        try:
-            return cls(_ALIASES.get(name, name))
-        except ValueError:
-            valid = sorted([member.value for member in cls] + list(_ALIASES))
-            raise ValueError(f"Unknown MoE activation: {name!r}. Valid activations: {valid}") from None
+        found = _BY_VALUE.get(_ALIASES.get(name, name))
+        if found is None:
+            valid = sorted([*_BY_VALUE, *_ALIASES])
+            raise ValueError(f"Unknown MoE activation: {name!r}. Valid activations: {valid}")
+        return found
 
     def with_parameters(self, /, **values: float) -> MoEActivation:
         """The same function with other values of the parameters that are named.
@@ -183,6 +183,8 @@ class MoEActivation(Enum):
         return input_size // 2 if self.is_gated else input_size
 
 
+# The listed ones. A look-up, because torch.compile of torch 2.11 can't trace MoEActivation(value).
+_BY_VALUE = {member.value: member for member in MoEActivation}
 # Those with parameters that have been asked for, by value.
 _WITH_PARAMETERS: dict[str, MoEActivation] = {}
 

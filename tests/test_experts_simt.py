@@ -59,7 +59,9 @@ def auto(case):
 def check(output, case, activation=MoEActivation.GELU_TANH):
     truth = oracle(case, activation)
     assert output.dtype == case.hidden_states.dtype
-    assert max_error(output, truth) <= 2 * max_error(rounded_experts(case, activation), truth) + 1e-6
+    # Sums in another order may differ by eight float32 epsilons of the largest element.
+    rounding = 2.0**-20 * truth.abs().max().item()
+    assert max_error(output, truth) <= 2 * max_error(rounded_experts(case, activation), truth) + rounding
 
 
 def test_weights_off_16_bytes_are_right_and_said_once():

@@ -10,6 +10,9 @@ from cupymoe.backends.expert_rows import GroupedRows, LoopRows
 from cupymoe.kernels.gated_activation import gated_activation
 from tests.helpers import GATED, no_host_sync, random_experts, relative_error, slow_on_cuda
 
+# Adapters in other dtypes than bfloat16 are slow on CUDA, and say so.
+pytestmark = slow_on_cuda
+
 NAMES = ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights", "gate_up a", "gate_up b", "down a", "down b")
 EXPERTS, RANK = 6, 5
 
@@ -361,7 +364,6 @@ def test_sums_of_nothing(device, num_tokens, num_experts, hidden, intermediate):
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@slow_on_cuda
 def test_second_derivatives(device):
     """They are computed by plain torch, since the kernels of the backward have no gradient of their own."""
     case, gate_up, down = random_case(dtype=torch.float64, device=device)

@@ -178,6 +178,7 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted):
     opcheck("fused_experts", *tensors, *SETTINGS)
 
 
+@slow_on_cuda
 def test_opcheck_backward_of_experts_without_tokens(device):
     case = random_experts(0, 4, 32, 24, 2, device=device)
     grad = torch.randn_like(case.hidden_states)
@@ -223,6 +224,7 @@ def test_batched_gradients_of_router(device):
     )
 
 
+@slow_on_cuda
 def test_batched_gradients_of_experts(device):
     """Of some tensors only, so that the backward returns empty tensors for the others."""
     case = random_experts(2, 4, 16, 8, 2, device=device)

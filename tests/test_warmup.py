@@ -18,7 +18,7 @@ from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import block_of
 from cupymoe.warmup import NUM_TOKENS, one_of_each_way
-from tests.helpers import randomize, transformers_config, transformers_gemma4
+from tests.helpers import randomize, slow_on_cuda, transformers_config, transformers_gemma4
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=64, moe_intermediate_size=32, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -65,6 +65,7 @@ def test_equal_shapes_that_need_other_kernels(monkeypatch):
     assert sorted(calls, key=str) == sorted(experts + routers, key=str)
 
 
+@slow_on_cuda
 @pytest.mark.parametrize("changed", [torch.bfloat16, pytest.param("cuda", marks=pytest.mark.gpu)], ids=str)
 def test_equal_shapes_of_another_dtype_or_device(changed):
     called = []

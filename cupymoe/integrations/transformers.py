@@ -35,6 +35,7 @@ _ACTIVATIONS: dict[type[nn.Module], MoEActivation] = {
     nn.SiLU: MoEActivation.SILU,
     activations.ReLUSquaredActivation: MoEActivation.RELU2,
 }
+_GELU_METHODS = ("_gelu_tanh_python", "_gelu_python")
 _FORWARDS = {cls: cls.forward for cls in _ACTIVATIONS}
 
 # Some models have a function for one.
@@ -99,13 +100,18 @@ def _changed(activation: nn.Module) -> str | None:
     own, cls = vars(activation), type(activation)
     if "forward" in own or cls.forward is not _FORWARDS[cls]:
         return "has a forward of its own"
-    # What GELUTanh and GELUActivation call: torch's function, or a method that spells it in Python.
+    # What GELUTanh and GELUActivation call: torch's function, or their own method that spells it in Python.
     act = own.get("act")
-    if act is None or getattr(act, "__func__", None) in vars(cls).values():
+    if act is None or (act is nn.functional.gelu and cls is activations.GELUActivation):
         return None
-    function, keywords = (act.func, act.keywords) if isinstance(act, functools.partial) else (act, {})
-    expected = {"approximate": "tanh"} if cls is activations.GELUTanh else {}
-    return None if function is nn.functional.gelu and keywords == expected else f"has an act of its own, {act!r}"
+    if isinstance(act, functools.partial):
+        known = (
+            act.func is nn.functional.gelu and cls is activations.GELUTanh and act.keywords == {"approximate": "tanh"}
+        )
+    else:
+        method = getattr(act, "__func__", None)
+        known = method is not None and method in [getattr(cls, name, None) for name in _GELU_METHODS]
+    return None if known else f"has an act of its own, {act!r}"
 
 
 def unsupported_reason(experts: Any) -> str | None:

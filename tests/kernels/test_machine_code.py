@@ -25,8 +25,9 @@ def machine_code(variant: Variant, folder) -> str:
 def copying_variants() -> Iterator[Variant]:
     """What copies 16 bytes at a time with a cache policy."""
     for sizes in stream.SIZES:
-        for num_tokens in stream.NUM_TOKENS:
-            shape = stream.shape(num_tokens, *sizes)
+        for pairs_per_expert in stream.PAIRS_PER_EXPERT:
+            num_experts, _, _, top_k = sizes
+            shape = stream.shape(max(1, pairs_per_expert * num_experts // top_k), *sizes)
             yield experts_up.variant(shape)
             if not shape.regime.down.whole_rows:  # they come by bulk copies
                 yield experts_down.variant(shape)
