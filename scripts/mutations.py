@@ -342,9 +342,9 @@ MUTATIONS = (
     ),
     launcher(
         "the last expert's rows not activated",
-        "backends/grouped.py",
-        "num_rows=group_ends[num_experts - 1 :]",
-        "num_rows=group_ends[num_experts - 2 :]",
+        "backends/expert_rows.py",
+        "num_rows=self.offsets[-1:]",
+        "num_rows=self.offsets[-2:-1]",
         EXPERTS,
     ),
 )

@@ -12,7 +12,6 @@ _INCLUDE = re.compile(r'^#include "(?P<path>[^"]+)"\s*$')
 # A #line in a branch that is switched off does nothing: without another after the branch, the numbers of the lines that
 # follow would count what was pasted into it.
 _BRANCH_ENDS = re.compile(r"\s*#\s*(elif|else|endif)\b")
-_LINE_MARKER = re.compile(r'^#line \d+ ".*"\n', re.MULTILINE)
 # A literal or a number is matched as a whole, so that no comment begins and no space is dropped within it.
 _GAP_OR_WHOLE = re.compile(
     r"""(?P<gap>(?:\s|//[^\n]*|/\*.*?\*/)+)|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\b\d[\w.']*""", re.DOTALL
@@ -67,16 +66,30 @@ def kernel_hash(name: str) -> str:
     """Hash of what the compiler reads of ``<name>.cu`` and its headers; a benchmark report carries it for each source
     that it timed, and is stale once one of them has another.
 
-    A change is another sequence of tokens in :func:`expanded`, that of parts which the kernel does not use included.
+    A change is another sequence of tokens, that of parts which the kernel does not use included.
     No change is what only moves, such as code into a header that is included at the same place, nor a comment, an
     indent, or a line that is broken elsewhere (but for preprocessor directives, which are lines). Functions in another
     order are a change, and so is a space where there was none.
     """
-    return hashlib.sha256(_normalised(expanded(name)).encode()).hexdigest()
+    text = "\n".join(_pasted_once(directory() / f"{name}.cu", set()))
+    return hashlib.sha256(_normalised(text).encode()).hexdigest()
+
+
+def _pasted_once(path: Path, seen: set[Path]) -> list[str]:
+    """The lines of a file with each header where it is included first; what the expansion puts around it is no code."""
+    seen.add(path)
+    lines: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := _INCLUDE.match(line):
+            included = (path.parent / match["path"]).resolve()
+            lines += [] if included in seen else _pasted_once(included, seen)
+        elif not line.startswith("#pragma once"):
+            lines.append(line)
+    return lines
 
 
 def _normalised(text: str) -> str:
-    """The text without comments and ``#line``, each run of whitespace one space, each directive on its own line."""
+    """The text without comments, each run of whitespace one space, each directive on its own line."""
 
     def replace(match: re.Match[str]) -> str:
         gap = match["gap"]
@@ -84,7 +97,7 @@ def _normalised(text: str) -> str:
             return match[0]
         return "\n" if "\n" in gap else " "
 
-    text = _LINE_MARKER.sub("", text).replace("\\\n", " ")
+    text = text.replace("\\\n", " ")
     lines = _GAP_OR_WHOLE.sub(replace, text).strip().split("\n")
     return "".join(f"\n{line}\n" if line.startswith("#") else f"{line} " for line in lines)
 
