@@ -281,6 +281,7 @@ def main(reports: tuple[Path, ...], merge: bool, check_report: bool, benchmarks:
         "calls": host_table,
         "first_call_s": first_call_table,
         "adapted": lora_table,
+        "steps": training_table,
         "cells": model_table,
         "greedy": greedy_table,
     }

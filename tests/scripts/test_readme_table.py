@@ -21,7 +21,7 @@ def read(path):
 
 
 def test_committed_reports(readme_table):
-    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "adapted", "cells", "greedy")
+    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "adapted", "steps", "cells", "greedy")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
     shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
@@ -32,12 +32,14 @@ def test_committed_reports(readme_table):
 
 
 def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
-    decode, prefill, model = (
-        read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in ("decode", "prefill", "model")
+    names = ("decode", "prefill", "model", "training")
+    decode, prefill, model, training = (
+        read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
     assert readme_table.model_table(model) in readme
+    assert readme_table.training_table(training) in readme
 
 
 def times(**medians):
