@@ -27,6 +27,13 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [kind for kind in kinds if getattr(module, kind)]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of any kind; asked in each call, where :func:`hooks_of` would take longer."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_wrapper(tensor_class: type) -> bool:
     """Whether tensors of a class wrap others, as DTensor and torchao's quantised weights do: an address of one is no
     address of its elements."""
@@ -38,7 +45,7 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     return (
         type(module) is cls
         and "forward" not in vars(module)
-        and not hooks_of(module)
+        and not has_hooks(module)
         and module._compiled_call_impl is None
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
     )

@@ -12,7 +12,7 @@ from torch import nn
 from cupymoe import ops, reference
 from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.customisation import hooks_of, is_wrapper, runs_as
+from cupymoe.customisation import has_hooks, is_wrapper, runs_as
 from cupymoe.functional import fused_experts, route
 from cupymoe.parameters import check_plain, check_writable
 
@@ -132,7 +132,7 @@ class Gemma4Router(nn.Module):
         proj = self.proj
         return (
             type(proj) is nn.Linear
-            and not (hooks_of(proj) or "forward" in vars(proj))
+            and not (has_hooks(proj) or "forward" in vars(proj))
             and not _autocasts(hidden_states.device.type)
         )
 

@@ -17,7 +17,7 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
-from cupymoe.customisation import hooks_of, is_wrapper, path_of
+from cupymoe.customisation import has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
 
@@ -95,8 +95,8 @@ def activation_of(experts: Any) -> MoEActivation:
 
 def _changed(activation: nn.Module) -> str | None:
     """What makes one of transformers' activation modules compute something else than its class."""
-    if hooks := hooks_of(activation):
-        return f"has hooks ({', '.join(hooks)})"
+    if has_hooks(activation):
+        return f"has hooks ({', '.join(hooks_of(activation))})"
     own, cls = vars(activation), type(activation)
     if "forward" in own or cls.forward is not _FORWARDS[cls]:
         return "has a forward of its own"
@@ -116,19 +116,36 @@ def _changed(activation: nn.Module) -> str | None:
 
 def unsupported_reason(experts: Any) -> str | None:
     """Which property of an experts module cupymoe can't serve; None if it serves all of them."""
+    try:
+        _weights_of(experts)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _weights_of(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both weights of experts that cupymoe serves.
+
+    Raises:
+        ValueError: it doesn't; the message is the property that stands in the way.
+    """
     for name, (served, reason) in _ALL_PROPERTIES.items():
         if getattr(experts, name, served) != served:
-            return reason
-    for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(experts, name)
+            raise ValueError(reason)
+    weights = experts.gate_up_proj, experts.down_proj
+    for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True):
         if weight.dtype not in _DTYPES:
-            return f"its weights are {weight.dtype}, not one of {_DTYPES}"
+            raise ValueError(f"its weights are {weight.dtype}, not one of {_DTYPES}")
         if is_wrapper(type(weight)):
-            return f"its {name} is a {type(weight).__name__}, not a plain tensor"
-    gating, default = type(experts)._apply_gate, ("transformers.integrations.moe", "_default_apply_gate")
-    if (gating.__module__, gating.__name__) != default or "_apply_gate" in vars(experts):
-        return "it gates in its own way (_apply_gate)"
-    return None
+            raise ValueError(f"its {name} is a {type(weight).__name__}, not a plain tensor")
+    if not _is_default_gate(type(experts)._apply_gate) or "_apply_gate" in vars(experts):
+        raise ValueError("it gates in its own way (_apply_gate)")
+    return weights
+
+
+@functools.cache
+def _is_default_gate(function: Any) -> bool:
+    return (function.__module__, function.__name__) == ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def experts_forward(
@@ -144,10 +161,10 @@ def experts_forward(
             message names the module's path and says what.
     """
     try:
-        activation = served_activation(self)
+        (gate_up_proj, down_proj), activation = _served(self)
     except ValueError as error:
         raise ValueError(f"{path_of(self)}: {error}") from None
-    gate_up_proj, down_proj, dtype = self.gate_up_proj, self.down_proj, hidden_states.dtype
+    dtype = hidden_states.dtype
     if dtype != gate_up_proj.dtype:  # to() costs 1 us where it has nothing to do
         hidden_states = hidden_states.to(gate_up_proj.dtype)
     output = fused_experts(
@@ -164,6 +181,8 @@ def experts_forward(
 
 def _global_num_experts(experts: Any, num_experts: int) -> int | None:
     """How many experts the router chooses from, where expert parallelism leaves but ``num_experts`` of them here."""
+    if "forward" not in vars(experts):  # transformers' parallel layers put theirs around the class's
+        return None
     config = experts.config
     for name in _NUM_EXPERTS:
         count = getattr(config, name, None)
@@ -178,10 +197,16 @@ def served_activation(experts: Any) -> MoEActivation:
     Raises:
         ValueError: it can't; the message says which property stands in the way.
     """
-    if reason := unsupported_reason(experts):
+    return _served(experts)[1]
+
+
+def _served(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], MoEActivation]:
+    try:
+        weights = _weights_of(experts)
+    except ValueError as error:
         name = type(experts).__name__
-        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
-    return activation_of(experts)
+        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {error}") from None
+    return weights, activation_of(experts)
 
 
 def replace_routers(model: nn.Module) -> int:
