@@ -6,6 +6,7 @@ import bisect
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +75,9 @@ def warmup(
 
     Every pair of a call is masked, so no expert's weight is read; layers of one kind on one device are called once.
     Experts with PEFT's adapters are called through them. Weights that accelerate has offloaded are loaded by its hooks
-    for each call, where the hooks say. ``top_k_index`` is int64, as :func:`cupymoe.route` and transformers have it;
-    calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
+    for each call, where the hooks say. Of experts that transformers has split (tensor or expert parallelism) each
+    process calls its own shard, without the others. ``top_k_index`` is int64, as :func:`cupymoe.route` and transformers
+    have it; calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
 
     Args:
         target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, or transformers' experts with
@@ -88,8 +90,8 @@ def warmup(
     Raises:
         TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive integer, or
             something else; ``dtype`` is none of weights, or there is no such ``device``.
-        ValueError: a parameter of a router or of experts is on the meta device and no hook of accelerate loads it, or
-            it is a DTensor, a shard of which is all that this process has.
+        ValueError: a parameter of a router or of experts is on the meta device and no hook of accelerate loads it; or
+            it is another DTensor, a shard of which is all that this process has, or empty, as ZeRO-3 leaves it.
     """
     counts = None if num_tokens is None else _checked(num_tokens)
     if isinstance(target, Gemma4MoEConfig):
@@ -107,8 +109,9 @@ def warmup(
     # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
     with torch.no_grad():
         for each in found.values():
-            for count in counts or one_of_each_way(*_sizes(each.module)):
-                _call(each, count)
+            with _shards_as_tensors(each.module):
+                for count in counts or one_of_each_way(*_sizes(each.module)):
+                    _call(each, count)
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
@@ -169,7 +172,12 @@ def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> 
     for owner_path, owner in caller.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             name = ".".join(filter(None, (path, owner_path, name)))
-            if hasattr(parameter, "device_mesh"):
+            if not parameter.numel():
+                raise ValueError(
+                    f"{name} must not be empty, as a shard is between the calls of its module: call warmup before the "
+                    "module is sharded, or give it the sizes, a Gemma4MoEConfig"
+                )
+            if hasattr(parameter, "device_mesh") and not _is_called_with_shards(owner):
                 raise ValueError(
                     f"{name} must not be a DTensor, of which this process has a shard: call warmup before the module "
                     "is sharded, or give it the sizes, a Gemma4MoEConfig"
@@ -186,6 +194,22 @@ def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> 
     hooks = [*_hooks(loader), *_hooks(caller), *_hooks(part)]
     device = hooks[-1].execution_device if hooks else _first(part).device
     return torch.empty(0, device=device).device, loader
+
+
+def _is_called_with_shards(module: Any) -> bool:
+    """Whether transformers has split a module for tensor or expert parallelism: the forward that it has put around the
+    module's own calls that with this process's shards as plain tensors, and speaks with the other processes."""
+    return getattr(vars(module).get("forward"), "__module__", "").startswith("transformers.distributed.")
+
+
+@contextmanager
+def _shards_as_tensors(module: Any) -> Iterator[None]:
+    shards = {name: p for name, p in module.named_parameters(recurse=False) if hasattr(p, "device_mesh")}
+    module._parameters.update({name: parameter.to_local() for name, parameter in shards.items()})
+    try:
+        yield
+    finally:
+        module._parameters.update(shards)
 
 
 def _hooks(module: nn.Module | None) -> list[Any]:
@@ -258,11 +282,13 @@ def _kind(each: _Part) -> tuple[Any, ...]:
 
 def _call(each: _Part, num_tokens: int) -> None:
     num_experts, top_k, hidden_size, _ = _sizes(each.module)
-    device = each.device
+    device, call = each.device, each.caller
+    if _is_called_with_shards(each.module):
+        call = partial(type(each.module).forward, each.module)  # the other processes need not call warmup at once
     with _loaded(each.loader):
         hidden_states = torch.zeros(num_tokens, hidden_size, dtype=_first(each.module).dtype, device=device)
         if isinstance(each.module, Gemma4Router):
-            each.caller(hidden_states)
+            call(hidden_states)
             return
         index = torch.full((num_tokens, top_k), num_experts, device=device)
-        each.caller(hidden_states, index, torch.zeros(index.shape, device=device))
+        call(hidden_states, index, torch.zeros(index.shape, device=device))
