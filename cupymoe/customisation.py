@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,11 +40,23 @@ def is_wrapper(tensor_class: type) -> bool:
     return hasattr(tensor_class, "__tensor_flatten__")  # torch's own mark of such a class
 
 
-def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a call of a module does what the forward of ``cls`` does, and nothing else."""
+def as_written(package: str, cls: type, *names: str) -> dict[str, Any]:
+    """The methods of a class by name, as ``package`` wrote them; None for one that somebody has replaced already, which
+    may have come before us."""
+    methods = {name: getattr(cls, name, None) for name in names}
+    # functools.wraps makes a wrapper look like what it wraps, but for its globals.
+    modules = {name: getattr(method, "__globals__", {}).get("__name__", "") for name, method in methods.items()}
+    return {name: method if modules[name].partition(".")[0] == package else None for name, method in methods.items()}
+
+
+def runs_as(module: nn.Module, cls: type[nn.Module], methods: Mapping[str, Any]) -> bool:
+    """Whether a call of a module does what ``methods`` of ``cls`` do (:func:`as_written`), and nothing else."""
+    own = vars(module)
+    for name, method in methods.items():  # all() would take three times as long
+        if name in own or getattr(cls, name) is not method:
+            return False
     return (
         type(module) is cls
-        and "forward" not in vars(module)
         and not has_hooks(module)
         and module._compiled_call_impl is None
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
@@ -60,31 +72,46 @@ def has_code_of(function: Any, original: Callable[..., Any]) -> bool:
     )
 
 
-def own_forward(module: nn.Module, *originals: Callable[..., Any], called: Any = None) -> str | None:
+def own_forward(module: nn.Module, *originals: Callable[..., Any] | None, called: Any = None) -> str | None:
     """The forward of a module, as messages name it, where it is none of ``originals``; else None.
 
     Args:
         module: whose ``forward`` is looked at.
-        originals: the forwards that are known.
+        originals: the forwards that are known; None is none.
         called: what to look at in place of ``module.forward``, where that is a known wrapper around it.
     """
     called = module.forward if called is None else called
     function = getattr(called, "__func__", called)
-    if any(has_code_of(function, original) for original in originals):
+    if any(original is not None and has_code_of(function, original) for original in originals):
         return None
-    return f"{getattr(function, '__qualname__', repr(function))} of {getattr(function, '__module__', '?')}"
+    if not hasattr(function, "__qualname__"):
+        return f"a {type(function).__name__}"
+    name = f"{function.__qualname__} of {function.__module__}"
+    if hasattr(function, "__wrapped__") and hasattr(function, "__code__"):  # it bears the name of what it wraps
+        return f"{function.__code__.co_name} of {function.__globals__['__name__']} around {name}"
+    return name
 
 
-def check_replaceable(path: str, module: nn.Module, *originals: Callable[..., Any]) -> None:
-    """See that a module is its parameters and one of the forwards ``originals``, and nothing else.
+def check_replaceable(path: str, module: nn.Module, **originals: tuple[Callable[..., Any] | None, ...]) -> None:
+    """See that a module is its parameters and the methods ``originals``, and nothing else.
+
+    Args:
+        path: what messages call the module.
+        module: what is to be replaced.
+        originals: for each method that a call runs, the functions that are known.
 
     Raises:
-        ValueError: it has hooks, another forward, parametrizations, or parameters that are no plain tensors; the
-            message names it by ``path`` and says what to do.
+        ValueError: it has hooks, another forward, parametrizations, or parameters that are no plain tensors or are not
+            there now; the message names it by ``path`` and says what to do.
     """
     parametrized: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
     found: dict[str, str | None] = {
-        "no forward of its own, which would be lost": own_forward(module, *originals),
+        **{
+            f"no {name} of its own, which would be lost": own_forward(
+                module, *known, called=getattr(module, name, None)
+            )
+            for name, known in originals.items()
+        },
         "no hooks, which would be lost": _foreign_hooks(module),
         "no parametrizations, which would be lost": ", ".join(parametrized),
         "plain tensors as parameters": _wrapped_parameters(module),
@@ -108,9 +135,9 @@ def _foreign_hooks(module: nn.Module) -> str | None:
 
 def _wrapped_parameters(module: nn.Module) -> str | None:
     return ", ".join(
-        f"{type(parameter).__name__} for {name}"
+        f"{type(parameter).__name__ if parameter.numel() else 'an empty one'} for {name}"
         for name, parameter in module.named_parameters(recurse=False)
-        if is_wrapper(type(parameter))
+        if is_wrapper(type(parameter)) or not parameter.numel()  # ZeRO-3 empties them between the calls
     )
 
 

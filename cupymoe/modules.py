@@ -12,9 +12,11 @@ from torch import nn
 from cupymoe import ops, reference
 from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.customisation import has_hooks, is_wrapper, runs_as
+from cupymoe.customisation import as_written, has_hooks, is_wrapper, runs_as
 from cupymoe.functional import fused_experts, route
 from cupymoe.parameters import check_plain, check_writable
+
+_LINEAR_FORWARD = as_written("torch", nn.Linear, "forward")["forward"]
 
 
 def _autocasts(device_type: str) -> bool:
@@ -132,6 +134,7 @@ class Gemma4Router(nn.Module):
         proj = self.proj
         return (
             type(proj) is nn.Linear
+            and nn.Linear.forward is _LINEAR_FORWARD
             and not (has_hooks(proj) or "forward" in vars(proj))
             and not _autocasts(hidden_states.device.type)
         )
@@ -177,6 +180,9 @@ class Gemma4Router(nn.Module):
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return route(logits, self.config.top_k_experts, per_expert_scale=self.per_expert_scale)
+
+
+_ROUTER_METHODS = as_written("cupymoe", Gemma4Router, "forward")
 
 
 class Gemma4Experts(nn.Module):
@@ -323,7 +329,7 @@ class Gemma4MoE(nn.Module):
                     f"got {list(router_hidden_states.shape)}"
                 )
         router, router_hidden_states = self.router, router_hidden_states.reshape(-1, size)
-        if runs_as(router, Gemma4Router):
+        if runs_as(router, Gemma4Router, _ROUTER_METHODS):
             weights, index = router.route(router_hidden_states)  # without the probabilities, which nobody reads here
         else:
             _, weights, index = router(router_hidden_states)

@@ -3,13 +3,14 @@ refused by name when they are replaced."""
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation, fused_experts
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, Gemma4Router, MoEActivation, fused_experts
 from cupymoe.customisation import path_of
 from tests.helpers import random_experts, randomize, transformers_config, transformers_gemma4
 
@@ -68,6 +69,22 @@ def test_a_router_s_own_forward_is_called():
     moe.router.forward = lambda hidden_states: calls.append(1) or kept(hidden_states)
     assert torch.equal(moe(states), expected)
     assert calls == [1]
+
+
+def test_a_router_s_class_may_have_another_forward(monkeypatch):
+    moe, states, expected = moe_and_states()
+    kept, calls = Gemma4Router.forward, []
+    monkeypatch.setattr(Gemma4Router, "forward", lambda self, states: calls.append(1) or kept(self, states))
+    assert torch.equal(moe(states), expected)
+    assert calls == [1]
+
+
+def test_linear_layers_may_have_another_forward(monkeypatch):
+    moe, states, _ = moe_and_states()
+    kept = nn.Linear.forward
+    expected = 2 * moe.router.logits(states)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: 2 * kept(self, input))
+    torch.testing.assert_close(moe.router.logits(states), expected)
 
 
 def test_the_router_may_be_another_module_with_transformers_call():
@@ -183,6 +200,33 @@ def patch_forward(module):
     module.forward = lambda *arguments: kept(*arguments)
 
 
+def wrap_forward(module):
+    kept = module.forward
+
+    @functools.wraps(kept)
+    def twice(*arguments):
+        return kept(*arguments)
+
+    module.forward = twice
+
+
+def patch_norm(norm):
+    kept = norm._norm
+    norm._norm = lambda hidden_states: 2 * kept(hidden_states)
+
+
+def replace_norm(norm):
+    """By one that another library made, which has neither ``eps`` nor ``with_scale`` where ours looks."""
+    norm.__class__ = nn.RMSNorm
+    del norm.eps, norm.with_scale
+
+
+def release(module):
+    """As ZeRO-3 does between the calls of a module."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = torch.empty(0)
+
+
 def hook(module):
     module.register_forward_hook(lambda *_: None)
 
@@ -207,6 +251,24 @@ def shard(module):
         ),
         ("router.norm", hook, "router.norm must have no hooks, which would be lost, got _forward_hooks of Gemma4RMS"),
         ("router.norm", patch_forward, "router.norm must have no forward of its own, which would be lost"),
+        ("router.norm", patch_norm, "router.norm must have no _norm of its own, which would be lost, got patch_norm"),
+        (
+            "router",
+            wrap_forward,
+            f"forward of its own, .*, got twice of {__name__} around Gemma4TextRouter.forward of transformers",
+        ),
+        (
+            "router",
+            lambda router: setattr(router, "forward", functools.partial(type(router).forward, router)),
+            "forward of its own, which would be lost, got a partial: ",
+        ),
+        ("router.norm", replace_norm, "router.norm must have no forward of its own, .*, got RMSNorm.forward of torch"),
+        (
+            "router",
+            release,
+            "router must have plain tensors as parameters, got an empty one for scale, an empty one fo",
+        ),
+        ("experts", release, "experts must have plain tensors as parameters, got an empty one for gate_up_proj, an em"),
         ("router", lambda router: setattr(router, "scalar_root_size", 1.0), "router must have a norm without a scale"),
         (
             "experts.act_fn",

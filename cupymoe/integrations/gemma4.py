@@ -11,13 +11,17 @@ from transformers.models.gemma4 import modeling_gemma4
 
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.customisation import check_replaceable, let_compute_as, own_forward, runs_as
+from cupymoe.customisation import as_written, check_replaceable, let_compute_as, own_forward, runs_as
 from cupymoe.integrations.transformers import served_activation
 from cupymoe.modules import Gemma4Router
 
-_ROUTER_FORWARDS = modeling_gemma4.Gemma4TextRouter.forward, Gemma4Router.forward
-_EXPERTS_FORWARD = modeling_gemma4.Gemma4TextExperts.forward
-_NORM_FORWARD = modeling_gemma4.Gemma4RMSNorm.forward
+_ROUTER_FORWARDS = (
+    as_written("transformers", modeling_gemma4.Gemma4TextRouter, "forward")["forward"],
+    Gemma4Router.forward,
+)
+_EXPERTS_FORWARD = as_written("transformers", modeling_gemma4.Gemma4TextExperts, "forward")["forward"]
+_NORM = modeling_gemma4.Gemma4RMSNorm
+_NORM_METHODS = as_written("transformers", _NORM, "forward", "_norm")
 
 
 def router_config(path: str, router: Any) -> Gemma4MoEConfig:
@@ -29,13 +33,13 @@ def router_config(path: str, router: Any) -> Gemma4MoEConfig:
         AttributeError, ValueError: the router's config is not one of a mixture.
         ValueError: the router computes something else; ``path`` is what the message calls it.
     """
+    check_replaceable(path, router, forward=_ROUTER_FORWARDS)
+    check_replaceable(f"{path}.norm", router.norm, **{name: (known,) for name, known in _NORM_METHODS.items()})
     config = replace(
         Gemma4MoEConfig.from_transformers(router.config),
         num_experts=router.per_expert_scale.shape[0],
         rms_norm_eps=router.norm.eps,
     )
-    check_replaceable(path, router, *_ROUTER_FORWARDS)
-    check_replaceable(f"{path}.norm", router.norm, _NORM_FORWARD)
     if router.norm.with_scale or router.scalar_root_size != config.hidden_size**-0.5:
         raise ValueError(
             f"{path} must have a norm without a scale and a scalar_root_size of {config.hidden_size}^-0.5, got "
@@ -50,7 +54,7 @@ def experts_activation(path: str, experts: Any) -> MoEActivation:
     Raises:
         ValueError: the experts compute something else; ``path`` is what the message calls them.
     """
-    check_replaceable(path, experts, _EXPERTS_FORWARD)
+    check_replaceable(path, experts, forward=(_EXPERTS_FORWARD,))
     try:
         return served_activation(experts)
     except ValueError as error:
@@ -74,7 +78,7 @@ class Gemma4TextRouter(Gemma4Router, modeling_gemma4.Gemma4TextRouter):  # type:
     def _is_plain(self, hidden_states: torch.Tensor) -> bool:
         return (
             super()._is_plain(hidden_states)
-            and runs_as(self.norm, modeling_gemma4.Gemma4RMSNorm)
+            and runs_as(self.norm, _NORM, _NORM_METHODS)
             and not self.norm.with_scale
             and self.scalar_root_size == self.scale.shape[0] ** -0.5
         )

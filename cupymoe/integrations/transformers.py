@@ -17,7 +17,7 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
-from cupymoe.customisation import has_hooks, hooks_of, is_wrapper, path_of
+from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
 
@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[type[nn.Module], MoEActivation] = {
     activations.ReLUSquaredActivation: MoEActivation.RELU2,
 }
 _GELU_METHODS = ("_gelu_tanh_python", "_gelu_python")
-_FORWARDS = {cls: cls.forward for cls in _ACTIVATIONS}
+_FORWARDS = {cls: as_written(cls.__module__.partition(".")[0], cls, "forward")["forward"] for cls in _ACTIVATIONS}
 
 # Some models have a function for one.
 _FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}

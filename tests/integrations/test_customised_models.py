@@ -2,6 +2,8 @@
 refused by name."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,6 +162,11 @@ def patch_norm(model):
     router_of(model).norm.forward = lambda hidden_states: 2 * kept(hidden_states)
 
 
+def patch_inside_norm(model):
+    kept = router_of(model).norm._norm
+    router_of(model).norm._norm = lambda hidden_states: 2 * kept(hidden_states)
+
+
 def change_root(model):
     router_of(model).scalar_root_size *= 3
 
@@ -182,6 +189,7 @@ CHANGES = (
     change_eps,
     hook_norm,
     patch_norm,
+    patch_inside_norm,
     change_root,
     parametrize_scale,
     parametrize_projection,
@@ -248,6 +256,77 @@ def test_a_patched_forward_below_accelerate_s_hook_is_refused():
     hooks.add_hook_to_module(router_of(model), hooks.ModelHook())
     with pytest.raises(ValueError, match=r"layers.1.router: .*no forward of its own, .* got patch_forward"):
         integration.replace_routers(model)
+
+
+NORM = transformers_gemma4().Gemma4RMSNorm
+
+
+@pytest.mark.parametrize(("cls", "method"), [(NORM, "forward"), (NORM, "_norm"), (nn.Linear, "forward")])
+def test_a_replaced_router_obeys_classes_that_were_patched(cls, method, monkeypatch):
+    model = gemma4()
+    integration.replace_routers(model)
+    router, states = router_of(model), torch.randn(9, 32)
+    before, kept = router(states)[0], getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda self, input: 2 * kept(self, input))
+    theirs = transformers_gemma4().Gemma4TextRouter.forward(router, states)[0]
+    assert not torch.allclose(theirs, before, rtol=1e-2)
+    torch.testing.assert_close(router(states)[0], theirs)
+
+
+PATCHED_FIRST = """
+import sys, torch
+from torch import nn
+from transformers import activations
+from transformers.models.gemma4 import modeling_gemma4
+name, method = sys.argv[1:]
+cls = next(vars(module)[name] for module in (modeling_gemma4, activations, nn) if name in vars(module))
+kept = getattr(cls, method)
+setattr(cls, method, lambda self, *inputs: kept(self, *inputs))
+
+import cupymoe.integrations.transformers as integration
+from cupymoe import Gemma4MoE
+from tests.helpers import randomize, transformers_config
+
+layer = randomize(modeling_gemma4.Gemma4TextDecoderLayer(transformers_config(), 0)).eval()
+try:
+    Gemma4MoE.from_transformers(layer)
+except ValueError as error:
+    print(error)
+try:
+    integration.replace_routers(layer)
+except ValueError as error:
+    print(error)
+else:
+    print("plain" if layer.router._is_plain(torch.randn(9, 32)) else "called")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "method", "refused", "replaced"),
+    [
+        (
+            "Gemma4TextRouter",
+            "forward",
+            "decoder_layer.router must have no forward of its own",
+            "router: a router must",
+        ),
+        ("Gemma4TextExperts", "forward", "decoder_layer.experts must have no forward of its own", "plain"),
+        ("Gemma4RMSNorm", "forward", "decoder_layer.router.norm must have no forward of its own", "called"),
+        ("Gemma4RMSNorm", "_norm", "decoder_layer.router.norm must have no _norm of its own", "called"),
+        ("GELUTanh", "forward", "decoder_layer.experts: Gemma4TextExperts.act_fn has a forward of its own", "plain"),
+        ("Linear", "forward", "", "called"),
+    ],
+)
+def test_a_class_patched_before_cupymoe_is_imported(name, method, refused, replaced):
+    """The original is then nowhere to be seen."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PATCHED_FIRST, name, method], capture_output=True, text=True, check=True
+    )
+    *first, second = result.stdout.splitlines()
+    assert "".join(first).startswith(refused)
+    assert bool(first) == bool(refused)
+    assert second.startswith(replaced)
 
 
 def test_a_sharded_router_stays_sharded():
