@@ -300,7 +300,7 @@ class Gemma4MoE(nn.Module):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must map keys to tensors, got {type(state_dict).__name__}")
         ours = {key: value for key, value in state_dict.items() if key.startswith(("router.", "experts."))}
-        parameters = self.state_dict()
+        parameters = dict(self.named_parameters(remove_duplicate=False))  # a hook may have state_dict give copies
         _check_state(parameters, ours)
         with torch.no_grad():
             for key, tensor in ours.items():

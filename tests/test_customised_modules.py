@@ -155,6 +155,18 @@ def test_sharded_by_fsdp2(parts):
         assert moe.router.scale.grad is not None
 
 
+def test_weights_are_loaded_where_a_hook_makes_copies_of_the_state_dict():
+    moe, states, expected = moe_and_states()
+    fresh = randomize(Gemma4MoE(CONFIG))
+
+    def copies(module, state_dict, prefix, metadata):
+        state_dict.update({key: tensor.clone() for key, tensor in state_dict.items()})
+
+    fresh.register_state_dict_post_hook(copies)
+    fresh.load_decoder_layer(moe.state_dict())
+    assert torch.equal(fresh(states), expected)
+
+
 # --- tensors that are no plain memory ---------------------------------------------------------------------------------
 
 

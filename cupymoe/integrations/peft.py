@@ -15,7 +15,7 @@ from peft.tuners.lora import layer
 from torch import nn
 
 from cupymoe.activation import MoEActivation
-from cupymoe.customisation import hooks_of, let_compute_as, own_forward
+from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
@@ -32,7 +32,12 @@ def _activation(experts: nn.Module) -> MoEActivation | None:
         return None
     from cupymoe.integrations.transformers import activation_of, unsupported_reason
 
-    return activation_of(experts) if unsupported_reason(experts) is None else None
+    if unsupported_reason(experts) is not None:
+        return None
+    try:
+        return activation_of(experts)
+    except ValueError as error:
+        raise ValueError(f"{path_of(experts)}: {error}") from None
 
 
 def _adapter(wrapper: layer.ParamWrapper) -> LowRank | None:

@@ -274,6 +274,14 @@ def text_model(layers=2):
     return randomize(transformers.Gemma4ForCausalLM(config)).eval()
 
 
+def test_a_hook_on_the_activation_is_refused_with_the_experts_path():
+    model = adapted(text_model())
+    experts = model.get_base_model().model.layers[1].experts.get_base_layer()
+    experts.act_fn.register_forward_hook(lambda module, arguments, output: 2 * output)
+    with pytest.raises(ValueError, match=r"layers.1.experts\S* \(\w*Gemma4TextExperts\): .*act_fn has hooks"):
+        model(torch.arange(1, 8)[None])
+
+
 @pytest.mark.parametrize("place", ["experts", "inner wrapper"])
 def test_a_hook_below_is_called(place, way):
     """As PEFT calls it: whoever watches or changes the experts goes on to."""
