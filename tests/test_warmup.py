@@ -427,3 +427,11 @@ def test_nothing_is_compiled_after_it():
         for each, output in zip(states, outputs, strict=True):
             assert torch.equal(moe(each), output)
     assert jit.compiled_variants() == compiled
+
+
+def test_parameters_that_are_empty_between_calls():
+    """As ZeRO-3 leaves them."""
+    moe = randomize(Gemma4MoE(CONFIG))
+    moe.experts.down_proj.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"^experts.down_proj must not be empty, .*: call warmup before the module is"):
+        warmup(moe, (1,))
