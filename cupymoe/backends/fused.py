@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,7 @@ class FusedBackend:
         raise NotImplementedError(self.unsupported_reason(call, "backward"))
 
 
+@functools.lru_cache(maxsize=4096)
 def takes_tiles(load: Load, hidden_size: int) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
     return (prefers_tiles(load) or stream_reason(load) is not None) and tiles_reason(load, hidden_size) is None

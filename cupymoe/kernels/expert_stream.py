@@ -88,6 +88,7 @@ def _inline_regime(intermediate_size: int) -> Regime:
     return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
 
 
+@functools.lru_cache(maxsize=4096)
 def regime(load: Load, intermediate_size: int) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
     pairs = load.pairs_per_expert
