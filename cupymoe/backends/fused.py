@@ -22,9 +22,10 @@ from cupymoe.kernels.plan_experts import plan_experts
 
 
 class FusedBackend:
-    """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
-    cores, in four launches up to 1024 pairs and five beyond, from 32 pairs an expert on, and where the stream can't. A
-    launch begins while the one before still runs.
+    """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
+    expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
+    the tensor cores, in four launches up to 1024 pairs and in five beyond. A launch begins while the one before still
+    runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """

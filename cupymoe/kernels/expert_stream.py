@@ -59,14 +59,14 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """How a range of token counts is computed. Within one, a token's result depends on no other token of the call."""
+    """How a range of loads is computed. Within one, a token's result depends on no other token of the call."""
 
     tokens: int
     """Most tokens of a chunk: of one expert and one pass over its weights."""
     up: Tile
     down: Tile
     inline_pairs: int
-    """Each block plans for itself, for up to so many pairs; 0: plan_experts.cu does, in a launch before."""
+    """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 

@@ -127,13 +127,13 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[index] for index in _DIFFERENTIABLE]
     *settings, backend = ctx.settings
     if torch.is_grad_enabled():  # create_graph=True: only plain torch has gradients of gradients
-        backend = "reference"
-        if grad.is_cuda:
+        if grad.is_cuda and backend != "reference":  # what was asked for by name is not reported
             slow.report(
                 "gradients with create_graph=True on CUDA by the slow backend 'reference'",
                 "the kernels of the backward have no gradient of their own",
                 "To have them fast, ask for them without create_graph=True.",
             )
+        backend = "reference"
     grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, None, *settings, backend, needed)
     result: list[torch.Tensor | None] = [None] * (_NUM_TENSORS + _NUM_SETTINGS)
     for index, gradient, wanted in zip(_DIFFERENTIABLE, grads, needed, strict=True):
