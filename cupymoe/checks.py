@@ -146,7 +146,7 @@ def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
 
 
 def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
-    """The factors of an adapter of ``weight``."""
+    """The factors of an adapter of ``weight``: shapes, device and dtype of it, and plain tensors."""
     if not isinstance(adapter, LowRank):
         raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
     a, b, base = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b), describe("weight", weight)
@@ -154,6 +154,7 @@ def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
     check_shape(f"{name}.a", a, (num_experts, None, in_size))
     check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
     for part, given in (("a", a), ("b", b)):
+        _check_plain(f"{name}.{part}", given)
         check_same(f"{name}.{part}", given, "hidden_states", base, dtype=True)
 
 

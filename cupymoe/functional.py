@@ -167,9 +167,10 @@ def fused_experts(
             not contiguous or of another dtype.
         activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
         backend: ``"auto"`` (the first that serves the call), ``"fused"``, ``"grouped"``, ``"simt"`` or ``"reference"``.
-            Where ``"auto"`` finds but one of the last two on CUDA, which are slow, it warns once with a
-            :class:`cupymoe.SlowWarning` that says what to do; ``CUPYMOE_ON_SLOW`` may be ``error`` or ``silent``. The
-            gradients are computed by the same backend, or if it has none by the first that does.
+            The last two are slow. Where no other serves a call on CUDA, ``"auto"`` warns once with a
+            :class:`cupymoe.SlowWarning` that says what to do; the environment variable ``CUPYMOE_ON_SLOW`` may be
+            ``error`` or ``silent`` instead. The gradients are computed by the same backend, or if it has none by the
+            first that does.
         out: ``[T, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written and returned.
             None: a new tensor.
         expert_map: which of all experts are here. Not served yet.
@@ -186,7 +187,7 @@ def fused_experts(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
             not serve the call.
-        RuntimeError: ``"auto"`` finds but a slow backend on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
+        RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
     member = _member(activation)
     check_settings(expert_map, numerics, keep)

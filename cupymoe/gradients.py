@@ -1,7 +1,8 @@
-"""Gradients of the public functions in plain torch: right first, fast later. They run wherever the forward ran.
+"""Gradients in plain torch, on any device: of activations and routing, and of the experts on the reference backend.
 
-Each takes what its function saved and returns contiguous gradients, computed unrounded and cast to the dtype of what
-they belong to.
+The other backends compute the experts' gradients by :func:`cupymoe.backends.expert_rows.backward`. Each function here
+takes what its forward saved and returns contiguous gradients, computed unrounded and cast to the dtype of what they
+belong to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from cupymoe.reference import activate, split_gate_up, work_dtype
 
 
 def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
-    """Gradient of :func:`reference.activate` with respect to ``input``, in the dtype of ``input``."""
+    """Gradient of :func:`reference.activate` with respect to ``input``, in the dtype of ``input``.
+
+    Args:
+        grad: of the output, ``[..., N]``.
+        input: ``[..., 2N]``, or ``[..., N]`` for an ungated member.
+    """
     work = work_dtype(input.dtype)
     grad = grad.to(work)
     gate, up = split_gate_up(input.to(work), activation)

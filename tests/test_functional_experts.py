@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cupymoe import MoEActivation, fused_experts
 from cupymoe import route as route_function
@@ -39,6 +40,12 @@ def replaced(**changes):
         (replaced(down_proj=lambda t: t.numpy()), TypeError, r"down_proj must be a torch.Tensor, got ndarray"),
         (replaced(gate_up_proj=lambda t: t.double()), TypeError, r"gate_up_proj must have hidden_states's dtype"),
         (replaced(down_proj=lambda t: t.bfloat16()), TypeError, r"down_proj must have hidden_states's dtype"),
+        (
+            replaced(hidden_states=lambda t: TwoTensor(t, t)),
+            TypeError,
+            "hidden_states must be a plain tensor, got Two",
+        ),
+        (replaced(gate_up_proj=lambda t: TwoTensor(t, t)), TypeError, "gate_up_proj must be a plain tensor, got Two"),
         (replaced(gate_up_proj=lambda t: t.mT), ValueError, r"gate_up_proj must be contiguous"),
         (replaced(down_proj=lambda t: t.mT.contiguous().mT), ValueError, r"down_proj must be contiguous"),
         (replaced(down_proj=lambda t: t.to("meta")), ValueError, r"down_proj must be on hidden_states's device cpu"),

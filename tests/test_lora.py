@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
@@ -253,6 +254,8 @@ def test_everything_masked(device):
         (lambda a: LowRank(a.a[:, 1:], a.b), r"gate_up_adapter.b must have shape \[6, 48, 4\], got \[6, 48, 5\]"),
         (lambda a: LowRank(a.a.double(), a.b), "gate_up_adapter.a must have hidden_states's dtype torch.float32"),
         (lambda a: LowRank(a.a, a.b.double()), "gate_up_adapter.b must have hidden_states's dtype torch.float32"),
+        (lambda a: LowRank(TwoTensor(a.a, a.a), a.b), "gate_up_adapter.a must be a plain tensor, got TwoTensor"),
+        (lambda a: LowRank(a.a, TwoTensor(a.b, a.b)), "gate_up_adapter.b must be a plain tensor, got TwoTensor"),
         (tuple, "gate_up_adapter must be a cupymoe.LowRank or None, got tuple"),
         (lambda a: LowRank(a.a, None), "gate_up_adapter.b must be a torch.Tensor, got NoneType"),
     ],

@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from cupymoe import MoEActivation, SlowWarning
+from cupymoe import MoEActivation, SlowWarning, fused_experts
 from cupymoe.backends import select, serving, slow
+from tests.helpers import random_experts
 from tests.test_backends import CALL
 
 UNALIGNED = CALL._replace(aligned_weights=False)
@@ -164,3 +165,17 @@ def test_on_slow_must_be_known(monkeypatch, call, value):
 def test_report_is_for_other_loops_too():
     with pytest.warns(SlowWarning, match=r"^cupymoe computes a thing by a loop: there is no kernel. Do without. CUPY"):
         slow.report("a thing by a loop", "there is no kernel", "Do without.")
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_gradients_of_gradients_are_reported_unless_the_reference_was_asked_for(device, name):
+    case = random_experts(5, device=device)
+    states = case.hidden_states.requires_grad_()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlowWarning)
+        output = fused_experts(*case, activation="gelu_tanh", backend=name)
+        (gradient,) = torch.autograd.grad(output.square().sum(), states, create_graph=True)
+    assert gradient.requires_grad
+    reported = any("create_graph=True on CUDA" in str(warning.message) for warning in caught)
+    assert reported == (device.type == "cuda" and name == "auto")

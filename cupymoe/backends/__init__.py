@@ -32,7 +32,7 @@ class ExpertsCall(NamedTuple):
     num_tokens: int
     top_k: int
     num_experts: int
-    """Whose weights are here."""
+    """How many experts' weights are here."""
     hidden_size: int
     intermediate_size: int
     aligned_hidden_states: bool
@@ -142,13 +142,13 @@ def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
 def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Backend:
     """The backend that a direction of a call is computed by.
 
-    A named one that computes outputs and not gradients leaves these to the first that does. Where there is but a slow
-    one on a CUDA device, and it was not named, this says so.
+    A named one that computes outputs and not gradients leaves these to the first that does. Where only a slow
+    backend serves the call on a CUDA device, and it was not named, this says so.
 
     Raises:
         ValueError: the named backend is unknown or does not serve the call; the message says why. Or
             ``CUPYMOE_ON_SLOW`` is set to something unknown.
-        RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and there is but a slow backend.
+        RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and only a slow backend serves the call.
     """
     from cupymoe.backends import slow
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,10 @@ from cupymoe.kernels.plan_experts import plan_experts
 
 
 class FusedBackend:
-    """A stream of the hit experts' weights, in three launches up to 128 pairs and four beyond; tiles for the tensor
-    cores, in four launches up to 1024 pairs and five beyond, from 32 pairs an expert on, and where the stream can't. A
-    launch begins while the one before still runs.
+    """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
+    expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
+    the tensor cores, in four launches up to 1024 pairs and in five beyond. A launch begins while the one before still
+    runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -72,6 +74,7 @@ class FusedBackend:
         raise NotImplementedError(self.unsupported_reason(call, "backward"))
 
 
+@functools.lru_cache(maxsize=4096)
 def takes_tiles(load: Load, hidden_size: int) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
     return (prefers_tiles(load) or stream_reason(load) is not None) and tiles_reason(load, hidden_size) is None

@@ -65,7 +65,7 @@ def report(what: str, why: str, remedy: str) -> None:
 
 
 def check(call: ExpertsCall, chosen: Backend, direction: Direction = "forward") -> None:
-    """Report a direction of a call on a CUDA device for which there is but a slow backend.
+    """Report a direction of a call on a CUDA device that only a slow backend serves.
 
     Raises:
         RuntimeError, ValueError: as :func:`report`. An unknown ``CUPYMOE_ON_SLOW`` is refused for fast calls too, so

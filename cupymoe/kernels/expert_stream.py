@@ -59,14 +59,14 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """How a range of token counts is computed. Within one, a token's result depends on no other token of the call."""
+    """How a range of loads is computed. Within one, a token's result depends on no other token of the call."""
 
     tokens: int
     """Most tokens of a chunk: of one expert and one pass over its weights."""
     up: Tile
     down: Tile
     inline_pairs: int
-    """Each block plans for itself, for up to so many pairs; 0: plan_experts.cu does, in a launch before."""
+    """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 
@@ -88,6 +88,7 @@ def _inline_regime(intermediate_size: int) -> Regime:
     return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
 
 
+@functools.lru_cache(maxsize=4096)
 def regime(load: Load, intermediate_size: int) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
     pairs = load.pairs_per_expert

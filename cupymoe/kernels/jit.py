@@ -128,6 +128,16 @@ def loaded_sources() -> frozenset[str]:
     return frozenset(_loaded_sources)
 
 
+def offline_options(variant: Variant, arch: str) -> tuple[str, ...]:
+    """NVRTC's options of :func:`compile_offline`."""
+    # What CuPy adds on its own, so that this compiles what a device would run.
+    options = (*_options(variant, arch), "-ftz=true", "--ptxas-options=-v")
+    if import_nvrtc().getVersion() >= (12, 9):
+        # Where there is a driver, NVRTC may take the cubin from the driver's cache, and its log is then empty.
+        options += ("-no-cache",)
+    return options
+
+
 def compile_offline(variant: Variant, arch: str) -> CompileReport:
     """Compile for an architecture with NVRTC alone; needs no GPU and caches nothing.
 
@@ -135,11 +145,7 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
         CompileError: NVRTC refused the source.
     """
     nvrtc = import_nvrtc()
-    # What CuPy adds on its own, so that this compiles what a device would run.
-    options = (*_options(variant, arch), "-ftz=true", "--ptxas-options=-v")
-    if nvrtc.getVersion() >= (12, 9):
-        # Where there is a driver, NVRTC may take the cubin from the driver's cache, and its log is then empty.
-        options += ("-no-cache",)
+    options = offline_options(variant, arch)
     program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
     start = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ class Load(NamedTuple):
     num_tokens: int
     top_k: int
     num_experts: int
-    """Whose weights are here."""
+    """How many experts' weights are here."""
     expected_pairs: int
     """Where experts are spread over several devices, most pairs may be another's."""
 

@@ -18,8 +18,8 @@ from cupymoe.kernels.jit import CompileReport, Variant
 
 
 def compile_offline(variant: Variant, arch: str) -> CompileReport:
-    """As :func:`cupymoe.kernels.jit.compile_offline`, or what it gave before for this text, variant, architecture and
-    version of NVRTC.
+    """As :func:`cupymoe.kernels.jit.compile_offline`, or what it gave before for the same text, the same options, which
+    name defines and architecture, and the same version of NVRTC.
 
     Raises:
         CompileError: NVRTC refused the source; that is not kept.
@@ -27,7 +27,8 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
     folder = os.environ.get("CUPYMOE_OFFLINE_CACHE")
     if not folder:
         return jit.compile_offline(variant, arch)
-    what = json.dumps([cuda_sources.expanded(variant.source), variant, arch, import_nvrtc().getVersion()])
+    options = jit.offline_options(variant, arch)
+    what = json.dumps([cuda_sources.expanded(variant.source), options, import_nvrtc().getVersion()])
     path = Path(folder) / f"{hashlib.sha256(what.encode()).hexdigest()}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))

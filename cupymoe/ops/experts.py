@@ -29,6 +29,7 @@ _TENSORS = (
 _NUM_TENSORS = _TENSORS.count("Tensor")
 _SETTINGS = "str activation, str weight_format, str numerics, int? global_num_experts, str backend"
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
+_NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
@@ -48,7 +49,10 @@ def experts_call(
     num_tokens, top_k = top_k_index.shape
     num_experts, hidden_size, intermediate_size = down_proj.shape
     states = hidden_states.data_ptr() if out is None else hidden_states.data_ptr() | out.data_ptr()
-    factors = [factor.data_ptr() for factor in adapters if factor is not None]
+    has_adapters, factors = False, 0
+    for factor in adapters:
+        if factor is not None:
+            has_adapters, factors = True, factors | factor.data_ptr()
     # By position: names cost 1 us.
     return ExpertsCall(
         hidden_states.device,
@@ -61,14 +65,33 @@ def experts_call(
         intermediate_size,
         states % 16 == 0,
         (gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
-        bool(factors),
-        not any(address % 16 for address in factors),
+        has_adapters,
+        factors % 16 == 0,
         global_num_experts,
     )
 
 
+def _contiguous(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *adapters: torch.Tensor | None,
+) -> ExpertsTensors:
+    return ExpertsTensors(
+        hidden_states.contiguous(),
+        gate_up_proj,
+        down_proj,
+        top_k_index.contiguous(),
+        top_k_weights.contiguous(),
+        *adapters,
+    )
+
+
 def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
-    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *adapters = arguments[:9]
+    tensors = arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters = tensors
     activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
     call = experts_call(
         hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts, out
@@ -77,15 +100,7 @@ def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
         return hidden_states.new_zeros(hidden_states.shape) if out is None else out.zero_()
     with on_device_of(hidden_states):
-        tensors = ExpertsTensors(
-            hidden_states.contiguous(),
-            gate_up_proj,
-            down_proj,
-            top_k_index.contiguous(),
-            top_k_weights.contiguous(),
-            *adapters,
-        )
-        return chosen.forward(call, tensors, out)
+        return chosen.forward(call, _contiguous(*tensors), out)
 
 
 def _fused_experts(*arguments: Any) -> torch.Tensor:
@@ -112,13 +127,13 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[index] for index in _DIFFERENTIABLE]
     *settings, backend = ctx.settings
     if torch.is_grad_enabled():  # create_graph=True: only plain torch has gradients of gradients
-        backend = "reference"
-        if grad.is_cuda:
+        if grad.is_cuda and backend != "reference":  # what was asked for by name is not reported
             slow.report(
                 "gradients with create_graph=True on CUDA by the slow backend 'reference'",
                 "the kernels of the backward have no gradient of their own",
                 "To have them fast, ask for them without create_graph=True.",
             )
+        backend = "reference"
     grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, None, *settings, backend, needed)
     result: list[torch.Tensor | None] = [None] * (_NUM_TENSORS + _NUM_SETTINGS)
     for index, gradient, wanted in zip(_DIFFERENTIABLE, grads, needed, strict=True):
@@ -132,7 +147,8 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *adapters = arguments[:9]
+    tensors = arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters = tensors
     _, activation, _, _, global_num_experts, backend, needed = arguments[_NUM_TENSORS:]
     call = experts_call(
         hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts
@@ -145,15 +161,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
             for tensor, wanted in zip(given, needed, strict=True)
         )
     with on_device_of(hidden_states):
-        tensors = ExpertsTensors(
-            hidden_states.contiguous(),
-            gate_up_proj,
-            down_proj,
-            top_k_index.contiguous(),
-            top_k_weights.contiguous(),
-            *adapters,
-        )
-        grads = chosen.backward(call, tensors, grad.contiguous(), needed)
+        grads = chosen.backward(call, _contiguous(*tensors), grad.contiguous(), needed)
     return tuple(
         grad.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(grads, given, strict=True)

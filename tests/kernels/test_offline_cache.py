@@ -54,6 +54,13 @@ def test_another_text_variant_architecture_or_nvrtc_is_compiled(compiled, folder
     assert [report.registers for report in reports] == [1, 2, 3, 4, 5]
 
 
+def test_another_option_is_compiled(compiled, folder, monkeypatch):
+    offline_cache.compile_offline(VARIANT, "sm_80")
+    before = jit._options
+    monkeypatch.setattr(jit, "_options", lambda variant, arch: (*before(variant, arch), "--fmad=false"))
+    assert [offline_cache.compile_offline(VARIANT, "sm_80").registers for _ in range(2)] == [2, 2]
+
+
 def test_an_error_is_not_kept(folder, monkeypatch):
     def compile_offline(variant, arch):
         raise CompileError("no such type")
