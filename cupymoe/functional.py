@@ -198,14 +198,27 @@ def fused_experts(
         check_global_num_experts(global_num_experts, down_proj.shape[0])
     if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
         top_k_weights = top_k_weights.to(work)
-    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    settings = (member.value, "plain", numerics, global_num_experts, backend)
     if out is not None:
+        tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
         check_out(out, *tensors)
+        settings = (member.value, "plain", numerics, global_num_experts, backend)
         torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *_NOT_SERVED, *settings, out)
         return out
-    op = torch.ops.cupymoe.fused_experts.default
-    output: torch.Tensor = ops.dispatch(op, *tensors, *_NO_ADAPTERS, *_NOT_SERVED, *settings)
+    output: torch.Tensor = ops.dispatch(
+        torch.ops.cupymoe.fused_experts.default,
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        *_NO_ADAPTERS,
+        *_NOT_SERVED,
+        member.value,
+        "plain",
+        numerics,
+        global_num_experts,
+        backend,
+    )
     return output
 
 

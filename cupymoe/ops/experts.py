@@ -91,8 +91,9 @@ def _contiguous(
 
 def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
     tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters = tensors
+    hidden_states, gate_up_proj, down_proj, top_k_index = arguments[:4]
     activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
+    adapters = tensors[5:] if tensors[5] is not None or tensors[7] is not None else ()
     call = experts_call(
         hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts, out
     )
