@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_wheel_works_from_an_empty_folder(wheel, tmp_path):
         [sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == [cuda_sources.sha256(), "True"]
+
+
+def test_what_pytest_benchmark_says_under_xdist_is_no_error():
+    """It warns outside of every test, where an error of pytest's own configuration ends the whole run."""
+    with warnings.catch_warnings(record=True) as caught:  # under the filters of pyproject.toml
+        warnings.warn("Benchmarks are automatically disabled because xdist plugin is active.Benchmarks", stacklevel=1)
+    assert caught == []
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", stacklevel=1)
