@@ -18,7 +18,7 @@ from torch.nn.functional import grouped_mm
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsTensors
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
 from cupymoe.gradients import activation_backward
 
 
@@ -30,6 +30,9 @@ class ExpertRows(ABC):
 
     slot_of_pair: torch.Tensor
     """``[T, K]`` row of each pair; -1: masked."""
+
+    @abstractmethod
+    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None: ...
 
     @abstractmethod
     def gather(self, states: torch.Tensor) -> torch.Tensor:
@@ -258,3 +261,19 @@ def backward(
     if of_states:
         grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
     return tuple(grads.get(name) for name in DIFFERENTIABLE)
+
+
+class RowsBackend:
+    """A backend that computes both directions on rows in expert order; what it serves is its own to say."""
+
+    rows: type[ExpertRows]
+
+    def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See :class:`cupymoe.backends.Backend`."""
+        return forward(self.rows(tensors.top_k_index, call.num_experts), tensors, call.activation, out)
+
+    def backward(
+        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """See :class:`cupymoe.backends.Backend`."""
+        return backward(self.rows(tensors.top_k_index, call.num_experts), tensors, call.activation, grad, needed)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, expert_rows, row_packs_reason
-from cupymoe.backends.expert_rows import GroupedRows
+from cupymoe.backends import Direction, ExpertsCall, row_packs_reason
+from cupymoe.backends.expert_rows import GroupedRows, RowsBackend
 from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.arch import Arch
 
 
-class GroupedBackend:
+class GroupedBackend(RowsBackend):
     """Six launches (seven above 1024 pairs) without adapters, no host sync, any number of tokens.
 
     The grouped GEMM rounds gate_up to bfloat16, so the intermediate is rounded twice.
     """
 
     name = "grouped"
+    rows = GroupedRows
     is_slow = False
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
@@ -40,15 +39,3 @@ class GroupedBackend:
     def way(self, call: ExpertsCall) -> str:
         """See :class:`cupymoe.backends.Backend`."""
         return "torch's grouped GEMM"
-
-    def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`cupymoe.backends.Backend`."""
-        rows = GroupedRows(tensors.top_k_index, call.num_experts)
-        return expert_rows.forward(rows, tensors, call.activation, out)
-
-    def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
-    ) -> tuple[torch.Tensor | None, ...]:
-        """See :class:`cupymoe.backends.Backend`."""
-        rows = GroupedRows(tensors.top_k_index, call.num_experts)
-        return expert_rows.backward(rows, tensors, call.activation, grad, needed)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe import gradients, reference
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, expert_rows
-from cupymoe.backends.expert_rows import LoopRows
+from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors
+from cupymoe.backends.expert_rows import LoopRows, RowsBackend
 
 
-class ReferenceBackend:
+class ReferenceBackend(RowsBackend):
     """Plain torch, one expert after the other, and so with gradients of gradients."""
 
     name = "reference"
+    rows = LoopRows
     is_slow = True
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
@@ -28,7 +29,7 @@ class ReferenceBackend:
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapters:
-            return expert_rows.forward(LoopRows(tensors.top_k_index, call.num_experts), tensors, call.activation, out)
+            return super().forward(call, tensors, out)
         output = reference.experts(*tensors[:5], call.activation)
         return output.to(call.dtype) if out is None else out.copy_(output)
 
@@ -37,8 +38,7 @@ class ReferenceBackend:
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapters:
-            rows = LoopRows(tensors.top_k_index, call.num_experts)
-            return expert_rows.backward(rows, tensors, call.activation, grad, needed)
+            return super().backward(call, tensors, grad, needed)
         of_states, of_up, of_down, of_weights = needed[:4]
         grads = gradients.experts_backward(
             grad, *tensors[:5], call.activation, (of_states, of_up, of_down, False, of_weights)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, expert_rows
-from cupymoe.backends.expert_rows import SimtRows
+from cupymoe.backends import Direction, ExpertsCall
+from cupymoe.backends.expert_rows import RowsBackend, SimtRows
 from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.dtypes import SCALARS
 
 
-class SimtBackend:
+class SimtBackend(RowsBackend):
     """Six launches (seven above 1024 pairs) and one to round, no host sync, any alignment and any sizes.
 
     Everything between the weights and the output is float32, which is rounded once: as the reference.
     """
 
     name = "simt"
+    rows = SimtRows
     is_slow = True
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
@@ -35,15 +32,3 @@ class SimtBackend:
     def way(self, call: ExpertsCall) -> str:
         """See :class:`cupymoe.backends.Backend`."""
         return "products on the CUDA cores"
-
-    def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`cupymoe.backends.Backend`."""
-        rows = SimtRows(tensors.top_k_index, call.num_experts)
-        return expert_rows.forward(rows, tensors, call.activation, out)
-
-    def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
-    ) -> tuple[torch.Tensor | None, ...]:
-        """See :class:`cupymoe.backends.Backend`."""
-        rows = SimtRows(tensors.top_k_index, call.num_experts)
-        return expert_rows.backward(rows, tensors, call.activation, grad, needed)
