@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
+from cupymoe.config import experts_per_token
 from cupymoe.integrations import are_experts_set_to_cupymoe
 from cupymoe.modules import Gemma4Experts
 
@@ -98,15 +99,13 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, Experts
 
         name, activation = "auto", served_activation(experts)
     weights = experts.gate_up_proj, experts.down_proj
-    config = experts.config
-    top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
     num_experts, hidden_size, intermediate_size = weights[1].shape
     return name, ExpertsCall(
         device=weights[0].device,
         dtype=weights[0].dtype,
         activation=activation,
         num_tokens=tokens,
-        top_k=top_k,
+        top_k=experts_per_token(experts.config),
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cupymoe.backends.fused import stream_reason, takes_tiles
-from cupymoe.config import Gemma4MoEConfig
+from cupymoe.config import Gemma4MoEConfig, experts_per_token
 from cupymoe.customisation import hooks_of
 from cupymoe.integrations import are_experts_set_to_cupymoe
 from cupymoe.kernels.expert_stream import regime
@@ -255,8 +255,7 @@ def _first(part: Any) -> torch.Tensor:
 
 def _sizes(part: Any) -> tuple[int, int, int, int]:
     """Experts, experts of a token, hidden and intermediate size; of the parameters, which may have been pruned."""
-    config = part.config
-    top_k = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
+    config, top_k = part.config, experts_per_token(part.config)
     if isinstance(part, Gemma4Router):
         return len(part.per_expert_scale), top_k, len(part.scale), config.moe_intermediate_size
     num_experts, hidden_size, intermediate_size = part.down_proj.shape

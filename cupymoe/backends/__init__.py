@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.load import Load
 
 _log = logging.getLogger("cupymoe")
@@ -100,6 +101,15 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients with respect to :data:`DIFFERENTIABLE`, from that of the output, ``[T, H]``; None where not
         ``needed``, and then not computed."""
+
+
+def ampere_reason(call: ExpertsCall) -> str | None:
+    """Why the device of a call is none of Ampere's architecture or a newer one; None if it is."""
+    if call.device.type != "cuda":
+        return f"it runs on CUDA devices of compute capability 8.0 or newer, not on {call.device.type}"
+    if Arch.of(call.device).capability < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
 
 
 def row_packs_reason(call: ExpertsCall) -> str | None:

@@ -244,6 +244,7 @@ def backward(
     grads: dict[str, torch.Tensor | None] = {}
     if of_weights or of_down or any(of_adapters[2:]):
         intermediate = rows.activate(gate_up, activation)
+    if of_down or any(of_adapters[2:]):
         weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
         grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
             grad_output, weighted, (of_down, *of_adapters[2:])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cupymoe.backends import Direction, ExpertsCall, row_packs_reason
+from cupymoe.backends import Direction, ExpertsCall, ampere_reason, row_packs_reason
 from cupymoe.backends.expert_rows import GroupedRows, RowsBackend
 from cupymoe.kernels import sort_by_expert
-from cupymoe.kernels.arch import Arch
 
 
 class GroupedBackend(RowsBackend):
@@ -22,10 +21,8 @@ class GroupedBackend(RowsBackend):
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What torch's grouped GEMM and the sort can't do, in either direction."""
-        if call.device.type != "cuda":
-            return f"it runs on CUDA devices of compute capability 8.0 or newer, not on {call.device.type}"
-        if Arch.of(call.device).capability < (8, 0):
-            return "it needs compute capability 8.0 or newer"
+        if (reason := ampere_reason(call)) is not None:
+            return reason
         if call.dtype != torch.bfloat16:
             return f"torch's grouped GEMM runs without a host sync in bfloat16 only, not in {call.dtype}"
         if (reason := row_packs_reason(call)) is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from cupymoe.backends import Direction, ExpertsCall
+from cupymoe.backends import Direction, ExpertsCall, ampere_reason
 from cupymoe.backends.expert_rows import RowsBackend, SimtRows
 from cupymoe.kernels import sort_by_expert
-from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.dtypes import SCALARS
 
 
@@ -21,10 +20,8 @@ class SimtBackend(RowsBackend):
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What the kernels' dtypes and the sort can't do, in either direction."""
-        if call.device.type != "cuda":
-            return f"it runs on CUDA devices of compute capability 8.0 or newer, not on {call.device.type}"
-        if Arch.of(call.device).capability < (8, 0):
-            return "it needs compute capability 8.0 or newer"
+        if (reason := ampere_reason(call)) is not None:
+            return reason
         if call.dtype not in SCALARS:
             return f"its kernels take bfloat16, float16 and float32, not {call.dtype}"
         return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)

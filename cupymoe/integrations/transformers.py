@@ -20,6 +20,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
+from cupymoe.parameters import DTYPES
 
 _GELU_TANH_CLASSES = (
     activations.GELUTanh,
@@ -67,8 +68,6 @@ _ALL_PROPERTIES = _properties(use_experts_implementation)
 # Models have different names for the number of their experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 def activation_of(experts: Any) -> MoEActivation:
     """The member that an experts module's own ``act_fn`` is; the config's name for it is not read.
@@ -76,7 +75,7 @@ def activation_of(experts: Any) -> MoEActivation:
     Raises:
         ValueError: no member computes that function, or hooks or another forward make something else of it.
     """
-    given, name = experts.act_fn, f"{type(experts).__name__}.act_fn"
+    given = experts.act_fn
     cls = type(given)
     member = _ACTIVATIONS.get(cls) if isinstance(given, nn.Module) else _FUNCTIONS.get(given)
     if member is None:
@@ -87,8 +86,8 @@ def activation_of(experts: Any) -> MoEActivation:
         raise ValueError(f"cupymoe has no activation like {shown} of {type(experts).__name__}; it has {known}")
     if isinstance(given, nn.Module) and (reason := _changed(given)) is not None:
         raise ValueError(
-            f"{name} {reason}, which cupymoe would pass over, since it computes the activation inside its kernels: "
-            'take that away, or set experts_implementation="grouped_mm"'
+            f"{type(experts).__name__}.act_fn {reason}, which cupymoe would pass over, since it computes the "
+            'activation inside its kernels: take that away, or set experts_implementation="grouped_mm"'
         )
     return member
 
@@ -134,8 +133,8 @@ def _weights_of(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
             raise ValueError(reason)
     weights = experts.gate_up_proj, experts.down_proj
     for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True):
-        if weight.dtype not in _DTYPES:
-            raise ValueError(f"its weights are {weight.dtype}, not one of {_DTYPES}")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"its weights are {weight.dtype}, not one of {DTYPES}")
         if is_wrapper(type(weight)):
             raise ValueError(f"its {name} is a {type(weight).__name__}, not a plain tensor")
     if not _is_default_gate(type(experts)._apply_gate) or "_apply_gate" in vars(experts):
