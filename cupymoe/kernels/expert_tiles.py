@@ -15,6 +15,8 @@ from cupymoe.kernels.load import Load
 THREADS = 384
 BLOCK_K = 64
 """Elements of k in a stage: rows of 128 bytes."""
+BOX_COLUMNS = 64
+"""Columns of a transposed weight that the copy engine brings together: 128 bytes."""
 
 _UNIT_SLOTS = 128
 _ROW_BYTES = 128
@@ -70,14 +72,17 @@ class Tiling:
 
 
 @functools.cache
-def tiling(blocks: int, products: int, rows: int, num_experts: int) -> Tiling:
-    """Tiles for ``rows`` weight rows of each expert: the width that pads least, and as many stages as fit."""
+def tiling(blocks: int, products: int, rows: int, num_experts: int, box_rows: int = 16) -> Tiling:
+    """Tiles for ``rows`` weight rows of each expert: the width that pads least, and as many stages as fit.
+
+    A width is a multiple of ``box_rows``, which are what the copy engine brings together.
+    """
 
     def cost(block_n: int) -> float:
         tile_rows = blocks * block_n
         return -(-rows // tile_rows) * tile_rows * _ROW_COSTS[block_n]
 
-    block_n = min(_WIDTHS[products], key=cost)
+    block_n = min((width for width in _WIDTHS[products] if width % box_rows == 0), key=cost)
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
     stages = (HOPPER.shared_bytes_of_block - tile_bytes - 16) // (stage_bytes + 16)
@@ -95,16 +100,34 @@ class TileShape:
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    gate_up_transposed: bool = False
+    """Whether gate_up_proj is ``[E, H, 2 I]`` in memory, and not ``[E, 2 I, H]``."""
+    down_transposed: bool = False
+    """Whether down_proj is ``[E, I, H]`` in memory, and not ``[E, H, I]``."""
+    has_gate_up_bias: bool = False
+    has_down_bias: bool = False
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Weight rows of an expert's gate_up projection."""
+        return self.activation.input_size(self.intermediate_size)
+
+    @property
+    def gate_up_halves(self) -> int:
+        """2 where all gate rows come before all up rows, else 1."""
+        return 2 if self.activation.is_gated and not self.activation.is_interleaved else 1
 
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        return tiling(self.blocks, self.products, 2 * self.intermediate_size, self.num_experts)
+        box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
+        return tiling(self.blocks, self.products, self.gate_up_rows, self.num_experts, box_rows)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
-        return tiling(self.blocks, self.products, self.hidden_size, self.num_experts)
+        box_rows = BOX_COLUMNS if self.down_transposed else 16
+        return tiling(self.blocks, self.products, self.hidden_size, self.num_experts, box_rows)
 
     def defines(self) -> tuple[str, ...]:
         """The macros that both GEMMs share."""
@@ -117,6 +140,22 @@ class TileShape:
 
 
 tile_shape_of = functools.cache(TileShape)
+
+
+def transposed_boxes(
+    num_experts: int, depth: int, rows: int, halves: int, itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes, strides and box of the map of a transposed weight, ``[E, depth, rows]`` in memory.
+
+    A box is ``BLOCK_K`` of the depth and 64 rows, which are columns in memory; of two halves, the same 64 of each.
+    """
+    expert = depth * rows * itemsize
+    half = rows // halves
+    return (
+        (half, depth, halves, 1, num_experts),
+        (rows * itemsize, half * itemsize, expert, expert),
+        (BOX_COLUMNS, BLOCK_K, halves, 1, 1),
+    )
 
 
 def grid(tiling: Tiling, device: int) -> tuple[int, int]:
