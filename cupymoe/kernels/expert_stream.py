@@ -13,7 +13,7 @@ from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.load import Load
 
 MAX_PAIRS = 8192
-MAX_EXPERTS = 240
+MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
 # Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
