@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restrict__ pair_of_slot,
              int* __restrict__ slot_of_pair, int* __restrict__ num_chunks, u64 num_pairs) {
     extern __shared__ u32 counters[];
-    u32(*counts)[NUM_EXPERTS] = reinterpret_cast<u32(*)[NUM_EXPERTS]>(counters);  // then the next slot of each warp and expert
+    // Counts, and later the next slot of each warp and expert.
+    u32(*counts)[NUM_EXPERTS] = reinterpret_cast<u32(*)[NUM_EXPERTS]>(counters);
     __shared__ u32 warp_sums[2][WARPS];
     __shared__ unsigned short pairs[BLOCK_THREADS * PAIRS_PER_LANE];  // by slot; scattered here, then written in a row
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
