@@ -14,8 +14,22 @@
     !defined(ROWS_IN_FLIGHT) || !defined(OLD_CHOICES) || !defined(BLOCK_THREADS)
 #error "define SCALAR, SLOT_SCALAR, COLS, VEC, TOP_K, ROWS_IN_FLIGHT, OLD_CHOICES and BLOCK_THREADS"
 #endif
-#define FIRST_CHOICES (OLD_CHOICES ? ROWS_IN_FLIGHT : 0)  // loaded before the wait
-static_assert(FIRST_CHOICES <= TOP_K, "ROWS_IN_FLIGHT");
+#define CHOICES (TOP_K < 8 ? TOP_K : 8)  // loaded together
+static_assert(ROWS_IN_FLIGHT <= CHOICES, "ROWS_IN_FLIGHT");
+
+// The slots and weights of up to CHOICES of a token's experts, from the first-th on.
+struct Choices {
+    int slots[CHOICES];
+    float weights[CHOICES];
+
+    __device__ __forceinline__ void load(const int* slot_of_pair, const float* top_k_weights, int first) {
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++) {
+            slots[i] = -1;
+            if (first + i < TOP_K) slots[i] = load_from_l2(slot_of_pair + first + i), weights[i] = load_from_l2(top_k_weights + first + i);
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 combine(const SLOT_SCALAR* expert_output, const int* slot_of_pair, const float* __restrict__ top_k_weights,
@@ -23,10 +37,8 @@ combine(const SLOT_SCALAR* expert_output, const int* slot_of_pair, const float* 
     u64 token = blockIdx.x;
     u32 col = (blockIdx.y * BLOCK_THREADS + threadIdx.x) * VEC;
     slot_of_pair += token * TOP_K, top_k_weights += token * TOP_K;
-    int slots[ROWS_IN_FLIGHT];
-    float weights[ROWS_IN_FLIGHT];
-#pragma unroll
-    for (int k = 0; k < FIRST_CHOICES; k++) slots[k] = load_from_l2(slot_of_pair + k), weights[k] = load_from_l2(top_k_weights + k);
+    Choices choices;
+    if (OLD_CHOICES) choices.load(slot_of_pair, top_k_weights, 0);
     wait_for_previous_grid();
     release_next_grid();
     if (col >= COLS) return;
@@ -34,21 +46,24 @@ combine(const SLOT_SCALAR* expert_output, const int* slot_of_pair, const float* 
     // All rows of a group are loaded before one is added: more of them hide latency where blocks are few, and cost occupancy,
     // so bandwidth, where they are many.
     float sums[VEC] = {};
-    Pack<SLOT_SCALAR, VEC> rows[ROWS_IN_FLIGHT];
 #pragma unroll
-    for (int first = 0; first < TOP_K; first += ROWS_IN_FLIGHT) {
+    for (int first = 0; first < TOP_K; first += CHOICES) {
+        if (!OLD_CHOICES || first > 0) choices.load(slot_of_pair, top_k_weights, first);
 #pragma unroll
-        for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
-            int k = first + i;
-            if (k >= FIRST_CHOICES) slots[i] = k < TOP_K ? slot_of_pair[k] : -1;
-            if (slots[i] >= 0) rows[i] = load_pack<SLOT_SCALAR, VEC>(expert_output + (u64)slots[i] * COLS + col);
-        }
+        for (int group = 0; group < CHOICES; group += ROWS_IN_FLIGHT) {
+            Pack<SLOT_SCALAR, VEC> rows[ROWS_IN_FLIGHT];
 #pragma unroll
-        for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
-            if (slots[i] < 0) continue;
-            float weight = first + i < FIRST_CHOICES ? weights[i] : top_k_weights[first + i];
+            for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
+                if (group + i < CHOICES && choices.slots[group + i] >= 0) {
+                    rows[i] = load_pack<SLOT_SCALAR, VEC>(expert_output + (u64)choices.slots[group + i] * COLS + col);
+                }
+            }
 #pragma unroll
-            for (int v = 0; v < VEC; v++) sums[v] = fma_rn(weight, to_float(rows[i].values[v]), sums[v]);
+            for (int i = 0; i < ROWS_IN_FLIGHT; i++) {
+                if (group + i >= CHOICES || choices.slots[group + i] < 0) continue;
+#pragma unroll
+                for (int v = 0; v < VEC; v++) sums[v] = fma_rn(choices.weights[group + i], to_float(rows[i].values[v]), sums[v]);
+            }
         }
     }
     Pack<SCALAR, VEC> rounded;

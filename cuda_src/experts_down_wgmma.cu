@@ -1,41 +1,65 @@
 // experts_down_wgmma: the down projection of every slot's intermediate row, not yet weighted; companion of experts_up_wgmma.cu.
 //
-// Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py)
+// Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py);
+//                         TRANSPOSED: of [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
 //        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, written by the grid before this one
 //        expert_offsets   [NUM_EXPERTS + 1] i32
 //        ticket           u32                      0; counts the tiles that are taken after each cluster's first
+//        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
 // Writes expert_output    [slots, HIDDEN] SCALAR
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
-// Needs  HIDDEN % 16 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
+// Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
 // Maths  fp32 sums over ascending k, rounded to SCALAR.
 // Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
 #include "common/dtypes.cuh"
 
-#if !defined(SCALAR) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
+#if !defined(SCALAR) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || \
+    !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || \
+    !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, \
+BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
-#include "common/expert_tiles.cuh"
+#include "common/store_pairs.cuh"
 
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN;
     static constexpr bool kDenseTokens = true;
+    static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const TensorMap& token_map;
     scalar_t* expert_output;
+    const scalar_t* bias;
 
     __device__ __forceinline__ void prefetch_rows(int, int) const {}
 
     // The map is {k, 2 rows, every 4th such pair, the 2nd of a pair of pairs, sixteens of rows over all experts}: it orders
-    // sixteen rows so that a lane's sums of two products' columns are 4 neighbours.
-    static __device__ __forceinline__ int third_coordinate(const Tile&, u32) { return 0; }
-
-    static __device__ __forceinline__ int fourth_coordinate(const Tile& tile, u32 rank) {
-        return tile.expert * (HIDDEN / 16) + (tile.column * BLOCKS + rank) * (BLOCK_N / 16);
+    // sixteen rows so that a lane's sums of two products' columns are 4 neighbours. TRANSPOSED: {row, k, 1, 1, expert}.
+    static __device__ __forceinline__ BoxStart box_start(int expert, u32 part, int box, int k) {
+        if (TRANSPOSED) return {(int)part * BLOCK_N + box * 64, k, 0, expert};
+        return {k, 0, 0, expert * (HIDDEN / 16) + (int)part * (BLOCK_N / 16)};
     }
 
-    // Columns [part * BLOCK_N, ...) of rows slot and slot + 8. Two lanes swap, so that each stores 8 neighbours.
+    // The weight row that is row 8 * eight + place of a part.
+    static __device__ __forceinline__ u32 weight_row(u32 part, u32 eight, u32 place) {
+        if (TRANSPOSED) return part * BLOCK_N + eight * 8 + place;
+        return part * BLOCK_N + eight / 2 * 16 + place / 2 * 4 + eight % 2 * 2 + place % 2;
+    }
+
+    // Columns [part * BLOCK_N, ...) of rows slot and slot + 8.
     __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
+        if constexpr (TRANSPOSED) {
+            store_pairs<HIDDEN, BLOCK_N / 8, 1>(expert_output, tile, slot, part * BLOCK_N, [&](int eight, int half) {
+                const float* columns = sums + 4 * eight + 2 * half;
+                Pack<scalar_t, 2> outputs = {from_float<scalar_t>(columns[0]), from_float<scalar_t>(columns[1])};
+                return *reinterpret_cast<u32*>(&outputs);
+            });
+        } else {
+            store_fours(tile, slot, part, sums);
+        }
+    }
+
+    // The same of the map's order, where a lane has 4 neighbours. Two lanes swap, so that each stores 8.
+    __device__ __forceinline__ void store_fours(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
         constexpr bool kWholeTiles = kRows % TILE_ROWS == 0;
         u32 quad = threadIdx.x % 4;
         bool odd = quad % 2;
@@ -75,6 +99,6 @@ struct DownGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
-                   const int* expert_offsets, u32* ticket, scalar_t* expert_output) {
-    multiply_experts(DownGemm{intermediate_map, expert_output}, down_map, Schedule{expert_offsets, ticket});
+                   const int* expert_offsets, u32* ticket, scalar_t* expert_output, const scalar_t* bias) {
+    multiply_experts(DownGemm{intermediate_map, expert_output, bias}, down_map, Schedule{expert_offsets, ticket});
 }

@@ -1,31 +1,43 @@
 // experts_up_wgmma: act(x W_gate^T) * (x W_up^T) for every slot; for thousands of tokens, at the speed of the tensor cores.
 //
-// Reads  gate_up_map    TensorMap of gate_up_proj [NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN] SCALAR (kernels/experts_up_wgmma.py)
+// Reads  gate_up_map    TensorMap of gate_up_proj [NUM_EXPERTS, kRows, HIDDEN] SCALAR (kernels/experts_up_wgmma.py);
+//                       TRANSPOSED: of [NUM_EXPERTS, HIDDEN, kRows]. Rows: first all of gate, then all of up; INTERLEAVED: gate
+//                       and up in turn; not GATED: INTERMEDIATE rows and no up
 //        hidden_states  [T, HIDDEN] SCALAR
 //        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
 //        ticket         u32                      0; counts the tiles that are taken after each cluster's first
+//        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
 // Maths  fp32 sums over ascending k; activation in fp32; one rounding at the store.
-// Why    The map takes gate rows and up rows in turn, 8 of each, so both sums of a column lie in one thread and the activation
-//        costs no exchange. Tokens are gathered on their way into shared memory: a copy in expert order would cost 11% of the
-//        whole call at 16384 tokens.
+// Why    Gate and up of a column are sums of the same thread, so the activation costs no exchange: the map takes gate rows and
+//        up rows in turn, 8 of each. Of transposed weights it brings 64 gate columns and then the 64 up columns; interleaved
+//        ones are neighbours in memory already. Tokens are gathered on their way into shared memory: a copy in expert order
+//        would cost 11% of the whole call at 16384 tokens.
 #include "common/activations.cuh"
 
-#if !defined(SCALAR) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, ACTIVATION, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
+#if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) ||          \
+    !defined(HAS_BIAS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || \
+    !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, \
+BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
-#include "common/expert_tiles.cuh"
+#include "common/store_pairs.cuh"
 
 struct UpGemm {
-    static constexpr u32 kDepth = HIDDEN, kRows = 2 * INTERMEDIATE;
+    static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE;
     static constexpr bool kDenseTokens = false;
+    static constexpr u32 kColumns = BLOCK_N / (GATED ? 2 : 1);  // of the intermediate, that a part is for
+    // Boxes of transposed weights are 64 columns, or with two halves side by side twice that.
+    static constexpr bool kHalves = GATED && !INTERLEAVED;
+    static constexpr int kBoxes = !TRANSPOSED ? 1 : BLOCK_N / (kHalves ? 128 : 64);
+    static_assert(!(TRANSPOSED && kHalves) || BLOCK_N == 128, "a part is one box of both halves");
     const scalar_t* tokens;
     const int* token_of_slot;
     scalar_t* intermediate;
+    const scalar_t* bias;
 
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
@@ -35,46 +47,51 @@ struct UpGemm {
         if (slot < slots + 31) asm volatile("prefetch.global.L1 [%0];" ::"l"(token_of_slot + first_slot + min(slot, slots - 1)));
     }
 
-    // The map is {k, 8 rows, gate or up, eights of rows, expert}.
-    static __device__ __forceinline__ int third_coordinate(const Tile& tile, u32 rank) { return (tile.column * BLOCKS + rank) * (BLOCK_N / 16); }
+    // The map is {k, 8 rows, gate or up, eights of rows, expert}, without up {k, 8 rows, 1, eights of rows, expert};
+    // TRANSPOSED: {row, k, gate or up, 1, expert}, where they are not halves {row, k, 1, 1, expert}.
+    static __device__ __forceinline__ BoxStart box_start(int expert, u32 part, int box, int k) {
+        if (TRANSPOSED) return {(int)(part * (kHalves ? kColumns : BLOCK_N)) + box * 64, k, 0, expert};
+        return {k, 0, (int)part * (int)(kColumns / 8), expert};
+    }
 
-    static __device__ __forceinline__ int fourth_coordinate(const Tile& tile, u32) { return tile.expert; }
+    // The weight row that is row 8 * eight + place of a part; past the last column any.
+    static __device__ __forceinline__ u32 weight_row(u32 part, u32 eight, u32 place) {
+        if (!GATED || (TRANSPOSED && INTERLEAVED)) return part * BLOCK_N + eight * 8 + place;
+        u32 eights = TRANSPOSED ? BLOCK_N / 16 : 1, up = eight / eights % 2;  // so many of gate before as many of up
+        u32 column = part * kColumns + (TRANSPOSED ? eight % eights : eight / 2) * 8 + place;
+        return INTERLEAVED ? column * 2 + up : column + up * INTERMEDIATE;
+    }
 
-    // Columns [part * BLOCK_N / 2, ...) of rows slot and slot + 8. Two lanes swap, so that each stores 4 neighbours.
+    // Columns [part * kColumns, ...) of rows slot and slot + 8.
     __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
-        constexpr bool kWholeTiles = kRows % TILE_ROWS == 0;
-        u32 quad = threadIdx.x % 4;
-        bool odd = quad % 2;
-        // The lane's place among the columns of two eights, and how many are left from there on.
-        int first = part * (BLOCK_N / 2) + odd * 8 + quad / 2 * 4, left = INTERMEDIATE - first;
-        scalar_t* to = intermediate + (u64)(tile.first_slot + slot) * INTERMEDIATE + first;
-#pragma unroll
-        for (int half = 0; half < 2; half++, to += 8 * INTERMEDIATE) {
-            bool wanted = slot + half * 8 < tile.slots;
-#pragma unroll
-            for (int eight = 0; eight < BLOCK_N / 16; eight += 2) {
-                bool inside = wanted && (kWholeTiles || eight * 8 < left);
-                u32 own = activated(sums, eight, half);
-                if (eight + 1 == BLOCK_N / 16) {
-                    scalar_t* alone = to + eight * 8 - odd * 6;
-                    if (wanted && (kWholeTiles || eight * 8 - odd * 6 < left)) *reinterpret_cast<u32*>(alone) = own;
-                    break;
-                }
-                u32 next = activated(sums, eight + 1, half);
-                u32 got = __shfl_xor_sync(FULL_WARP, odd ? own : next, 1);
-                Pack<u32, 2> both = odd ? Pack<u32, 2>{got, next} : Pack<u32, 2>{own, got};
-                if (inside) store_pack(reinterpret_cast<u32*>(to + eight * 8), both);
-            }
-        }
+        constexpr int kPartner = TRANSPOSED && INTERLEAVED ? 2 : 1;
+        store_pairs<INTERMEDIATE, kColumns / 8, kPartner>(intermediate, tile, slot, part * kColumns,
+                                                          [&](int eight, int half) { return activated(sums, eight, half); });
     }
 
     // Two neighbouring columns of a row, as one word.
     static __device__ __forceinline__ u32 activated(const float (&sums)[SUMS], int eight, int half) {
         Pack<scalar_t, 2> outputs;
+        if (!GATED) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float* gate = sums + 8 * eight + 2 * half + i;
-            outputs.values[i] = from_float<scalar_t>(activate<ACTIVATION, false>(gate[0], gate[4]));
+            for (int i = 0; i < 2; i++) {
+                outputs.values[i] = from_float<scalar_t>(activate<ACTIVATION, false>(sums[4 * eight + 2 * half + i], 1.0f));
+            }
+        } else if (TRANSPOSED && INTERLEAVED) {
+            // The lane has columns quad and 4 + quad of the eight, its neighbour those beside them.
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float* gate = sums + 8 * eight + 4 * i + 2 * half;
+                outputs.values[i] = from_float<scalar_t>(activate<ACTIVATION, false>(gate[0], gate[1]));
+            }
+            u32 own = *reinterpret_cast<u32*>(&outputs), got = __shfl_xor_sync(FULL_WARP, own, 1);
+            return threadIdx.x % 2 ? __byte_perm(got, own, 0x7632) : __byte_perm(own, got, 0x5410);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float* gate = sums + (TRANSPOSED ? 4 : 8) * eight + 2 * half + i;
+                outputs.values[i] = from_float<scalar_t>(activate<ACTIVATION, false>(gate[0], gate[TRANSPOSED ? BLOCK_N / 4 : 4]));
+            }
         }
         return *reinterpret_cast<u32*>(&outputs);
     }
@@ -82,6 +99,6 @@ struct UpGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, const scalar_t* hidden_states, const int* expert_offsets,
-                 const int* token_of_slot, u32* ticket, scalar_t* intermediate) {
-    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate}, gate_up_map, Schedule{expert_offsets, ticket});
+                 const int* token_of_slot, u32* ticket, scalar_t* intermediate, const scalar_t* bias) {
+    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate, bias}, gate_up_map, Schedule{expert_offsets, ticket});
 }

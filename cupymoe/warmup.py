@@ -30,7 +30,7 @@ def _way(num_tokens: int, num_experts: int, top_k: int, hidden_size: int, interm
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     load = Load.of(num_tokens, top_k, num_experts)
     if takes_tiles(load, hidden_size):
-        return *cut(load), block_of(load.num_pairs, num_experts)
+        return *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
     if stream_reason(load) is not None:
         return ()  # another backend's
     chosen = regime(load, intermediate_size)

@@ -74,7 +74,7 @@ def shared_cases(counts=NUM_TOKENS, **sizes):
 def test_the_numbers_of_tokens_reach_every_kernel():
     num_experts, top_k = SIZES["num_experts"], SIZES["top_k"]
     loads = [Load.of(count, top_k, num_experts) for count in NUM_TOKENS]
-    assert {cut(load) for load in loads if prefers_tiles(load)} == {*CUTS}
+    assert {cut(load, 56) for load in loads if prefers_tiles(load)} == {*CUTS}
     every_regime = {regime(Load.of(count, 1, 1), 56) for count in range(1, 2000)}
     streamed = [Load.of(count, 3, 11) for count in STREAMED]
     assert {regime(load, 56) for load in streamed} == every_regime

@@ -134,7 +134,7 @@ def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, in
         if stream and tiles:
             compiled = ()
         elif tiles is None and (stream or prefers_tiles(load)):
-            compiled = cut(load), block_of(load.num_pairs, num_experts)
+            compiled = cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
         else:
             its = regime(load, intermediate_size)
             compiled = its, not its.inline_pairs and pairs_per_lane(load.num_pairs)
@@ -150,7 +150,7 @@ def test_numbers_of_tokens_up_to_32768():
 def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
     loads = [Load.of(count, 8, 128) for count in NUM_TOKENS]
     assert len({regime(load, 704) for load in loads if not prefers_tiles(load)}) == 4
-    assert {cut(load) for load in loads if prefers_tiles(load)} == {*CUTS}
+    assert {cut(load, 704) for load in loads if prefers_tiles(load)} == {*CUTS}
 
 
 def test_the_numbers_are_the_model_s_own(monkeypatch):

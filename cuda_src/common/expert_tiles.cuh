@@ -20,9 +20,13 @@
 //        weights go first: each is wanted once, and what the next grid reads stays. From there to TOKENS_KEPT_BELOW tokens
 //        stay: other experts want them again. Each is 1 to 2% of a call there, and both together less than either.
 //
+// Part   A block's part of a tile's weights is BLOCK_N rows. They come in the order in which the tensor map brings them, in one
+//        box or, where the weight is TRANSPOSED ([k, rows] for each expert), in boxes of 64 columns.
+// Bias   Where there is one, it is added to the sums of a tile: each element is loaded once, whatever the number of products.
+//
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
-// where a slot's token row is, where the map has a block's part of a tile's weights, and store(), which gets the sums of 16 slots
-// a warp.
+// where a slot's token row is, kBoxes and box_start() of a part, weight_row(), which says what the map brings where, bias, and
+// store(), which gets the sums of 16 slots a warp.
 #pragma once
 #include "cluster.cuh"
 #include "ring.cuh"
@@ -218,8 +222,12 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
     auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
         u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
         arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
-        copy_box_to_blocks<BLOCKS>(pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), weights, step * BLOCK_K,
-                                   gemm.third_coordinate(tile, rank), gemm.fourth_coordinate(tile, rank), pipeline.filled(stage), weights_policy);
+        u32 to = pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), part = tile.column * BLOCKS + rank;
+#pragma unroll
+        for (int box = 0; box < Gemm::kBoxes; box++, to += BLOCK_N * ROW_BYTES / Gemm::kBoxes) {
+            BoxStart start = gemm.box_start(tile.expert, part, box, step * BLOCK_K);
+            copy_box_to_blocks<BLOCKS>(to, weights, start, pipeline.filled(stage), weights_policy);
+        }
     };
     u32 ticket = 0;
     if (scheduler) {
@@ -272,6 +280,32 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
 
 typedef float TileSums[PRODUCTS][SUMS];
 
+// Brings the biases of a tile near while it is multiplied. Whole warps.
+template <class Gemm> __device__ __forceinline__ void prefetch_bias(const Gemm& gemm, int expert, u32 part) {
+    u32 eight = threadIdx.x % 32, row = gemm.weight_row(part, eight, 0);
+    if (eight < BLOCK_N / 8 && row < Gemm::kRows) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(gemm.bias + (u64)expert * Gemm::kRows + row));
+    }
+}
+
+// Adds to every slot's sums the bias of their weight rows. Eight rows are all there or, past the last row, none of them.
+template <class Gemm> __device__ __forceinline__ void add_bias(const Gemm& gemm, TileSums& sums, int expert, u32 part) {
+    const SCALAR* bias = gemm.bias + (u64)expert * Gemm::kRows;
+#pragma unroll
+    for (int eight = 0; eight < BLOCK_N / 8; eight++) {
+        if (Gemm::kRows % TILE_ROWS != 0 && gemm.weight_row(part, eight, 0) >= Gemm::kRows) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float value = to_float(bias[gemm.weight_row(part, eight, threadIdx.x % 4 * 2 + i)]);
+#pragma unroll
+            for (int product = 0; product < PRODUCTS; product++) {
+                sums[product][4 * eight + i] += value;
+                sums[product][4 * eight + i + 2] += value;
+            }
+        }
+    }
+}
+
 // sums = kProducts times 64 slots of this warpgroup x its weight rows, over all k; a stage is free as soon as it is multiplied.
 template <int kProducts, class Gemm>
 __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pipeline, Turn& turn, u32 slot_group, u32 row_group) {
@@ -282,13 +316,14 @@ __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pi
         if (kProducts > 0) {
             if (!Gemm::kDenseTokens) order_copies_before_products();
             u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
-            u64 b = tile_descriptor(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
+            u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
             begin_products();
 #pragma unroll
             for (int k = 0; k < BLOCK_K / 16; k++) {
 #pragma unroll
                 for (int i = 0; i < kProducts; i++) {
-                    multiply_tiles(sums[i], a + k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16), b + k * 2, k > 0 || step > 0, SCALAR());
+                    multiply_tiles(sums[i], a + k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16), b + k * NEXT_16_K_OF_B,
+                                   k > 0 || step > 0, SCALAR());
                 }
             }
             commit_products();
@@ -309,10 +344,12 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
         if (tile.expert < 0) return;
         int products = ((tile.slots + 63) / 64 + SLOT_GROUPS - 1 - (int)slot_group) / SLOT_GROUPS;
         if ((tile.column * BLOCKS + row_group) * BLOCK_N >= Gemm::kRows) products = 0;
+        if (HAS_BIAS && products > 0) prefetch_bias(gemm, tile.expert, tile.column * BLOCKS + row_group);
         if (PRODUCTS == 3 && products == 3) multiply_tile<PRODUCTS, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 1) multiply_tile<1, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else multiply_tile<0, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        if (HAS_BIAS && products > 0) add_bias(gemm, sums, tile.expert, tile.column * BLOCKS + row_group);
 #pragma unroll
         for (int i = 0; i < PRODUCTS; i++) {
             if (i >= products) continue;

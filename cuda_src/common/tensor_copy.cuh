@@ -19,18 +19,23 @@ __device__ __forceinline__ void copy_box(u32 destination, const TensorMap& map, 
                  ::"r"(destination), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
-// The box at {column, 0, 0, third, fourth} of a five-dimensional tensor, into the same place of the first kBlocks blocks of the
-// cluster; its bytes arrive at the same barrier of each.
+// Where a box of a five-dimensional tensor starts, innermost first; the third coordinate is 0.
+struct BoxStart {
+    int first, second, fourth, fifth;
+};
+
+// A box, into the same place of the first kBlocks blocks of the cluster; its bytes arrive at the same barrier of each.
 template <int kBlocks>
-__device__ __forceinline__ void copy_box_to_blocks(u32 destination, const TensorMap& map, int column, int third, int fourth, u32 barrier, u64 policy) {
+__device__ __forceinline__ void copy_box_to_blocks(u32 destination, const TensorMap& map, BoxStart start, u32 barrier, u64 policy) {
     if constexpr (kBlocks == 1) {
         asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-                     "[%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7;"
-                     ::"r"(destination), "l"(&map), "r"(column), "r"(0), "r"(third), "r"(fourth), "r"(barrier), "l"(policy) : "memory");
+                     "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
+                     ::"r"(destination), "l"(&map), "r"(start.first), "r"(start.second), "r"(0), "r"(start.fourth), "r"(start.fifth),
+                       "r"(barrier), "l"(policy) : "memory");
     } else {
         asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-                     "[%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7, %8;"
-                     ::"r"(destination), "l"(&map), "r"(column), "r"(0), "r"(third), "r"(fourth), "r"(barrier),
-                       "h"((unsigned short)((1 << kBlocks) - 1)), "l"(policy) : "memory");
+                     "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;"
+                     ::"r"(destination), "l"(&map), "r"(start.first), "r"(start.second), "r"(0), "r"(start.fourth), "r"(start.fifth),
+                       "r"(barrier), "h"((unsigned short)((1 << kBlocks) - 1)), "l"(policy) : "memory");
     }
 }

@@ -63,7 +63,7 @@ class FusedBackend:
     def way(self, call: ExpertsCall) -> str:
         """See :class:`cupymoe.backends.Backend`."""
         if takes_tiles(call.load, call.hidden_size):
-            blocks, products = cut(call.load)
+            blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks}"
         return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
 
@@ -132,7 +132,7 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
 def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
     """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
-    blocks, products = cut(call.load)
+    blocks, products = cut(call.load, call.intermediate_size)
     shape = tile_shape_of(
         blocks,
         products,

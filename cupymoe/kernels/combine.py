@@ -13,9 +13,9 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.rows import row_defines, vector_width
 
-# Rows that a thread loads before it adds them: 8 hide latency at few tokens, and cost bandwidth, by occupancy, at many.
-_MANY_TOKENS_ROWS, _FEW_TOKENS_ROWS = 4, 8
-_THREADS = 64
+# Rows that a thread loads before it adds them, and threads of a block. Many rows hide latency at few tokens, and cost
+# bandwidth, by occupancy, at many; and where most pairs are masked, the number of blocks is what takes time.
+_MANY_TOKENS, _FEW_TOKENS = (2, 128), (8, 64)
 
 
 def variant(
@@ -24,28 +24,30 @@ def variant(
     columns: int,
     width: int,
     top_k: int,
-    rows: int,
+    tuning: tuple[int, int],
     *,
     old_choices: bool,
 ) -> Variant:
-    """The compilation for two dtypes, row width, number of choices and rows in flight.
+    """The compilation for two dtypes, row width, number of choices, and rows in flight with threads of a block.
 
     With ``old_choices`` a launch of ours lies between the last write to ``slot_of_pair`` and ``top_k_weights`` and this
     one.
     """
-    defines = row_defines(dtype, columns, width, top_k, _THREADS)
-    options = f"SLOT_SCALAR={SCALARS[slot_dtype]}", f"ROWS_IN_FLIGHT={rows}", f"OLD_CHOICES={int(old_choices)}"
+    rows, threads = tuning
+    defines = row_defines(dtype, columns, width, top_k, threads)
+    rows_in_flight = f"ROWS_IN_FLIGHT={min(rows, top_k)}"
+    options = f"SLOT_SCALAR={SCALARS[slot_dtype]}", rows_in_flight, f"OLD_CHOICES={int(old_choices)}"
     return Variant("combine", (*defines, *options))
 
 
 def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
     """The compilation behind rows of the output's own dtype, for many tokens."""
-    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS_ROWS, old_choices=False)
+    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS, old_choices=False)
 
 
-def _blocks(columns: int, width: int) -> int:
+def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
     """Of a row."""
-    return -(-columns // (width * _THREADS))
+    return -(-columns // (width * tuning[1]))
 
 
 @functools.cache
@@ -53,7 +55,7 @@ def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: i
     """The kernel, and the blocks of a row."""
     width = vector_width(dtype, columns, aligned)
     run = kernel(rows_variant(dtype, columns, width, top_k), "combine", device, dependent=True)
-    return run, _blocks(columns, width)
+    return run, _blocks(columns, width, _MANY_TOKENS)
 
 
 def combine(
@@ -78,7 +80,7 @@ def combine(
     run, blocks = _plan(output.dtype, columns, (address | output.data_ptr()) % 16 == 0, top_k, device)
     run(
         (num_tokens, blocks),
-        _THREADS,
+        _MANY_TOKENS[1],
         current_stream(device),
         address,
         slot_of_pair.data_ptr(),
@@ -90,14 +92,14 @@ def combine(
 
 def workspace_variant(shape: Shape) -> Variant:
     """The compilation behind the experts of a shape."""
-    width, rows = 16 // shape.slot_dtype.itemsize, min(_FEW_TOKENS_ROWS, shape.top_k)
-    return variant(shape.dtype, shape.slot_dtype, shape.hidden_size, width, shape.top_k, rows, old_choices=True)
+    width = 16 // shape.slot_dtype.itemsize
+    return variant(shape.dtype, shape.slot_dtype, shape.hidden_size, width, shape.top_k, _FEW_TOKENS, old_choices=True)
 
 
 @functools.cache
 def _workspace_plan(shape: Shape, device: int) -> tuple[Kernel, int]:
     run = kernel(workspace_variant(shape), "combine", device, dependent=True)
-    return run, _blocks(shape.hidden_size, 16 // shape.slot_dtype.itemsize)
+    return run, _blocks(shape.hidden_size, 16 // shape.slot_dtype.itemsize, _FEW_TOKENS)
 
 
 def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -111,7 +113,7 @@ def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.T
     run, blocks = _workspace_plan(shape, device)
     run(
         (output.shape[0], blocks),
-        _THREADS,
+        _FEW_TOKENS[1],
         current_stream(device),
         workspace.expert_output,
         workspace.slot_of_pair,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +16,33 @@ from cupymoe.kernels.load import Load
 THREADS = 384
 BLOCK_K = 64
 """Elements of k in a stage: rows of 128 bytes."""
+BOX_COLUMNS = 64
+"""Columns of a transposed weight that the copy engine brings together: 128 bytes."""
 
 _UNIT_SLOTS = 128
 _ROW_BYTES = 128
-# Weight rows of a product, by the number of products that a warpgroup then has registers for.
-_WIDTHS = {2: (192, 176, 160, 144, 128), 3: (128,)}
-# What a weight row of each width costs: the fewer, the more the operands' way from shared memory is the limit.
-_ROW_COSTS = {192: 0.99, 176: 1.0, 160: 1.04, 144: 1.08, 128: 1.15}
+# Weight rows of a gate_up product, by the number of products that a warpgroup then has registers for; and what each row
+# costs against one of 176, but for those that only fill up the last tile and the last wave.
+_WIDTHS = {2: (176, 192, 160, 144, 128), 3: (128,)}
+_ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02}
+# Tiles that an expert's slots take where a cut is the fastest; a second one of few slots counts as a quarter.
+_SLOT_TILES = {(1, 2): 1.0, (1, 3): 1.0, (2, 2): 2.25}
+_MULTIPROCESSORS = 132
 # From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
 # 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
 _TILES_FROM = 32
-# (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on.
-# Around 256 half of the experts have a few slots too many for one tile of two products. In us, for (1, 2), (1, 3) and
-# (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and 1248; 384 take 1340,
-# 1360 and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
+# (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on for
+# the gate_up projection. Around 256 half of the experts have a few slots too many for one tile of two products. In us,
+# for (1, 2), (1, 3) and (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and
+# 1248; 384 take 1340, 1360 and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
-"""Blocks of a cluster and products of a warpgroup, wherever they are the fastest."""
+"""Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
+# The down projection's weight rows of a product, by its cut.
+_DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128, (2, 2): 192}
+# Its depth is the intermediate size: below the first bound the stores take the time, and two blocks store wider rows;
+# above the second one the operands do, and two blocks share them.
+_SHALLOW, _DEEP = 512, 8192
 
 
 def prefers_tiles(load: Load) -> bool:
@@ -39,9 +50,23 @@ def prefers_tiles(load: Load) -> bool:
     return load.pairs_per_expert >= _TILES_FROM
 
 
-def cut(load: Load) -> tuple[int, int]:
-    """Blocks of a cluster and products of a warpgroup, those that were measured to be the fastest."""
-    return next((blocks, products) for slots, blocks, products in _CUTS_FROM if load.pairs_per_expert >= slots)
+def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
+    """Blocks of a cluster and products of a warpgroup, those that were the fastest for the gate_up projection."""
+    chosen = next((blocks, products) for slots, blocks, products in _CUTS_FROM if load.pairs_per_expert >= slots)
+    if chosen == (1, 3):
+        waves = load.num_experts * -(-2 * intermediate_size // 128) / _MULTIPROCESSORS
+        if 1 < waves < 1.6:  # the second would leave most multiprocessors idle
+            return 2, 2
+    return chosen
+
+
+def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int) -> tuple[int, int]:
+    """The same for the down projection of a call."""
+    if gate_up_cut == (1, 2):
+        return 1, 2
+    if intermediate_size < _SHALLOW:
+        return 2, 3
+    return (1, 2) if gate_up_cut == (2, 2) and intermediate_size <= _DEEP else gate_up_cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +95,28 @@ class Tiling:
 
 
 @functools.cache
-def tiling(blocks: int, products: int, rows: int, num_experts: int) -> Tiling:
-    """Tiles for ``rows`` weight rows of each expert: the width that pads least, and as many stages as fit."""
-
-    def cost(block_n: int) -> float:
-        tile_rows = blocks * block_n
-        return -(-rows // tile_rows) * tile_rows * _ROW_COSTS[block_n]
-
-    block_n = min(_WIDTHS[products], key=cost)
+def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling:
+    """Tiles of ``block_n`` weight rows a block, and as many stages as fit."""
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
     stages = (HOPPER.shared_bytes_of_block - tile_bytes - 16) // (stage_bytes + 16)
     return Tiling(blocks, products, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
+
+
+@functools.cache
+def gate_up_width(blocks: int, products: int, rows: int, num_experts: int, box_rows: int) -> int:
+    """Weight rows of a product, those that pad least: ``rows`` of each expert to whole tiles, and these to whole waves.
+
+    A width is a multiple of ``box_rows``, which are what the copy engine brings together.
+    """
+
+    def cost(width: int) -> float:
+        tile_rows = blocks * width
+        tiles = -(-rows // tile_rows) * num_experts * _SLOT_TILES[blocks, products]
+        waves = math.ceil(tiles / (_MULTIPROCESSORS // blocks))
+        return waves * tile_rows * _ROW_COSTS[width]
+
+    return min((width for width in _WIDTHS[products] if width % box_rows == 0), key=cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +124,42 @@ class TileShape:
     """What the kernels of a call are compiled for; :func:`tile_shape_of` gives one object for one shape."""
 
     blocks: int
+    """Of a cluster that computes the gate_up projection, see :func:`cut`."""
     products: int
     dtype: torch.dtype
     activation: MoEActivation
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    gate_up_transposed: bool = False
+    """Whether gate_up_proj is ``[E, H, 2 I]`` in memory, and not ``[E, 2 I, H]``."""
+    down_transposed: bool = False
+    """Whether down_proj is ``[E, I, H]`` in memory, and not ``[E, H, I]``."""
+    has_gate_up_bias: bool = False
+    has_down_bias: bool = False
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Weight rows of an expert's gate_up projection."""
+        return self.activation.input_size(self.intermediate_size)
+
+    @property
+    def gate_up_halves(self) -> int:
+        """2 where all gate rows come before all up rows, else 1."""
+        return 2 if self.activation.is_gated and not self.activation.is_interleaved else 1
 
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        return tiling(self.blocks, self.products, 2 * self.intermediate_size, self.num_experts)
+        cut = self.blocks, self.products
+        box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
+        return tiling(*cut, gate_up_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
-        return tiling(self.blocks, self.products, self.hidden_size, self.num_experts)
+        cut = down_cut((self.blocks, self.products), self.intermediate_size)
+        return tiling(*cut, _DOWN_WIDTHS[cut], self.num_experts)
 
     def defines(self) -> tuple[str, ...]:
         """The macros that both GEMMs share."""
@@ -117,6 +172,22 @@ class TileShape:
 
 
 tile_shape_of = functools.cache(TileShape)
+
+
+def transposed_boxes(
+    num_experts: int, depth: int, rows: int, halves: int, itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes, strides and box of the map of a transposed weight, ``[E, depth, rows]`` in memory.
+
+    A box is ``BLOCK_K`` of the depth and 64 rows, which are columns in memory; of two halves, the same 64 of each.
+    """
+    expert = depth * rows * itemsize
+    half = rows // halves
+    return (
+        (half, depth, halves, 1, num_experts),
+        (rows * itemsize, half * itemsize, expert, expert),
+        (BOX_COLUMNS, BLOCK_K, halves, 1, 1),
+    )
 
 
 def grid(tiling: Tiling, device: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -16,7 +16,15 @@ from cupymoe.kernels.tensor_map import tensor_map
 
 def variant(shape: TileShape) -> Variant:
     """The compilation for one shape."""
-    return Variant("experts_down_wgmma", (*shape.defines(), *shape.down.defines()))
+    return Variant(
+        "experts_down_wgmma",
+        (
+            *shape.defines(),
+            *shape.down.defines(),
+            f"TRANSPOSED={int(shape.down_transposed)}",
+            f"HAS_BIAS={int(shape.has_down_bias)}",
+        ),
+    )
 
 
 @functools.cache
@@ -35,7 +43,13 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _down_map(address: int, shape: TileShape) -> tuple[int, ...]:
-    """Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source."""
+    """Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source.
+
+    Of a transposed weight boxes of 64 of its columns.
+    """
+    if shape.down_transposed:
+        sizes = (shape.num_experts, shape.intermediate_size, shape.hidden_size)
+        return tensor_map(address, shape.dtype, *transposed_boxes(*sizes, halves=1, itemsize=shape.dtype.itemsize))
     row = shape.intermediate_size * shape.dtype.itemsize
     return tensor_map(
         address,
@@ -53,14 +67,20 @@ def _intermediate_map(intermediate: torch.Tensor) -> tuple[int, ...]:
 
 
 def experts_down_wgmma(
-    intermediate: torch.Tensor, down_proj: torch.Tensor, pairs: SortedPairs, shape: TileShape
+    intermediate: torch.Tensor,
+    down_proj: torch.Tensor,
+    pairs: SortedPairs,
+    shape: TileShape,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
     Args:
         intermediate: ``[T * K, I]`` that ``experts_up_wgmma`` gave, in the launch just before this one.
-        down_proj: ``[E, H, I]``, contiguous, 16-byte aligned.
+        down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
+            ``transpose(1, 2)`` of a contiguous tensor.
         pairs: the sorted pairs; takes its second ticket counter.
+        bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
@@ -74,5 +94,6 @@ def experts_down_wgmma(
         pairs.expert_offsets.data_ptr(),
         pairs.tickets.data_ptr() + 4,
         expert_output.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
     )
     return expert_output

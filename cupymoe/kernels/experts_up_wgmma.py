@@ -8,7 +8,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -17,7 +17,19 @@ from cupymoe.kernels.tensor_map import tensor_map
 
 def variant(shape: TileShape) -> Variant:
     """The compilation for one shape."""
-    return Variant("experts_up_wgmma", (*shape.defines(), *shape.up.defines(), *activation_defines(shape.activation)))
+    activation = shape.activation
+    return Variant(
+        "experts_up_wgmma",
+        (
+            *shape.defines(),
+            *shape.up.defines(),
+            *activation_defines(activation),
+            f"GATED={int(activation.is_gated)}",
+            f"INTERLEAVED={int(activation.is_interleaved)}",
+            f"TRANSPOSED={int(shape.gate_up_transposed)}",
+            f"HAS_BIAS={int(shape.has_gate_up_bias)}",
+        ),
+    )
 
 
 @functools.cache
@@ -36,26 +48,41 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _gate_up_map(address: int, shape: TileShape) -> tuple[int, ...]:
-    """Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ..."""
-    row = shape.hidden_size * shape.dtype.itemsize
+    """Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ..., or of 8 rows, the next 8, ...
+
+    Of a transposed weight boxes of 64 of its columns, or of 64 gate columns and the 64 up columns for the same outputs.
+    """
+    hidden, rows, halves = shape.hidden_size, shape.gate_up_rows, shape.gate_up_halves
+    if shape.gate_up_transposed:
+        boxes = transposed_boxes(shape.num_experts, hidden, rows, halves, shape.dtype.itemsize)
+        return tensor_map(address, shape.dtype, *boxes)
+    row = hidden * shape.dtype.itemsize
+    inputs = rows // shape.intermediate_size  # gate and up, or one
+    next_column, next_input = (inputs * row, row) if shape.activation.is_interleaved else (row, rows // inputs * row)
     return tensor_map(
         address,
         shape.dtype,
-        sizes=(shape.hidden_size, 8, 2, shape.intermediate_size // 8, shape.num_experts),
-        strides=(row, shape.intermediate_size * row, 8 * row, 2 * shape.intermediate_size * row),
-        box=(BLOCK_K, 8, 2, shape.up.block_n // 16, 1),
+        sizes=(hidden, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
+        strides=(next_column, next_input, 8 * next_column, rows * row),
+        box=(BLOCK_K, 8, inputs, shape.up.block_n // (8 * inputs), 1),
     )
 
 
 def experts_up_wgmma(
-    hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, pairs: SortedPairs, shape: TileShape
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    pairs: SortedPairs,
+    shape: TileShape,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
-        gate_up_proj: ``[E, 2 I, H]``, contiguous, 16-byte aligned.
+        gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
+            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
         pairs: the sorted pairs; takes its first ticket counter.
+        bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
@@ -70,5 +97,6 @@ def experts_up_wgmma(
         pairs.token_of_slot.data_ptr(),
         pairs.tickets.data_ptr(),
         intermediate.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
     )
     return intermediate

@@ -39,7 +39,7 @@ def test_rings_fit_a_multiprocessor(cut, sizes):
     for tiling in (shape(cut, *sizes).up, shape(cut, *sizes).down):
         assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tiling.stages >= STAGES_AT_LEAST
-        blocks, products = cut
+        blocks, products = tiling.blocks, tiling.products
         stage_bytes = (128 * products // blocks + blocks * tiling.block_n) * 128
         assert stage_bytes % 1024 == 0
         shared_struct = 16 * tiling.stages + 64 + 8 * (sizes[0] + 1)
@@ -72,15 +72,34 @@ def test_two_products_pad_nothing_of_gemma_4():
     for blocks in (1, 2):
         gemma = shape((blocks, 2), 128, 2816, 704)
         assert 2 * 704 % (blocks * gemma.up.block_n) == 0
-        assert 2816 % (blocks * gemma.down.block_n) == 0
+        assert 2816 % (gemma.down.blocks * gemma.down.block_n) == 0
+
+
+def test_few_experts_get_tiles_that_fill_their_waves():
+    """One of eight ranks of Gemma 4: 176 tiles of 128 rows would take two waves of 132 multiprocessors."""
+    rank = Load.of(4096, 8, 16, 128)
+    assert (expert_tiles.cut(rank, 704), expert_tiles.cut(Load.of(4096, 8, 128), 704)) == ((2, 2), (1, 3))
+    of_rank, of_all = shape((2, 2), 16, 2816, 704).up, shape((2, 2), 128, 2816, 704).up
+    assert (of_rank.block_n, of_all.block_n) == (144, 176)
+
+
+def test_the_down_projection_has_a_cut_of_its_own():
+    """By its depth: a tensor-parallel slice, Gemma 4, Mixtral."""
+    cuts = {cut: [expert_tiles.down_cut(cut, size) for size in (352, 704, 14336)] for cut in CUTS}
+    assert cuts == {
+        (2, 2): [(2, 3), (1, 2), (2, 2)],
+        (1, 3): [(2, 3), (1, 3), (1, 3)],
+        (1, 2): [(1, 2), (1, 2), (1, 2)],
+    }
+    assert shape((2, 2), 8, 4096, 14336).down.block_n == 192
 
 
 def test_bounds_are_those_that_were_measured():
     """At 128 experts and 8 choices."""
     assert [prefers_tiles(Load.of(tokens, 8, 128)) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
-    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (512, 3839)] == [(1, 2)] * 2
-    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (3840, 5887)] == [(1, 3)] * 2
-    assert [expert_tiles.cut(Load.of(tokens, 8, 128)) for tokens in (5888, 32768)] == [(2, 2)] * 2
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (512, 3839)] == [(1, 2)] * 2
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (3840, 5887)] == [(1, 3)] * 2
+    assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (5888, 32768)] == [(2, 2)] * 2
 
 
 def rows_of_box(tensor_map, start, row_bytes):

@@ -35,7 +35,7 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
         for count in counts:
             load = Load.of(count, sanitize.TOP_K, num_experts)
             tiled = prefers_tiles(load) and tiles_reason(load, hidden_size) is None
-            reached.add(cut(load) if tiled else regime(load, 48))
+            reached.add(cut(load, 48) if tiled else regime(load, 48))
     assert reached == {*CUTS, *(regime(Load.of(count, 1, 1), 48) for count in range(1, 1000))}
 
 
