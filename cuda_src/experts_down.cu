@@ -1,41 +1,34 @@
 // experts_down: the down projection of every slot's intermediate row, not yet weighted; companion of experts_up.cu.
 //
 // Reads  intermediate [slots, INTERMEDIATE] SCALAR    written by the grid before this one
-//        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR
+//        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR   TRANSPOSED: [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
+//        bias         [NUM_EXPERTS, HIDDEN] SCALAR   only with HAS_BIAS
 //        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
 // Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
-// Needs  HIDDEN % 4 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_80; WHOLE_ROWS: INTERMEDIATE % 32 == 0, sm_90;
-//        INLINE_PAIRS as experts_up.cu.
-// Maths  fp32 sums over ascending k, rounded to SLOT_SCALAR.
+// Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_80; WHOLE_ROWS: INTERMEDIATE % 32 == 0, sm_90,
+//        not TRANSPOSED; INLINE_PAIRS as experts_up.cu.
+// Maths  fp32 sums over ascending k, from the bias on, rounded to SLOT_SCALAR.
 // Why    Launched as a programmatic dependent: its first stages of weights are under way while experts_up still runs,
 //        which hides the handover. For that both kernels' rings have to fit into a multiprocessor together.
 #include "common/dtypes.cuh"
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS)
-#error "define SCALAR, SLOT_SCALAR, INDEX, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
+    !defined(TRANSPOSED) || !defined(HAS_BIAS)
+#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
 
-struct DownGemm {
-    static constexpr u32 kUnits = HIDDEN / 2, kDepth = INTERMEDIATE, kSecondRows = 2;
+struct DownGemm : NeighbouringRows<HIDDEN / 2> {
+    static constexpr u32 kDepth = INTERMEDIATE;
     const scalar_t* intermediate;
-    const scalar_t* down_proj;
+    const scalar_t* weights;
+    const scalar_t* bias;
     SLOT_SCALAR* expert_output;
-
-    static __device__ __forceinline__ u32 unit_of_row(u32 row) { return row / 2; }
-
-    static __device__ __forceinline__ u32 first_row_of_unit(u32 unit) { return unit * 2; }
-
-    static __device__ __forceinline__ u64 row_distance(u32 rows) { return (u64)rows * INTERMEDIATE; }
-
-    __device__ __forceinline__ const scalar_t* weight_row(int expert, u32 first_unit, u32 row) const {
-        return down_proj + ((u64)expert * HIDDEN + 2 * first_unit + row) * INTERMEDIATE;
-    }
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan&, u32 slot) const { return intermediate + (u64)slot * INTERMEDIATE; }
 
@@ -53,7 +46,7 @@ struct DownGemm {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
-             u64 num_pairs) {
+             u64 num_pairs, const scalar_t* __restrict__ bias) {
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
@@ -61,5 +54,5 @@ experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_pro
     empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
-    stream_experts<true>(DownGemm{intermediate, down_proj, expert_output}, plan);
+    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output}, plan);
 }

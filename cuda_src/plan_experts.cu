@@ -7,7 +7,7 @@
 //        num_chunks   i32
 // Grid   1 block of WARPS * 32 >= NUM_EXPERTS threads; a warp owns PAIRS_PER_LANE * 32 neighbouring pairs.
 // Needs  P <= WARPS * PAIRS_PER_LANE * 32.
-// Smem   WARPS * NUM_EXPERTS counters and 2 bytes a pair.
+// Smem   WARPS * NUM_EXPERTS counters of 4 bytes, dynamic; and 2 bytes a pair.
 // Why    A slot is (pairs of lower experts) + (the expert's pairs in earlier warps and lanes): sums of counts, so the
 //        same bits every run.
 #include "common/async_copy.cuh"
@@ -38,11 +38,13 @@ __device__ __forceinline__ u32 block_exclusive_sum(u32 value, u32* warp_sums, u3
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restrict__ pair_of_slot,
              int* __restrict__ slot_of_pair, int* __restrict__ num_chunks, u64 num_pairs) {
-    __shared__ u32 counts[WARPS][NUM_EXPERTS];  // then the next slot of each warp and expert
+    extern __shared__ u32 counters[];
+    // Counts, and later the next slot of each warp and expert.
+    u32(*counts)[NUM_EXPERTS] = reinterpret_cast<u32(*)[NUM_EXPERTS]>(counters);
     __shared__ u32 warp_sums[2][WARPS];
     __shared__ unsigned short pairs[BLOCK_THREADS * PAIRS_PER_LANE];  // by slot; scattered here, then written in a row
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (u32 i = threadIdx.x; i < WARPS * NUM_EXPERTS; i += BLOCK_THREADS) (&counts[0][0])[i] = 0;
+    for (u32 i = threadIdx.x; i < WARPS * NUM_EXPERTS; i += BLOCK_THREADS) counters[i] = 0;
     __syncthreads();
     wait_for_previous_grid();
     release_next_grid();

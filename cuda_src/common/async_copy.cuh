@@ -126,8 +126,12 @@ __device__ __forceinline__ void release_next_grid() {
 __device__ __forceinline__ void empty_l1() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 template <typename T> __device__ __forceinline__ T load_from_l2(const T* address) {
-    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a word or two");
-    if constexpr (sizeof(T) == 4) {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "half a word, a word or two");
+    if constexpr (sizeof(T) == 2) {
+        unsigned short half;
+        asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(half) : "l"(address) : "memory");
+        return *reinterpret_cast<T*>(&half);
+    } else if constexpr (sizeof(T) == 4) {
         u32 word;
         asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
         return *reinterpret_cast<T*>(&word);

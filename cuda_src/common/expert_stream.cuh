@@ -7,16 +7,20 @@
 // Stage  TILE_ROWS weight rows x BLOCK_K, and TOKENS rows x BLOCK_K of activations gathered by row. The 16-byte packs of
 //        odd rows are swapped in fours, so that fragments load without bank conflicts. Past the depth there are zeros.
 //        WHOLE_ROWS: BLOCK_K is the depth and both operands are neighbouring rows, so a stage is two bulk copies, unswapped.
+//        TRANSPOSED: weights are [NUM_EXPERTS, depth, rows] in memory, and a stage has them as BLOCK_K k rows of TILE_ROWS. A
+//        16-byte pack is 8 weight rows at one k, and ldmatrix makes of it what a lane would have loaded from 8 rows: the
+//        order of the sums is the same, so are their bits where K_WARPS is.
 // Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: WARPS / K_WARPS side by side
 //        over the rows, K_WARPS over the 32-wide k steps of a stage.
 // Order  An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
-//        it depends on its own row and token alone.
+//        it depends on its own row and token alone. With HAS_BIAS the first of them begins with the bias of its row.
 // Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
 #pragma once
 #include "async_copy.cuh"
 #include "expert_plan.cuh"
 #include "mma.cuh"
 #include "ring.cuh"
+#include "weight_rows.cuh"
 
 #define PRODUCER_WARPS (WHOLE_ROWS ? 1 : 4)
 #define CONSUMER_THREADS (WARPS * 32)
@@ -35,6 +39,9 @@
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
+#define K_ROW_BYTES (TILE_ROWS * 2)                               // this and the next two: of TRANSPOSED weights
+#define PACKS_PER_K_ROW (TILE_ROWS / 8)
+#define K_ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_K_ROW)
 #define PREFETCH_BYTES 65536                                      // of a block: what memory gives in a few microseconds
 #define SUMS_PITCH (TILE_ROWS + 4)                               // no bank conflict between a warp's four token pairs
 #define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)      // after the ring
@@ -44,25 +51,37 @@ static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARP
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0 && PRODUCER_THREADS % PACKS_PER_ROW == 0 && TILE_ROWS % ROWS_PER_PASS == 0, "BLOCK_K");
 static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
+static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32 && PRODUCER_THREADS % PACKS_PER_K_ROW == 0, "TRANSPOSED");
+
+// The first element of a tile's row.
+template <class Gemm> __device__ __forceinline__ const scalar_t* weight_row(const Gemm& gemm, int expert, u32 first_unit, u32 row) {
+    return gemm.weights + Gemm::row_of(expert, first_unit, row) * Gemm::kDepth;
+}
 
 // A tile and the k of the next stage; walks this block's tiles. Whole rounds of tiles are dealt to the blocks in turn, so
-// that each block meets all experts and not one with more tokens than most; the rest of the line is cut evenly.
+// that each block meets all experts and not one with more tokens than most; the rest of the line is cut evenly. With
+// TRANSPOSED a dealt tile may cross from one expert to the next, and is then two: what neighbouring blocks read at a time
+// shall lie side by side in memory.
 template <class Gemm> struct Cursor {
     u32 position, end;  // of the piece
     u32 next_tile, dealt_end, last_position, last_end;
     u32 k, first_unit, units;
     Chunk chunk;
 
-    // A multiple of 4 units where a block has many, of 2 where it has few; always even, as stores are of 2 units.
+    // Where a tile may begin, in units: a store is of 2, a pack of transposed weights of some more.
+    static constexpr u32 kGrain = TRANSPOSED ? Gemm::kUnitsOfPack : 2;
+    static_assert(Gemm::kUnits % kGrain == 0, "HIDDEN, INTERMEDIATE");
+
+    // A multiple of `grain`, which is larger where a block has many units.
     static __device__ __forceinline__ u32 cut(u32 total, u32 grain, u32 block) {
         return block == gridDim.x ? total : (u32)((u64)total * block / gridDim.x) / grain * grain;
     }
 
     __device__ __forceinline__ Cursor(const Plan& plan) : position(0), end(0), k(0), units(0) {
         u32 total = plan.num_chunks * Gemm::kUnits, round = gridDim.x * TILE_UNITS;
-        dealt_end = Gemm::kUnits % TILE_UNITS == 0 ? total / round * round : 0;
+        dealt_end = TRANSPOSED || Gemm::kUnits % TILE_UNITS == 0 ? total / round * round : 0;
         next_tile = blockIdx.x * TILE_UNITS;
-        u32 grain = total / gridDim.x >= 128 ? 4 : 2;
+        u32 grain = total / gridDim.x >= 64 * kGrain ? 2 * kGrain : kGrain;
         last_position = dealt_end + cut(total - dealt_end, grain, blockIdx.x);
         last_end = dealt_end + cut(total - dealt_end, grain, blockIdx.x + 1);
         open(plan);
@@ -105,10 +124,21 @@ template <class Gemm> __device__ __forceinline__ void prefetch_first_tile(const 
     u32 position = blockIdx.x * TILE_UNITS, expert = position / Gemm::kUnits, first_unit = position % Gemm::kUnits;
     u32 row = threadIdx.x;
     if (expert >= NUM_EXPERTS || row >= TILE_ROWS || first_unit + Gemm::unit_of_row(row) >= Gemm::kUnits) return;
-    prefetch_bulk(gemm.weight_row(expert, first_unit, row), min(PREFETCH_BYTES / TILE_ROWS, Gemm::kDepth * 2));
+    prefetch_bulk(weight_row(gemm, expert, first_unit, row), min(PREFETCH_BYTES / TILE_ROWS, Gemm::kDepth * 2));
 }
 
 typedef float Sums[TOKEN_GROUPS][4];
+
+// Pack p of a k row of transposed weights lies at p ^ swap_of_k(k), so that the 8 k rows that ldmatrix reads together, 0, 1,
+// 8, 9, 16, 17, 24, 25 and as many more of each, are in different banks. With 4 packs a row, k % 2 is in the address already.
+// Where a and b have no binary digit in common, swap_of_k(a + b) is swap_of_k(a) ^ swap_of_k(b).
+__device__ __forceinline__ constexpr u32 swap_of_k(u32 k) { return PACKS_PER_K_ROW >= 8 ? k / 8 % 4 * 2 + k % 2 : k / 8 % 4; }
+
+// Where in a stage this lane's k row of load_transposed_fragments is, in the first k step of its warp.
+__device__ __forceinline__ u32 k_row_of_fragment(u32 row_warp, u32 k_warp, u32 lane) {
+    u32 k = k_of_matrix_row(lane), pack = row_warp * 2 + lane / 8 % 2;
+    return (k_warp * 32 + k) * K_ROW_BYTES + (pack ^ swap_of_k(k)) * 16;
+}
 
 // sums += this warp's rows and k steps of a stage x the first kGroups groups of 8 tokens; unrolled, so loads run ahead.
 template <int kGroups>
@@ -116,7 +146,12 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 toke
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
+#if TRANSPOSED
+        Fragment low, high;
+        load_transposed_fragments(low, high, weights + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
+#else
         Fragment low = load_fragment(weights + packs[s]), high = load_fragment(weights + packs[s] + 8 * ROW_BYTES);
+#endif
 #pragma unroll
         for (int g = 0; g < kGroups; g++) {
             multiply(sums[g], low, high, load_fragment(tokens + packs[s] + g * 8 * ROW_BYTES), scalar_t());
@@ -132,6 +167,23 @@ __device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weig
         if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
     }
     multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
+}
+
+// The biases of this lane's two rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
+template <class Gemm> __device__ __forceinline__ Pack<scalar_t, 2> biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
+    Pack<scalar_t, 2> biases = {};
+    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++, row += 8) {
+        if (!HAS_BIAS || warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
+        biases.values[i] = load_from_l2(gemm.bias + Gemm::row_of(tile.chunk.expert, tile.first_unit, row));
+    }
+    return biases;
+}
+
+__device__ __forceinline__ void begin_sums(Sums& sums, Pack<scalar_t, 2> biases) {
+#pragma unroll
+    for (int i = 0; i < TOKEN_GROUPS * 4; i++) (&sums[0][0])[i] = HAS_BIAS ? to_float(biases.values[i / 2 % 2]) : 0.0f;
 }
 
 // Stores a tile's outputs. The sums go through shared memory, PASS_TOKENS tokens at a time: the K_WARPS parts of a sum meet
@@ -186,7 +238,7 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
     auto load_weights = [&](const Cursor<Gemm>& cursor, u32 stage) {
         u32 weight_bytes = cursor.units * 2 * ROW_BYTES, token_bytes = cursor.chunk.tokens * ROW_BYTES;
         arrive_expecting(ring.filled + stage * 8, weight_bytes + token_bytes);
-        copy_bulk(ring.data + stage * STAGE_BYTES, gemm.weight_row(cursor.chunk.expert, cursor.first_unit, 0), weight_bytes,
+        copy_bulk(ring.data + stage * STAGE_BYTES, weight_row(gemm, cursor.chunk.expert, cursor.first_unit, 0), weight_bytes,
                   ring.filled + stage * 8, evict_first);
     };
     Cursor<Gemm> cursor(plan);
@@ -207,7 +259,8 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
     }
 }
 #else
-// One producer thread's share of the copies: one 16-byte pack of every ROWS_PER_PASS-th row.
+// One producer thread's share of the copies: one 16-byte pack of every ROWS_PER_PASS-th row, and where weights are transposed,
+// one of every K_ROWS_PER_PASS-th k row.
 template <class Gemm> struct Loader {
     const Gemm& gemm;
     const Plan& plan;
@@ -217,6 +270,9 @@ template <class Gemm> struct Loader {
     const scalar_t* weights;
     const scalar_t* tokens[TOKEN_PASSES];
     u64 evict_first, evict_last;
+#if TRANSPOSED
+    u32 first_k, first_of_pack, k_row_offset;  // of the weights: first k row, its pack's first row, and where it goes
+#endif
 
     __device__ __forceinline__ Loader(const Gemm& gemm, const Plan& plan, u32 thread) : gemm(gemm), plan(plan), cursor(plan) {
         evict_first = evict_first_policy(), evict_last = evict_last_policy();
@@ -224,7 +280,13 @@ template <class Gemm> struct Loader {
         u32 pack = thread % PACKS_PER_ROW;
         column = pack * 8;
         offset = row * ROW_BYTES + (pack ^ (row % 2 * 4)) * 16;
-        weights = gemm.weight_row(0, 0, 0);
+#if TRANSPOSED
+        first_k = thread / PACKS_PER_K_ROW;
+        pack = thread % PACKS_PER_K_ROW;
+        first_of_pack = pack * 8;
+        k_row_offset = first_k * K_ROW_BYTES + (pack ^ swap_of_k(first_k)) * 16;
+#endif
+        weights = gemm.weights;
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) tokens[i] = weights;
         open();
@@ -233,9 +295,16 @@ template <class Gemm> struct Loader {
     __device__ __forceinline__ void open() {
         units_left = tokens_left = 0;
         if (cursor.done()) return;
+#if TRANSPOSED
+        units_left = (int)cursor.units - (int)Gemm::unit_of_row(first_of_pack);
+        tokens_left = cursor.chunk.tokens - (int)row;
+        weights = gemm.weights + ((u64)cursor.chunk.expert * Gemm::kDepth + first_k) * (2 * Gemm::kUnits) +
+                  Gemm::row_of(0, cursor.first_unit, first_of_pack);
+#else
         units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
         tokens_left = cursor.chunk.tokens - (int)row;
-        weights = gemm.weight_row(cursor.chunk.expert, cursor.first_unit, row) + column;
+        weights = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, row) + column;
+#endif
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             int token = i * ROWS_PER_PASS;
@@ -243,21 +312,31 @@ template <class Gemm> struct Loader {
         }
     }
 
-    __device__ __forceinline__ u32 bytes() const { return Gemm::kDepth % BLOCK_K == 0 || cursor.k + column < Gemm::kDepth ? 16 : 0; }
+    // 16 up to the depth, 0 past it.
+    __device__ __forceinline__ u32 bytes(u32 k) const { return Gemm::kDepth % BLOCK_K == 0 || cursor.k + k < Gemm::kDepth ? 16 : 0; }
 
     __device__ __forceinline__ void load_weights(u32 stage) const {
+#if TRANSPOSED
+        const scalar_t* from = weights + (u64)cursor.k * (2 * Gemm::kUnits);
+#pragma unroll
+        for (int k = 0; k < BLOCK_K; k += K_ROWS_PER_PASS) {
+            copy_16(units_left > 0, stage + (k_row_offset ^ swap_of_k(k) * 16) + k * K_ROW_BYTES, from + (u64)k * (2 * Gemm::kUnits),
+                    bytes(first_k + k), evict_first);
+        }
+#else
 #pragma unroll
         for (int i = 0; i < WEIGHT_PASSES; i++) {
             copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    weights + cursor.k + Gemm::row_distance(i * ROWS_PER_PASS), bytes(), evict_first);
+                    weights + cursor.k + Gemm::row_of(0, 0, i * ROWS_PER_PASS) * Gemm::kDepth, bytes(column), evict_first);
         }
+#endif
     }
 
     __device__ __forceinline__ void load_tokens(u32 stage) const {
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             copy_16(i * ROWS_PER_PASS < tokens_left, stage + WEIGHT_BYTES + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    tokens[i] + cursor.k, bytes(), evict_last);
+                    tokens[i] + cursor.k, bytes(column), evict_last);
         }
     }
 
@@ -299,21 +378,22 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     u32 fragment_row = lane / 4 * ROW_BYTES;
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
+    if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
-        u32 weights = ring.data + turn.stage * STAGE_BYTES + fragment_row;
+        u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
         if (row_warp * 8 < cursor.units) {
-            multiply_groups<1>((cursor.chunk.tokens + 7) / 8, sums, weights + row_warp * 16 * ROW_BYTES, weights + WEIGHT_BYTES,
-                               packs, k_warp);
+            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(row_warp, k_warp, lane) : rows + row_warp * 16 * ROW_BYTES;
+            multiply_groups<1>((cursor.chunk.tokens + 7) / 8, sums, weights, rows + WEIGHT_BYTES, packs, k_warp);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.emptied + turn.stage * 8);
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
+        Pack<scalar_t, 2> biases = biases_of(gemm, cursor);  // of the next tile, on their way while this one is stored
         store_tile(gemm, tile, sums, shared_sums);
-#pragma unroll
-        for (int i = 0; i < TOKEN_GROUPS * 4; i++) (&sums[0][0])[i] = 0.0f;
+        begin_sums(sums, biases);
     }
 }
 

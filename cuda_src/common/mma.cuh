@@ -17,6 +17,25 @@ __device__ __forceinline__ Fragment load_fragment(u32 address) {
     return f;
 }
 
+// The same two fragments, low and high, of weights that lie in shared memory as k rows: 16 bytes are 8 weights of one k.
+//
+// ldmatrix reads four 8 x 8 matrices. Lane 8m + r says where row r of matrix m begins; .trans gives each lane the elements of
+// rows 2q and 2q + 1 in column lane / 4. So a matrix row is a k, a column is a weight row, and since rows may lie anywhere,
+// they are put where a lane gets the k that load_fragment would have given it: matrix rows 2q, 2q + 1 are k 8q, 8q + 1, which
+// are a fragment's first word. Matrices 2 and 3 are its second word, 2 further; 1 and 3 are weight rows 8..15. The two words of
+// the second product are 4 further.
+__device__ __forceinline__ u32 k_of_matrix_row(u32 lane) { return lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2; }
+
+// 32 k of 16 rows. address: 8 weights of k k_of_matrix_row(lane), of rows 0..7, or 8..15 where lane / 8 is odd.
+__device__ __forceinline__ void load_transposed_fragments(Fragment& low, Fragment& high, u32 address, u32 k_row_bytes) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(low.words[i]), "=r"(high.words[i]), "=r"(low.words[i + 1]), "=r"(high.words[i + 1])
+                     : "r"(address + i * 2 * k_row_bytes) : "memory");
+    }
+}
+
 #define MMA_16x8x16(TYPE)                                                                                           \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
                  "{%8, %9}, {%0, %1, %2, %3};"                                                                      \

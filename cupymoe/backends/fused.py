@@ -45,16 +45,17 @@ class FusedBackend:
             return "its kernels add no low-rank products"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
-        if not call.activation.is_gated or call.activation.is_interleaved:
-            return f"it pairs rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        if call.has_bias:
-            return "its kernels add no bias"
-        if call.gate_up_transposed or call.down_transposed:
-            return "its kernels read weights that are contiguous, not transposed ones"
+        if takes_tiles(call.load, call.hidden_size):
+            if not call.activation.is_gated or call.activation.is_interleaved:
+                return f"its tiles pair rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
+            if call.has_bias:
+                return "its tiles add no bias"
+            if call.gate_up_transposed or call.down_transposed:
+                return "its tiles read weights that are contiguous, not transposed ones"
         not_streamed = stream_reason(call.load)
         not_tiled = tiles_reason(call.load, call.hidden_size)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
@@ -87,9 +88,9 @@ def takes_tiles(load: Load, hidden_size: int) -> bool:
 def stream_reason(load: Load) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
     if load.num_experts > expert_stream.MAX_EXPERTS:
-        return f"its plan has counters for {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
+        return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
     if load.num_pairs > expert_stream.MAX_PAIRS:
-        return f"its plan holds {expert_stream.MAX_PAIRS} (token, k) pairs, not {load.num_pairs}"
+        return f"the weight stream serves at most {expert_stream.MAX_PAIRS} (token, k) pairs, not {load.num_pairs}"
     return None
 
 
@@ -103,6 +104,7 @@ def tiles_reason(load: Load, hidden_size: int) -> str | None:
 def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
     """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
+    gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     shape = shape_of(
         regime(call.load, call.intermediate_size),
         call.dtype,
@@ -112,13 +114,17 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
         call.hidden_size,
         call.intermediate_size,
         call.top_k,
+        call.gate_up_transposed,
+        call.down_transposed,
+        gate_up_bias is not None,
+        down_bias is not None,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace)
-    experts_down(down_proj, top_k_index, shape, workspace)
+    experts_up(hidden_states, gate_up_proj, gate_up_bias, top_k_index, shape, workspace)
+    experts_down(down_proj, down_bias, top_k_index, shape, workspace)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 

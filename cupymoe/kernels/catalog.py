@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,8 @@ def architectures(source: str) -> tuple[str, ...]:
 def variants() -> Iterator[Variant]:
     """Every dtype, index type, vector width, regime and cut at Gemma 4's sizes, each compilation once.
 
-    Every activation of ``gated_activation``; the fused backend's kernels with Gemma 4's own, and int64 indices.
+    Every activation of ``gated_activation``; the fused backend's kernels with Gemma 4's own and with one of every other
+    layout of gate and up, and with int64 indices.
     """
     yield from dict.fromkeys(_variants())
 
@@ -87,21 +89,41 @@ def _variants() -> Iterator[Variant]:
 
 
 def _fused_shapes() -> Iterator[Shape]:
-    """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row."""
+    """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row; of
+    GPT-OSS's kind of experts too. Every kind of experts in one regime."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
-    for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
-        for num_tokens in (16, 64, 256, 512, 1024):
-            for dtype in (torch.bfloat16, torch.float16):
-                yield shape_of(
-                    regime(Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), intermediate_size),
-                    dtype,
-                    torch.int64,
-                    sizes.activation,
-                    sizes.num_experts,
-                    sizes.hidden_size,
-                    intermediate_size,
-                    sizes.top_k_experts,
-                )
+
+    def shape(
+        num_tokens: int,
+        dtype: torch.dtype,
+        intermediate_size: int = sizes.moe_intermediate_size,
+        activation: MoEActivation = sizes.activation,
+        transposed: bool = False,
+        has_bias: bool = False,
+    ) -> Shape:
+        return shape_of(
+            regime(Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), intermediate_size),
+            dtype,
+            torch.int64,
+            activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            intermediate_size,
+            sizes.top_k_experts,
+            transposed,
+            transposed,
+            has_bias,
+            has_bias,
+        )
+
+    for num_tokens in (16, 64, 256, 512, 1024):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield shape(num_tokens, dtype)
+            yield shape(num_tokens, dtype, sizes.moe_intermediate_size // 4)
+        yield shape(num_tokens, torch.bfloat16, activation=MoEActivation.SWIGLUOAI, transposed=True, has_bias=True)
+    for activation in (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL):
+        for transposed, has_bias in itertools.product((False, True), repeat=2):
+            yield shape(64, torch.float16, activation=activation, transposed=transposed, has_bias=has_bias)
 
 
 def _tile_shapes() -> Iterator[TileShape]:

@@ -13,7 +13,7 @@ from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.load import Load
 
 MAX_PAIRS = 8192
-MAX_EXPERTS = 240
+MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
 # Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
@@ -65,6 +65,8 @@ class Regime:
     """Most tokens of a chunk: of one expert and one pass over its weights."""
     up: Tile
     down: Tile
+    transposed: Tile
+    """Of either GEMM, where its weight is transposed: 128 rows, so that each k is 256 bytes of memory."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
@@ -72,12 +74,38 @@ class Regime:
 
 
 # By the most pairs of an expert on average.
-_UP_TO_4_PAIRS = Regime(32, Tile(256, 4, k_warps=2), Tile(256, 4, k_warps=2), 0, fp32_slots=True)
-_UP_TO_16_PAIRS = Regime(
-    32, Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2), Tile(256, 4, k_warps=2), 0, fp32_slots=False
+_UP_TO_4_PAIRS = Regime(
+    tokens=32,
+    up=Tile(256, 4, k_warps=2),
+    down=Tile(256, 4, k_warps=2),
+    transposed=Tile(64, 8),
+    inline_pairs=0,
+    fp32_slots=True,
 )
-_UP_TO_32_PAIRS = Regime(48, Tile(256, 3, k_warps=2), Tile(256, 3, k_warps=2), 0, fp32_slots=False)
-_MORE_PAIRS = Regime(80, Tile(128, 4), Tile(128, 4), 0, fp32_slots=False)
+_UP_TO_16_PAIRS = Regime(
+    tokens=32,
+    up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
+    down=Tile(256, 4, k_warps=2),
+    transposed=Tile(64, 8),
+    inline_pairs=0,
+    fp32_slots=False,
+)
+_UP_TO_32_PAIRS = Regime(
+    tokens=48,
+    up=Tile(256, 3, k_warps=2),
+    down=Tile(256, 3, k_warps=2),
+    transposed=Tile(64, 8),
+    inline_pairs=0,
+    fp32_slots=False,
+)
+_MORE_PAIRS = Regime(
+    tokens=80,
+    up=Tile(128, 4),
+    down=Tile(128, 4),
+    transposed=Tile(64, 8),
+    inline_pairs=0,
+    fp32_slots=False,
+)
 
 
 @functools.cache
@@ -85,7 +113,14 @@ def _inline_regime(intermediate_size: int) -> Regime:
     # Both rings fit a multiprocessor together, so that experts_down fills its own while experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
     down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
-    return Regime(8, Tile(256, 4, k_warps=4), down, _INLINE_PAIRS, fp32_slots=True)
+    return Regime(
+        tokens=8,
+        up=Tile(256, 4, k_warps=4),
+        down=down,
+        transposed=Tile(64, 5),
+        inline_pairs=_INLINE_PAIRS,
+        fp32_slots=True,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,6 +148,22 @@ class Shape:
     hidden_size: int
     intermediate_size: int
     top_k: int
+    gate_up_transposed: bool = False
+    """Whether gate_up_proj is ``[E, H, 2 I]`` in memory (``[E, H, I]`` if ungated), and not ``[E, 2 I, H]``."""
+    down_transposed: bool = False
+    """Whether down_proj is ``[E, I, H]`` in memory, and not ``[E, H, I]``."""
+    has_gate_up_bias: bool = False
+    has_down_bias: bool = False
+
+    @property
+    def up(self) -> Tile:
+        """Of the gate_up projection."""
+        return self.regime.transposed if self.gate_up_transposed else self.regime.up
+
+    @property
+    def down(self) -> Tile:
+        """Of the down projection."""
+        return self.regime.transposed if self.down_transposed else self.regime.down
 
     @property
     def slot_dtype(self) -> torch.dtype:

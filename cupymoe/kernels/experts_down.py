@@ -17,21 +17,42 @@ def variant(shape: Shape) -> Variant:
     """The compilation for one shape."""
     return Variant(
         "experts_down",
-        (*shape.defines(), *shape.regime.down.defines(), f"SLOT_SCALAR={SCALARS[shape.slot_dtype]}"),
+        (
+            *shape.defines(),
+            *shape.down.defines(),
+            f"SLOT_SCALAR={SCALARS[shape.slot_dtype]}",
+            f"TRANSPOSED={int(shape.down_transposed)}",
+            f"HAS_BIAS={int(shape.has_down_bias)}",
+        ),
     )
 
 
 @functools.cache
 def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
-    tile = shape.regime.down
+    tile = shape.down
     shared_bytes = tile.shared_bytes(shape.regime.tokens)
     run = kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True)
     return run, grid(tile, device), tile.threads
 
 
-def experts_down(down_proj: torch.Tensor, top_k_index: torch.Tensor, shape: Shape, workspace: Workspace) -> None:
-    """Write the experts' outputs, not yet weighted, into the workspace."""
+def experts_down(
+    down_proj: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k_index: torch.Tensor,
+    shape: Shape,
+    workspace: Workspace,
+) -> None:
+    """Write the experts' outputs, not yet weighted, into the workspace.
+
+    Args:
+        down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
+            ``transpose(1, 2)`` of a contiguous tensor.
+        bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
+        top_k_index: ``[T, K]``, contiguous, as ``experts_up`` had it in the launch just before this one.
+        shape: of the call.
+        workspace: of the call.
+    """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
     run(
@@ -46,4 +67,5 @@ def experts_down(down_proj: torch.Tensor, top_k_index: torch.Tensor, shape: Shap
         workspace.num_chunks,
         workspace.expert_output,
         top_k_index.numel(),
+        0 if bias is None else bias.data_ptr(),
     )

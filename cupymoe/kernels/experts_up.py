@@ -15,13 +15,24 @@ from cupymoe.kernels.launch import Kernel
 
 def variant(shape: Shape) -> Variant:
     """The compilation for one shape."""
-    return Variant("experts_up", (*shape.defines(), *shape.regime.up.defines(), *activation_defines(shape.activation)))
+    return Variant(
+        "experts_up",
+        (
+            *shape.defines(),
+            *shape.up.defines(),
+            *activation_defines(shape.activation),
+            f"GATED={int(shape.activation.is_gated)}",
+            f"INTERLEAVED={int(shape.activation.is_interleaved)}",
+            f"TRANSPOSED={int(shape.gate_up_transposed)}",
+            f"HAS_BIAS={int(shape.has_gate_up_bias)}",
+        ),
+    )
 
 
 @functools.cache
 def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
-    tile = shape.regime.up
+    tile = shape.up
     shared_bytes = tile.shared_bytes(shape.regime.tokens)
     run = kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True)
     return run, grid(tile, device), tile.threads
@@ -30,11 +41,22 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 def experts_up(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
+    bias: torch.Tensor | None,
     top_k_index: torch.Tensor,
     shape: Shape,
     workspace: Workspace,
 ) -> None:
-    """Write ``act(gate) * up`` of every slot, rounded once, into the workspace."""
+    """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
+
+    Args:
+        hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
+        gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
+            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
+        bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
+        top_k_index: ``[T, K]``, contiguous, at least one pair.
+        shape: of the call.
+        workspace: of the call; after :func:`plan_experts` unless ``shape.regime.inline_pairs``.
+    """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
     run(
@@ -50,4 +72,5 @@ def experts_up(
         workspace.slot_of_pair,
         workspace.intermediate,
         top_k_index.numel(),
+        0 if bias is None else bias.data_ptr(),
     )

@@ -37,7 +37,7 @@ def variant(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_l
 @functools.cache
 def _kernel(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_lane: int, device: int) -> Kernel:
     its_variant = variant(index_dtype, num_experts, tokens, pairs_per_lane)
-    return kernel(its_variant, "plan_experts", device, dependent=True)
+    return kernel(its_variant, "plan_experts", device, shared_bytes=WARPS * num_experts * 4, dependent=True)
 
 
 def plan_experts(top_k_index: torch.Tensor, num_experts: int, tokens: int, workspace: Workspace) -> None:
