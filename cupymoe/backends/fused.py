@@ -45,16 +45,12 @@ class FusedBackend:
             return "its kernels add no low-rank products"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
-        if not call.activation.is_gated or call.activation.is_interleaved:
-            return f"it pairs rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        if call.has_bias:
-            return "its kernels add no bias"
-        if call.gate_up_transposed or call.down_transposed:
-            return "its kernels read weights that are contiguous, not transposed ones"
+        if not takes_tiles(call.load, call.hidden_size) and (reason := _unstreamed_kind_reason(call)) is not None:
+            return reason
         not_streamed = stream_reason(call.load)
         not_tiled = tiles_reason(call.load, call.hidden_size)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
@@ -93,6 +89,17 @@ def stream_reason(load: Load) -> str | None:
     return None
 
 
+def _unstreamed_kind_reason(call: ExpertsCall) -> str | None:
+    """Why the weight stream does not serve such experts; None if it does."""
+    if not call.activation.is_gated or call.activation.is_interleaved:
+        return f"its weight stream pairs rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
+    if call.has_bias:
+        return "its weight stream adds no bias"
+    if call.gate_up_transposed or call.down_transposed:
+        return "its weight stream reads weights that are contiguous, not transposed ones"
+    return None
+
+
 def tiles_reason(load: Load, hidden_size: int) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if hidden_size % 16:
@@ -126,6 +133,7 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
 def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
     """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
+    gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     blocks, products = cut(call.load)
     shape = tile_shape_of(
         blocks,
@@ -135,8 +143,12 @@ def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None =
         call.num_experts,
         call.hidden_size,
         call.intermediate_size,
+        call.gate_up_transposed,
+        call.down_transposed,
+        gate_up_bias is not None,
+        down_bias is not None,
     )
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
-    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape)
-    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape)
+    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias)
+    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)
