@@ -86,6 +86,21 @@ def test_grouped_says_why(hopper, change, reason):
 
 
 @pytest.mark.parametrize(
+    "activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL], ids=str
+)
+def test_tiles_serve_biases_and_transposed_weights(hopper, activation):
+    for gate_up_transposed, down_transposed, has_bias in itertools.product([False, True], repeat=3):
+        call = CALL._replace(
+            num_tokens=4096,
+            activation=activation,
+            gate_up_transposed=gate_up_transposed,
+            down_transposed=down_transposed,
+            has_bias=has_bias,
+        )
+        assert select("fused", call).way(call).startswith("tiles")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"device": torch.device("cpu")}, r"compute capability 9.0, not on cpu"),
@@ -95,9 +110,9 @@ def test_grouped_says_why(hopper, change, reason):
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
-        ({"has_bias": True}, r"its kernels add no bias"),
-        ({"gate_up_transposed": True}, r"its kernels read weights that are contiguous, not transposed ones"),
-        ({"down_transposed": True}, r"its kernels read weights that are contiguous, not transposed ones"),
+        ({"has_bias": True}, r"its weight stream adds no bias"),
+        ({"gate_up_transposed": True}, r"its weight stream reads weights that are contiguous, not transposed ones"),
+        ({"down_transposed": True}, r"its weight stream reads weights that are contiguous, not transposed ones"),
         (
             {"num_experts": 1025},
             r"counters for 240 experts, not 1025, and the sort has counters for 1024 experts, not 1025",

@@ -3,6 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,12 @@ def test_catalog_holds_every_cut(source):
         for blocks, products in CUTS
     }
     assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
+
+
+def test_catalog_holds_every_kind_of_experts():
+    kinds = defines_in_catalog("experts_up_wgmma", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS")
+    assert kinds == {(*rows, *rest) for rows in ("10", "11", "00") for rest in product("01", repeat=2)}
+    assert defines_in_catalog("experts_down_wgmma", "TRANSPOSED", "HAS_BIAS") == {*product("01", repeat=2)}
 
 
 @pytest.mark.parametrize("source", ["gated_activation", "gather", "combine"])
