@@ -112,6 +112,8 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, Experts
         aligned_hidden_states=True,
         aligned_weights=all(_is_aligned(weight) for weight in weights),
         adapters=caller is not experts and _is_low_rank(caller),
+        gate_up_transposed=not weights[0].is_contiguous(),
+        down_transposed=not weights[1].is_contiguous(),
     )
 
 
