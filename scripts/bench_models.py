@@ -317,7 +317,9 @@ def measure_models(
     os.environ["CUPYMOE_ON_SLOW"] = "error"  # a slow backend would take minutes, and its time is not asked for
     cells = cells_of(names, tokens)
     compile_ahead(cells)
-    ceilings = measure_ceilings(torch.zeros(CEILING_BYTES // 2, dtype=torch.bfloat16, device=device), parts=3)
+    buffer = torch.empty(CEILING_BYTES // 2, dtype=torch.bfloat16, device=device).normal_()
+    ceilings = measure_ceilings(buffer, parts=3)
+    del buffer
     free_memory()
     click.echo(f"ceilings: raw read {ceilings.read_tbs} TB/s, bf16 product {ceilings.bf16_tflops} TFLOP/s")
     rows: list[dict[str, Any]] = []
