@@ -1,6 +1,7 @@
 """The regime of other models' sizes without a GPU: sizes, floors, masks, rows, and what a partial run writes."""
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -249,6 +250,35 @@ def test_only_a_run_of_all_cells_writes_the_report_of_all(models):
     assert models.report_name(names, (*tokens, 2)) == "models"
     assert models.report_name(names[1:], tokens) == "models-part"
     assert models.report_name(names, tokens[1:]) == "models-part"
+
+
+def test_a_partial_run_leaves_the_report_of_all_cells_as_it_is(models, tmp_path, monkeypatch):
+    import bench
+
+    def measure(names, tokens, device):
+        rows = [{"model": name, "ep": 1, "tokens": n, "floor_ms": 0.5, "ms": TIMES} for name in names for n in tokens]
+        return {"rows": rows}, []
+
+    monkeypatch.setattr(bench, "measure_models", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    everything = ["--regime", "models", "--output", str(tmp_path)]
+    for arguments in (everything, [*everything, "--models", "olmoe,gemma4-tp2", "--tokens", "48,4"]):
+        result = CliRunner().invoke(bench.main, arguments)
+        assert result.exit_code == 0, result.output
+    assert "| gemma4-tp2 | 2.00 (1.00x) | 2.00 (1.00x) |" in result.output
+    full, part = (json.loads((tmp_path / "a-gpu" / f"{name}.json").read_text()) for name in ("models", "models-part"))
+    assert [(row["model"], row["tokens"]) for row in full["rows"]] == [
+        (name, tokens) for name in models.MODELS for tokens in models.TOKENS
+    ]
+    assert [(row["model"], row["tokens"]) for row in part["rows"]] == [
+        ("olmoe", 48),
+        ("olmoe", 4),
+        ("gemma4-tp2", 48),
+        ("gemma4-tp2", 4),
+    ]
+    assert {"device", "date", "versions", "cuda_src_sha256", "kernels"} <= part.keys()
 
 
 @pytest.mark.parametrize(
