@@ -15,7 +15,7 @@ from torch import nn
 from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig, experts_per_token
 from cupymoe.customisation import hooks_of
-from cupymoe.integrations import are_experts_set_to_cupymoe
+from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
@@ -258,7 +258,7 @@ def _sizes(part: Any) -> tuple[int, int, int, int]:
     config, top_k = part.config, experts_per_token(part.config)
     if isinstance(part, Gemma4Router):
         return len(part.per_expert_scale), top_k, len(part.scale), config.moe_intermediate_size
-    num_experts, hidden_size, intermediate_size = part.down_proj.shape
+    num_experts, hidden_size, intermediate_size = sizes_of(part)
     return num_experts, top_k, hidden_size, intermediate_size
 
 
