@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -164,12 +166,16 @@ def check_experts(
     down_proj: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
     *,
     activation: MoEActivation,
     backend: str,
 ) -> None:
     """The arguments of a call of the experts; a kind of call that has passed is only looked up."""
-    if not _is_known(activation, backend, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+    tensors = hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights
+    biases = () if gate_up_bias is None and down_bias is None else (gate_up_bias, down_bias)
+    if not _is_known(activation, backend, tensors, biases):
         _check_described(
             activation,
             backend,
@@ -178,26 +184,45 @@ def check_experts(
             describe("down_proj", down_proj),
             describe("top_k_index", top_k_index),
             describe("top_k_weights", top_k_weights),
+            None if gate_up_bias is None else describe("gate_up_bias", gate_up_bias),
+            None if down_bias is None else describe("down_bias", down_bias),
         )
     if not (gate_up_proj.is_contiguous() and down_proj.is_contiguous()):
-        name = "down_proj" if gate_up_proj.is_contiguous() else "gate_up_proj"
-        raise ValueError(f"{name} must be contiguous: weights are never copied")
+        _check_layout("gate_up_proj", gate_up_proj)
+        _check_layout("down_proj", down_proj)
+    for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=False):
+        if bias is not None and not bias.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {bias.stride()}")
 
 
-def _is_known(activation: MoEActivation, backend: str, *tensors: torch.Tensor) -> bool:
+def _check_layout(name: str, weight: torch.Tensor) -> None:
+    if not (weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()):
+        raise ValueError(
+            f"{name} must be contiguous, or the transpose(1, 2) of a contiguous tensor, got strides {weight.stride()}: "
+            "weights are never copied"
+        )
+
+
+def _is_known(
+    activation: MoEActivation, backend: str, tensors: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> bool:
     """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
     if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
         return False  # a traced size has no hash
     try:
-        _check_kind(activation, backend, *map(_attributes, tensors))
+        attributes: Iterable[Any] = map(_attributes, tensors)
+        if biases:
+            attributes = chain(attributes, (None if bias is None else _attributes(bias) for bias in biases))
+        _check_kind(activation, backend, *attributes)
     except (AttributeError, TypeError, ValueError):
         return False  # the checks say which is no tensor, or what else is wrong
     return True
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_kind(activation: MoEActivation, backend: str, *attributes: tuple[Any, ...]) -> None:
-    _check_described(activation, backend, *(Description(*each) for each in attributes))
+def _check_kind(activation: MoEActivation, backend: str, *attributes: tuple[Any, ...] | None) -> None:
+    described: list[Any] = [None if each is None else Description(*each) for each in attributes]
+    _check_described(activation, backend, *described)
 
 
 def _check_described(
@@ -208,6 +233,8 @@ def _check_described(
     down_proj: Description,
     top_k_index: Description,
     top_k_weights: Description,
+    gate_up_bias: Description | None = None,
+    down_bias: Description | None = None,
 ) -> None:
     for name, given in (
         ("hidden_states", hidden_states),
@@ -225,6 +252,14 @@ def _check_described(
     check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+    for name, bias, weight_name, weight in (
+        ("gate_up_bias", gate_up_bias, "gate_up_proj", gate_up_proj),
+        ("down_bias", down_bias, "down_proj", down_proj),
+    ):
+        if bias is not None:
+            _check_plain(name, bias)
+            check_shape(name, bias, tuple(weight.shape[:2]))
+            check_same(name, bias, weight_name, weight, dtype=True)
     check_shape("top_k_index", top_k_index, (num_tokens, None))
     if top_k_index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")

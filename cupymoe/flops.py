@@ -82,9 +82,9 @@ def _fused_experts(
 def _fused_experts_backward(grad: Shape, *arguments: Any, **__: Any) -> int:
     """Of the forward's tensors and settings, and last of which tensors need a gradient."""
     _, gate_up_proj, down_proj, index, _, gate_up_a, _, down_a, *_ = arguments
-    hidden, of_gate_up, of_down, _, of_up_a, of_up_b, of_down_a, of_down_b = arguments[-1]
+    hidden, of_gate_up, of_down, _, of_up_a, of_up_b, of_down_a, of_down_b, of_up_bias, _ = arguments[-1]
     up, down = _projections(gate_up_proj, down_proj, index, gate_up_a, down_a)
-    behind_down = hidden or of_gate_up or of_up_a or of_up_b
+    behind_down = hidden or of_gate_up or of_up_a or of_up_b or of_up_bias
     return up.backward(hidden, of_gate_up, of_up_a, of_up_b) + down.backward(behind_down, of_down, of_down_a, of_down_b)
 
 

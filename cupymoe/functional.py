@@ -149,6 +149,8 @@ def fused_experts(
     *,
     activation: MoEActivation | str,
     backend: str = "auto",
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
@@ -157,10 +159,15 @@ def fused_experts(
 ) -> torch.Tensor:
     """``output[t] = sum over k of w[t, k] * down[e] @ act(gate_up[e] @ x[t])`` with ``e = top_k_index[t, k]``.
 
+    Either product may have a bias added.
+
     Args:
         hidden_states: ``[T, H]`` floating; copied once if it is not contiguous.
-        gate_up_proj: ``[E, 2I, H]``, the first I rows the gate (``[E, I, H]`` if ungated), contiguous.
-        down_proj: ``[E, H, I]``, contiguous.
+        gate_up_proj: ``[E, 2I, H]`` (``[E, I, H]`` if ungated), the first I rows the gate; SWIGLUOAI has row 2i the
+            gate and row 2i + 1 the up of each i. Contiguous, or the ``transpose(1, 2)`` of a contiguous
+            ``[E, H, 2I]``; it is never copied.
+        down_proj: ``[E, H, I]``, contiguous, or the ``transpose(1, 2)`` of a contiguous ``[E, I, H]``, whichever
+            ``gate_up_proj`` is.
         top_k_index: ``[T, K]`` int32 or int64; copied once if it is not contiguous. An index outside ``[0, E)`` masks
             its pair: it contributes nothing and no weight is read for it (expert parallelism).
         top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is); copied once if it is
@@ -171,6 +178,9 @@ def fused_experts(
             :class:`cupymoe.SlowWarning` that says what to do; the environment variable ``CUPYMOE_ON_SLOW`` may be
             ``error`` or ``silent`` instead. The gradients are computed by the same backend, or if it has none by the
             first that does.
+        gate_up_bias: ``[E, 2I]`` (``[E, I]`` if ungated), added to ``gate_up[e] @ x[t]`` and in the order of its rows;
+            dtype and device of the weights, contiguous. None: no bias.
+        down_bias: ``[E, H]``, added to ``down[e] @ act(...)``, before that is weighted; as ``gate_up_bias``.
         out: ``[T, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written and returned.
             None: a new tensor.
         expert_map: which of all experts are here. Not served yet.
@@ -182,7 +192,8 @@ def fused_experts(
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
-        ``hidden_states``, both weights and ``top_k_weights``; gradients of gradients are computed by the reference.
+        ``hidden_states``, both weights and biases, and ``top_k_weights``; gradients of gradients are computed by the
+        reference. The gradient of a weight is laid out as the weight.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
@@ -192,7 +203,15 @@ def fused_experts(
     member = _member(activation)
     check_settings(expert_map, numerics, keep)
     check_experts(
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation=member, backend=backend
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        gate_up_bias,
+        down_bias,
+        activation=member,
+        backend=backend,
     )
     if global_num_experts is not None:
         check_global_num_experts(global_num_experts, down_proj.shape[0])
@@ -200,9 +219,10 @@ def fused_experts(
         top_k_weights = top_k_weights.to(work)
     if out is not None:
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        check_out(out, *tensors)
+        biases = (gate_up_bias, down_bias)
+        check_out(out, *tensors, *(bias for bias in biases if bias is not None))
         settings = (member.value, "plain", numerics, global_num_experts, backend)
-        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *_NOT_SERVED, *settings, out)
+        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_NOT_SERVED, *settings, out)
         return out
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
@@ -212,6 +232,8 @@ def fused_experts(
         top_k_index,
         top_k_weights,
         *_NO_ADAPTERS,
+        gate_up_bias,
+        down_bias,
         *_NOT_SERVED,
         member.value,
         "plain",
@@ -237,6 +259,8 @@ def lora_experts(
     down_adapter: LowRank | None,
     *,
     activation: MoEActivation | str,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     numerics: str = "fast",
@@ -260,7 +284,7 @@ def lora_experts(
     member = _member(activation)
     check_settings(expert_map, numerics, keep)
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    check_experts(*experts, activation=member, backend="auto")
+    check_experts(*experts, gate_up_bias, down_bias, activation=member, backend="auto")
     if global_num_experts is not None:
         check_global_num_experts(global_num_experts, down_proj.shape[0])
     adapters: list[torch.Tensor | None] = []
@@ -275,5 +299,6 @@ def lora_experts(
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     settings = (member.value, "plain", numerics, global_num_experts, "auto")
     op = torch.ops.cupymoe.fused_experts.default
-    output: torch.Tensor = ops.dispatch(op, *experts[:4], weights, *adapters, *_NOT_SERVED, *settings)
+    biases = (gate_up_bias, down_bias)
+    output: torch.Tensor = ops.dispatch(op, *experts[:4], weights, *adapters, *biases, *_NOT_SERVED, *settings)
     return output

@@ -1,8 +1,8 @@
 """Gradients in plain torch, on any device: of activations and routing, and of the experts on the reference backend.
 
 The other backends compute the experts' gradients by :func:`cupymoe.backends.expert_rows.backward`. Each function here
-takes what its forward saved and returns contiguous gradients, computed unrounded and cast to the dtype of what they
-belong to.
+takes what its forward saved and returns contiguous gradients (those of weights laid out as the weights), computed
+unrounded and cast to the dtype of what they belong to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.reference import activate, split_gate_up, work_dtype
+from cupymoe.reference import activate, linear, split_gate_up, work_dtype
+
+
+def zeros_as(weight: torch.Tensor) -> torch.Tensor:
+    """Zeros laid out as a weight is: contiguous, or else the ``transpose(1, 2)`` of a contiguous tensor."""
+    if weight.is_contiguous():
+        return weight.new_zeros(weight.shape)
+    return weight.new_zeros(weight.transpose(1, 2).shape).transpose(1, 2)
 
 
 def activation_backward(grad: torch.Tensor, input: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
@@ -91,42 +98,57 @@ def experts_backward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     activation: MoEActivation,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of :func:`reference.experts` with respect to its five tensors; None where not needed, and of the index.
+    """Gradients of :func:`reference.experts` with respect to its tensors; None where not needed, and of the index.
 
-    An expert without tokens has a gradient of zeros, and so has a masked pair's weight.
+    An expert without tokens has a gradient of zeros, and so has a masked pair's weight. A gradient of ``gate_up_proj``
+    or ``down_proj`` is laid out as :func:`zeros_as`.
+
+    Args:
+        needed: which of the five tensors and the two biases.
     """
     work = work_dtype(hidden_states.dtype)
-    need_hidden, need_gate_up, need_down, _, need_weights = needed
+    need_hidden, need_gate_up, need_down, _, need_weights, need_gate_up_bias, need_down_bias = needed
     grad_hidden = hidden_states.new_zeros(hidden_states.shape, dtype=work) if need_hidden else None
-    grad_gate_up = gate_up_proj.new_zeros(gate_up_proj.shape) if need_gate_up else None
-    grad_down = down_proj.new_zeros(down_proj.shape) if need_down else None
+    grad_gate_up = zeros_as(gate_up_proj) if need_gate_up else None
+    grad_down = zeros_as(down_proj) if need_down else None
+    grad_gate_up_bias = (
+        gate_up_bias.new_zeros(gate_up_bias.shape) if need_gate_up_bias and gate_up_bias is not None else None
+    )
+    grad_down_bias = down_bias.new_zeros(down_bias.shape) if need_down_bias and down_bias is not None else None
     grad_weights = top_k_weights.new_zeros(top_k_weights.shape, dtype=work) if need_weights else None
     for expert in range(gate_up_proj.shape[0]):
         token, k = torch.where(top_k_index == expert)
         if not len(token):
             continue
         states, grad_output = hidden_states[token].to(work), grad[token].to(work)
-        w_gate_up, w_down = gate_up_proj[expert].to(work), down_proj[expert].to(work)
-        gate_up = states @ w_gate_up.T
+        gate_up = linear(states, gate_up_proj, gate_up_bias, expert)
         intermediate = activate(gate_up, activation)
         if grad_weights is not None:
-            grad_weights[token, k] = (grad_output * (intermediate @ w_down.T)).sum(-1)
+            grad_weights[token, k] = (grad_output * linear(intermediate, down_proj, down_bias, expert)).sum(-1)
         grad_expert_output = grad_output * top_k_weights[token, k, None].to(work)
         if grad_down is not None:
             grad_down[expert] = grad_expert_output.T @ intermediate
-        if grad_gate_up is None and grad_hidden is None:
+        if grad_down_bias is not None:
+            grad_down_bias[expert] = grad_expert_output.sum(0)
+        if grad_gate_up is None and grad_hidden is None and grad_gate_up_bias is None:
             continue
-        grad_of_gate_up = activation_backward(grad_expert_output @ w_down, gate_up, activation)
+        grad_of_gate_up = activation_backward(grad_expert_output @ down_proj[expert].to(work), gate_up, activation)
         if grad_gate_up is not None:
             grad_gate_up[expert] = grad_of_gate_up.T @ states
+        if grad_gate_up_bias is not None:
+            grad_gate_up_bias[expert] = grad_of_gate_up.sum(0)
         if grad_hidden is not None:
-            grad_hidden.index_add_(0, token, grad_of_gate_up @ w_gate_up)
+            grad_hidden.index_add_(0, token, grad_of_gate_up @ gate_up_proj[expert].to(work))
     return (
         None if grad_hidden is None else grad_hidden.to(hidden_states.dtype),
         grad_gate_up,
         grad_down,
         None,
         None if grad_weights is None else grad_weights.to(top_k_weights.dtype),
+        grad_gate_up_bias,
+        grad_down_bias,
     )

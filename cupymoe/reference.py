@@ -67,6 +67,12 @@ def route(
     return weights, index
 
 
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+    """One expert's projection of rows, ``rows @ weight[expert].T + bias[expert]``, in their dtype."""
+    output = rows @ weight[expert].to(rows.dtype).T
+    return output if bias is None else output + bias[expert].to(rows.dtype)
+
+
 def experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -74,6 +80,8 @@ def experts(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     activation: MoEActivation,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts, ``[T, H]`` in the work dtype; masked pairs contribute nothing."""
     work = work_dtype(hidden_states.dtype)
@@ -81,7 +89,7 @@ def experts(
     for expert in range(gate_up_proj.shape[0]):
         token, k = torch.where(top_k_index == expert)
         if len(token):
-            gate_up = hidden_states[token].to(work) @ gate_up_proj[expert].to(work).T
-            expert_output = activate(gate_up, activation) @ down_proj[expert].to(work).T
+            gate_up = linear(hidden_states[token].to(work), gate_up_proj, gate_up_bias, expert)
+            expert_output = linear(activate(gate_up, activation), down_proj, down_bias, expert)
             output.index_add_(0, token, expert_output * top_k_weights[token, k, None].to(work))
     return output

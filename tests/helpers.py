@@ -75,19 +75,36 @@ def random_experts(
     )
 
 
-def oracle(case, activation=MoEActivation.GELU_TANH):
+def random_biases(case, wanted=(True, True)):
+    """Arguments of both biases, of which one that is not wanted is None; as large as the products they are added to."""
+    shapes = [weight.shape[:2] if has_one else None for weight, has_one in zip(case[1:3], wanted, strict=True)]
+    biases = [None if shape is None else torch.randn(shape).to(case.down_proj) for shape in shapes]
+    return dict(zip(("gate_up_bias", "down_bias"), biases, strict=True))
+
+
+def transposed(weight):
+    """A weight of the same values that is the transpose(1, 2) of a contiguous tensor."""
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def oracle(case, activation=MoEActivation.GELU_TANH, **biases):
     """The experts in float64 on the same bits; reference.experts upcasts one expert's weights at a time."""
-    return reference.experts(case.hidden_states.double(), *case[1:], activation)
+    return reference.experts(case.hidden_states.double(), *case[1:], activation, **biases)
 
 
-def rounded_experts(case, activation=MoEActivation.GELU_TANH):
+def rounded_experts(case, activation=MoEActivation.GELU_TANH, gate_up_bias=None, down_bias=None):
     """A plain torch path that rounds to the dtype of its tensors at every step: what a test may compare errors with."""
     output = torch.zeros_like(case.hidden_states)
     for expert in range(case.down_proj.shape[0]):
         token, k = torch.where(case.top_k_index == expert)
         gate_up = case.hidden_states[token] @ case.gate_up_proj[expert].T
+        if gate_up_bias is not None:
+            gate_up = gate_up + gate_up_bias[expert]
         intermediate = reference.activate(gate_up, activation).to(output.dtype)
-        weighted = intermediate @ case.down_proj[expert].T * case.top_k_weights[token, k, None]
+        expert_output = intermediate @ case.down_proj[expert].T
+        if down_bias is not None:
+            expert_output = expert_output + down_bias[expert]
+        weighted = expert_output * case.top_k_weights[token, k, None]
         output.index_add_(0, token, weighted.to(output.dtype))
     return output
 

@@ -1,10 +1,12 @@
 """Who takes a call, and what the others say of it."""
 
+import itertools
+
 import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.backends import ExpertsCall, check_name, registry, select, serving
+from cupymoe.backends import DIRECTIONS, ExpertsCall, check_name, registry, select, serving
 
 CALL = ExpertsCall(
     device=torch.device("cuda", 0),
@@ -51,6 +53,19 @@ def test_grouped_serves_gemma_4(hopper):
     assert registry()["grouped"].unsupported_reason(CALL) is None
 
 
+@pytest.mark.parametrize("name", ["grouped", "simt"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(
+    "activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL], ids=str
+)
+def test_grouped_and_simt_serve_biases_and_transposed_weights(hopper, name, direction, adapters, activation):
+    for transposed in itertools.product([False, True], repeat=2):
+        kind = dict(zip(("gate_up_transposed", "down_transposed"), transposed, strict=True))
+        call = CALL._replace(**kind, has_bias=True, adapters=adapters, activation=activation)
+        assert registry()[name].unsupported_reason(call, direction) is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -80,6 +95,9 @@ def test_grouped_says_why(hopper, change, reason):
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
+        ({"has_bias": True}, r"its kernels add no bias"),
+        ({"gate_up_transposed": True}, r"its kernels read weights that are contiguous, not transposed ones"),
+        ({"down_transposed": True}, r"its kernels read weights that are contiguous, not transposed ones"),
         (
             {"num_experts": 1025},
             r"counters for 240 experts, not 1025, and the sort has counters for 1024 experts, not 1025",

@@ -7,7 +7,7 @@ from cupymoe import LowRank, fused_experts, lora_experts
 from cupymoe.backends import registry
 from cupymoe.ops import experts_call
 from cupymoe.ops.activation import member_of
-from tests.helpers import oracle, random_experts, relative_error, slow_on_cuda
+from tests.helpers import oracle, random_biases, random_experts, relative_error, slow_on_cuda, transposed
 
 
 def poisoned_like(states):
@@ -29,6 +29,15 @@ def test_out_is_written_and_returned(device, num_tokens):
         assert out._version > version or not num_tokens
         if num_tokens:
             assert relative_error(out, oracle(case)) < 0.01
+
+
+@slow_on_cuda
+def test_out_of_biased_experts_with_transposed_weights(device):
+    case = random_experts(9, 8, 64, 32, 2, dtype=torch.bfloat16, device=device)
+    case = case._replace(gate_up_proj=transposed(case.gate_up_proj), down_proj=transposed(case.down_proj))
+    biases, out = random_biases(case), poisoned_like(case.hidden_states)
+    assert fused_experts(*case, activation="gelu_tanh", **biases, out=out) is out
+    assert relative_error(out, oracle(case, **biases)) < 0.01
 
 
 @slow_on_cuda
@@ -63,6 +72,7 @@ def test_out_in_a_compiled_function():
 
 
 CASE = random_experts(5)
+BIAS = torch.zeros(6, 32)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +88,14 @@ CASE = random_experts(5)
         (torch.empty(5, 32, device="meta"), ValueError, r"out must be on hidden_states's device cpu, got meta"),
         (torch.empty(32, 5).T, ValueError, r"out must be contiguous, got strides \(1, 5\)"),
         (CASE.hidden_states, ValueError, r"out must not overlap an input"),
+        (BIAS.view(-1)[:160].view(5, 32), ValueError, r"out must not overlap an input"),
         (CASE.down_proj.view(-1)[:160].view(5, 32), ValueError, r"out must not overlap an input"),
         (torch.empty(5, 32).requires_grad_(), ValueError, r"out must be None where a gradient is asked for"),
     ],
 )
 def test_out_is_refused(out, error, message):
     with pytest.raises(error, match=message):
-        fused_experts(*CASE, activation="gelu_tanh", out=out)
+        fused_experts(*CASE, activation="gelu_tanh", down_bias=BIAS, out=out)
 
 
 def test_out_is_refused_where_a_gradient_is_asked_for():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cupymoe import MoEActivation, fused_experts
+from cupymoe import MoEActivation, fused_experts, lora_experts, ops
 from cupymoe import route as route_function
+from cupymoe.backends import select
 from cupymoe.ops import experts_call
-from tests.helpers import Experts, oracle, random_experts
+from tests.helpers import Experts, oracle, random_biases, random_experts, transposed
 
 SHAPE = {"num_tokens": 5, "num_experts": 4, "hidden": 16, "intermediate": 8, "top_k": 2}
 
@@ -46,8 +47,16 @@ def replaced(**changes):
             "hidden_states must be a plain tensor, got Two",
         ),
         (replaced(gate_up_proj=lambda t: TwoTensor(t, t)), TypeError, "gate_up_proj must be a plain tensor, got Two"),
-        (replaced(gate_up_proj=lambda t: t.mT), ValueError, r"gate_up_proj must be contiguous"),
-        (replaced(down_proj=lambda t: t.mT.contiguous().mT), ValueError, r"down_proj must be contiguous"),
+        (
+            replaced(gate_up_proj=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
+            ValueError,
+            r"gate_up_proj must be contiguous, or the transpose\(1, 2\) of a .* got strides \(16, 64, 1\)",
+        ),
+        (
+            replaced(gate_up_proj=transposed, down_proj=lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+            ValueError,
+            r"down_proj must be contiguous, or the transpose\(1, 2\) of a .* got strides \(256, 16, 2\)",
+        ),
         (replaced(down_proj=lambda t: t.to("meta")), ValueError, r"down_proj must be on hidden_states's device cpu"),
         (replaced(top_k_index=lambda t: t[:4]), ValueError, r"top_k_index must have shape \[5, \*\], got \[4, 2\]"),
         (replaced(top_k_index=lambda t: t.flatten()), ValueError, r"top_k_index must have shape \[5, \*\], got \[10\]"),
@@ -70,6 +79,39 @@ def replaced(**changes):
 def test_experts_refuse(case, error, message):
     with pytest.raises(error, match=message):
         experts(case)
+
+
+@pytest.mark.parametrize("function", [fused_experts, lora_experts])
+@pytest.mark.parametrize(
+    ("biases", "error", "message"),
+    [
+        ({"gate_up_bias": [0.0]}, TypeError, r"gate_up_bias must be a torch.Tensor, got list"),
+        ({"down_bias": False}, TypeError, r"down_bias must be a torch.Tensor, got bool"),
+        ({"gate_up_bias": torch.zeros(4, 8)}, ValueError, r"gate_up_bias must have shape \[4, 16\], got \[4, 8\]"),
+        ({"gate_up_bias": torch.zeros(16)}, ValueError, r"gate_up_bias must have shape \[4, 16\], got \[16\]"),
+        ({"down_bias": torch.zeros(4, 8)}, ValueError, r"down_bias must have shape \[4, 16\], got \[4, 8\]"),
+        (
+            {"gate_up_bias": torch.zeros(4, 16), "down_bias": torch.zeros(4, 16).bfloat16()},
+            TypeError,
+            r"down_bias must have down_proj's dtype torch.float32, got torch.bfloat16",
+        ),
+        (
+            {"gate_up_bias": torch.zeros(4, 16, device="meta")},
+            ValueError,
+            r"gate_up_bias must be on gate_up_proj's device cpu, got meta",
+        ),
+        ({"down_bias": torch.zeros(16, 4).T}, ValueError, r"down_bias must be contiguous, got strides \(1, 4\)"),
+        (
+            {"gate_up_bias": TwoTensor(torch.zeros(4, 16), torch.zeros(4, 16))},
+            TypeError,
+            "gate_up_bias must be a plain tensor, got TwoTensor",
+        ),
+    ],
+)
+def test_biases_are_refused(function, biases, error, message):
+    adapters = () if function is fused_experts else (None, None)
+    with pytest.raises(error, match=message):
+        function(*CASE, *adapters, activation="gelu_tanh", **biases)
 
 
 def test_experts_refuse_activation_and_backend():
@@ -95,6 +137,30 @@ def shifted(tensor):
 def test_backends_are_told_what_starts_on_16_bytes(name, aligned):
     call = experts_call(*replaced(**{name: shifted})[:4], MoEActivation.GELU_TANH)
     assert (call.aligned_hidden_states, call.aligned_weights) == aligned
+
+
+@pytest.mark.parametrize("names", [(), ("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")])
+def test_backends_are_told_which_weights_are_transposed(names):
+    call = experts_call(*replaced(**dict.fromkeys(names, transposed))[:4], MoEActivation.GELU_TANH)
+    assert (call.gate_up_transposed, call.down_transposed) == ("gate_up_proj" in names, "down_proj" in names)
+
+
+def test_a_weight_of_one_row_or_column_is_contiguous():
+    """Where both readings fit."""
+    case = random_experts(3, 4, 1, 1, 2)
+    call = experts_call(*case._replace(down_proj=transposed(case.down_proj))[:4], MoEActivation.GELU_TANH)
+    assert not call.gate_up_transposed
+    assert not call.down_transposed
+
+
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)])
+def test_backends_are_told_of_biases(monkeypatch, wanted):
+    asked = []
+    monkeypatch.setattr(ops.experts, "select", lambda name, call, *way: asked.append(call) or select(name, call, *way))
+    case = random_experts(3)
+    case.hidden_states.requires_grad_()
+    experts(case, **random_biases(case, wanted)).sum().backward()
+    assert [call.has_bias for call in asked] == [any(wanted)] * 2
 
 
 @pytest.mark.gpu

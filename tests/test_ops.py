@@ -23,7 +23,8 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
-from tests.helpers import WITH_PARAMETERS, random_experts, randomize, slow_on_cuda
+from tests.helpers import WITH_PARAMETERS, random_biases, random_experts, randomize, slow_on_cuda
+from tests.helpers import transposed as transposed_weight
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -49,7 +50,7 @@ LAYOUTS = {
 }
 """Tensors of the same shape that lie otherwise in memory."""
 
-CONTIGUOUS = {"gate_up_proj", "down_proj", "gate_up_a", "gate_up_b", "down_a", "down_b"}
+CONTIGUOUS = {"gate_up_proj", "down_proj", "gate_up_a", "gate_up_b", "down_a", "down_b", "gate_up_bias", "down_bias"}
 """Arguments of which no kernel would read another layout: the public functions see to it."""
 
 
@@ -96,7 +97,9 @@ def test_every_op_is_checked_here(monkeypatch):
     test_opcheck_activation_writes_and_backward(cpu, MoEActivation.SILU)
     test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
     test_opcheck_route(cpu, False, True, torch.float32, None)
-    test_opcheck_experts(cpu, torch.float32, requires_grad=False, adapted=(True, True))
+    test_opcheck_experts(
+        cpu, torch.float32, requires_grad=False, adapted=(True, True), biased=(True, True), layout=(True, False)
+    )
     registered = {
         name.removeprefix("cupymoe::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -147,6 +150,7 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
 
 
 NOT_SERVED = (None,) * 5
+NO_BIASES = (None,) * 2
 SETTINGS = ("gelu_tanh", "plain", "fast", None, "auto")
 
 
@@ -163,18 +167,26 @@ def random_adapters(weights, adapted, **kwargs):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapted", [(False, False), (True, True), (True, False)])
-def test_opcheck_experts(device, dtype, requires_grad, adapted):
+@pytest.mark.parametrize("biased", [(False, False), (True, True)])
+@pytest.mark.parametrize("layout", [(False, False), (True, True)])
+def test_opcheck_experts(device, dtype, requires_grad, adapted, biased, layout):
     case = random_experts(5, 4, 32, 24, 2, dtype=dtype, device=device)
+    case = case._replace(
+        gate_up_proj=transposed_weight(case.gate_up_proj) if layout[0] else case.gate_up_proj,
+        down_proj=transposed_weight(case.down_proj) if layout[1] else case.down_proj,
+    )
     adapters = random_adapters(case[1:3], adapted, dtype=dtype, device=device)
-    tensors = (*case, *adapters, *NOT_SERVED)
-    of_adapters = [factor is not None for factor in adapters]
-    for needed in ([True, True, True, True, *of_adapters], [True, False, False, False, *of_adapters]):
+    biases = [*random_biases(case, biased).values()]
+    tensors = (*case, *adapters, *biases, *NOT_SERVED)
+    of_rest = [tensor is not None for tensor in (*adapters, *biases)]
+    for needed in ([True, True, True, True, *of_rest], [True, False, False, False, *of_rest]):
         grad = torch.randn_like(case.hidden_states)
         opcheck("fused_experts_backward", grad, *tensors, None, *SETTINGS, needed)
     if not requires_grad:
         opcheck("fused_experts_out", *tensors, *SETTINGS, torch.empty_like(case.hidden_states))
-    for tensor in (*case[:3], case.top_k_weights, *(factor for factor in adapters if factor is not None)):
-        tensor.requires_grad_(requires_grad)
+    for tensor in (*case[:3], case.top_k_weights, *adapters, *biases):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
     opcheck("fused_experts", *tensors, *SETTINGS)
 
 
@@ -183,7 +195,17 @@ def test_opcheck_backward_of_experts_without_tokens(device):
     case = random_experts(0, 4, 32, 24, 2, device=device)
     grad = torch.randn_like(case.hidden_states)
     adapters = random_adapters(case[1:3], (True, True), device=device)
-    opcheck("fused_experts_backward", grad, *case, *adapters, *NOT_SERVED, None, *SETTINGS, [True] * 8)
+    opcheck(
+        "fused_experts_backward",
+        grad,
+        *case,
+        *adapters,
+        *NO_BIASES,
+        *NOT_SERVED,
+        None,
+        *SETTINGS,
+        [True] * 8 + [False] * 2,
+    )
 
 
 # --- torch.vmap and batched gradients ---------------------------------------------------------------------------------

@@ -46,6 +46,12 @@ class ExpertsCall(NamedTuple):
     """Whether all factors of the adapters start on 16 bytes."""
     global_num_experts: int | None = None
     """How many experts ``top_k_index`` chooses from; None: those that are here."""
+    gate_up_transposed: bool = False
+    """Whether ``gate_up_proj`` is the ``transpose(1, 2)`` of a contiguous tensor, instead of contiguous itself."""
+    down_transposed: bool = False
+    """The same of ``down_proj``."""
+    has_bias: bool = False
+    """Whether either projection has a bias."""
 
     @property
     def load(self) -> Load:
@@ -54,7 +60,8 @@ class ExpertsCall(NamedTuple):
 
 
 class ExpertsTensors(NamedTuple):
-    """The tensors of a call that are computed with, checked and contiguous."""
+    """The tensors of a call that are computed with, checked and contiguous; a weight may instead be the
+    ``transpose(1, 2)`` of a contiguous tensor."""
 
     hidden_states: torch.Tensor
     """``[T, H]``"""
@@ -74,6 +81,10 @@ class ExpertsTensors(NamedTuple):
     """``[E, r, I]``"""
     down_b: torch.Tensor | None = None
     """``[E, H, r]``"""
+    gate_up_bias: torch.Tensor | None = None
+    """``[E, 2I]``, or ``[E, I]`` for an ungated activation: added before the activation."""
+    down_bias: torch.Tensor | None = None
+    """``[E, H]``: added to an expert's output before that is weighted."""
 
 
 DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name != "top_k_index")
@@ -100,7 +111,7 @@ class Backend(Protocol):
         self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients with respect to :data:`DIFFERENTIABLE`, from that of the output, ``[T, H]``; None where not
-        ``needed``, and then not computed."""
+        ``needed``, and then not computed. A weight's gradient is laid out as the weight, the others are contiguous."""
 
 
 def ampere_reason(call: ExpertsCall) -> str | None:
@@ -113,7 +124,11 @@ def ampere_reason(call: ExpertsCall) -> str | None:
 
 
 def row_packs_reason(call: ExpertsCall) -> str | None:
-    """Why rows can't be moved 16 bytes at a time; None if they can."""
+    """Why rows can't be moved 16 bytes at a time; None if they can.
+
+    Rows of hidden states and intermediates are H and I elements, those of weights H or I, or where they are transposed
+    2I (I if ungated) or H: multiples of 8 wherever H and I are.
+    """
     if call.hidden_size % 8 == 0 and call.intermediate_size % 8 == 0:
         return None
     return (

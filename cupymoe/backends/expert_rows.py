@@ -8,6 +8,7 @@ recomputes what it needs from the arguments.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,6 +21,9 @@ from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
 from cupymoe.gradients import activation_backward
+
+_BIASED_AT_ONCE = 8192
+"""Rows that a bias is added to in one step."""
 
 
 class ExpertRows(ABC):
@@ -43,8 +47,8 @@ class ExpertRows(ABC):
         """``[T * K, H]`` -> ``[T, H]``, weighted with ``[T, K]`` in float32 or wider; into ``out`` if it is given."""
 
     @abstractmethod
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``rows @ weight[e].T``: ``[T * K, in]``, ``[E, out, in]`` -> ``[T * K, out]``."""
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``rows @ weight[e].T + bias[e]``: ``[T * K, in]``, ``[E, out, in]``, ``[E, out]`` -> ``[T * K, out]``."""
 
     @abstractmethod
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,6 +57,11 @@ class ExpertRows(ABC):
     @abstractmethod
     def activate(self, gate_up: torch.Tensor, activation: MoEActivation) -> torch.Tensor:
         """``act(gate) * up``."""
+
+    def sums(self, rows: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Sums over each expert's rows of ``factors * rows``: ``[T * K, out]``, ``[T * K, 1]`` -> ``[E, out]``."""
+        # Eight columns, because the grouped GEMM takes rows of whole 16-byte packs.
+        return self.outer(rows, factors.expand(-1, 8).contiguous(), dtype)[..., 0].contiguous()
 
     def of_slots(self, of_pairs: torch.Tensor) -> torch.Tensor:
         """``[T, K]`` -> ``[T * K, 1]``; zero for masked pairs."""
@@ -73,6 +82,21 @@ class KernelRows(ExpertRows):
 
         pairs = sort_by_expert(top_k_index, num_experts)
         self.slot_of_pair, self.offsets = pairs.slot_of_pair, pairs.expert_offsets
+
+    @functools.cached_property
+    def _expert_of_slot(self) -> torch.Tensor:
+        """``[T * K]`` int32; any expert for masked pairs."""
+        ends = self.offsets[1:]
+        slots = torch.arange(self.slot_of_pair.numel(), dtype=ends.dtype, device=ends.device)
+        return torch.searchsorted(ends, slots, right=True, out_int32=True).clamp_(max=len(ends) - 1)
+
+    def _add_bias(self, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """In place, some rows at a time, so that the rows' biases take little memory."""
+        if bias is not None:
+            for first in range(0, len(output), _BIASED_AT_ONCE):
+                some = slice(first, first + _BIASED_AT_ONCE)
+                output[some].add_(bias[self._expert_of_slot[some]])
+        return output
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """See :class:`ExpertRows`."""
@@ -95,11 +119,11 @@ class KernelRows(ExpertRows):
 
 
 class GroupedRows(KernelRows):
-    """Products by torch's grouped GEMM, which rounds each of them to the dtype of its rows."""
+    """Products by torch's grouped GEMM, which rounds each of them to the dtype of its rows; so does adding a bias."""
 
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`ExpertRows`."""
-        return grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets[1:])
+        return self._add_bias(grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets[1:]), bias)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`ExpertRows`."""
@@ -109,11 +133,11 @@ class GroupedRows(KernelRows):
 class SimtRows(KernelRows):
     """Products on the CUDA cores, whatever the alignment; all of them in float32."""
 
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`ExpertRows`."""
         from cupymoe.kernels.grouped_linear import grouped_linear
 
-        return grouped_linear(rows, weight, self.offsets, torch.float32)
+        return self._add_bias(grouped_linear(rows, weight, self.offsets, torch.float32), bias)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`ExpertRows`."""
@@ -149,11 +173,11 @@ class LoopRows(ExpertRows):
         output = torch.where(kept, rows[self.slot_of_pair.clamp(min=0)] * weights.unsqueeze(-1), 0).sum(1)
         return output if out is None else out.copy_(output)
 
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`ExpertRows`."""
         output = rows.new_zeros((rows.shape[0], weight.shape[1]))
         for expert, its in enumerate(self._rows):
-            output[its] = rows[its] @ weight[expert].to(rows.dtype).T
+            output[its] = reference.linear(rows[its], weight, bias, expert)
         return output
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -166,17 +190,18 @@ class LoopRows(ExpertRows):
 
 
 class Projection(NamedTuple):
-    """One of the experts' projections with its adapter, if it has one: the weight is ``W + B A``, which is never
-    formed."""
+    """One of the experts' projections, with its adapter and its bias, if it has them: the weight is ``W + B A``, which
+    is never formed."""
 
     rows: ExpertRows
     weight: torch.Tensor
     a: torch.Tensor | None
     b: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows @ (W + B A)^T``."""
-        output = self.rows.linear(rows, self.weight)
+        """``rows @ (W + B A)^T + bias``."""
+        output = self.rows.linear(rows, self.weight, self.bias)
         if self.a is None or self.b is None:
             return output
         return output + self.rows.linear(self.rows.linear(rows, self.a), self.b)
@@ -184,30 +209,38 @@ class Projection(NamedTuple):
     def transposed(self) -> Projection:
         """The projection back: its call is ``rows @ (W + B A)``."""
         a, b = (None if part is None else part.transpose(1, 2) for part in (self.a, self.b))
-        return Projection(self.rows, self.weight.transpose(1, 2), b, a)
+        return Projection(self.rows, self.weight.transpose(1, 2), b, a, None)
 
     def gradients(
-        self, grad: torch.Tensor, rows: torch.Tensor, needed: Sequence[bool]
+        self, grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients with respect to weight, a and b; None where not needed.
+        """Gradients with respect to weight, a, b and bias; None where not needed.
 
         Args:
-            grad: of the output, ``[T * K, out]`` in expert order.
-            rows: the input, ``[T * K, in]`` in expert order.
-            needed: which of the three.
+            grad: of the output, ``[T * K, out]`` in expert order, not yet times ``factors``.
+            rows: the input, ``[T * K, in]`` in expert order, times ``factors``.
+            factors: of each row, ``[T * K, 1]``.
+            needed: which of the four.
         """
         linear, outer, dtype = self.rows.linear, self.rows.outer, self.weight.dtype
         return (
-            outer(grad, rows, dtype) if needed[0] else None,
+            self._outer_as_weight(grad, rows) if needed[0] else None,
             outer(linear(grad, self.b.transpose(1, 2)), rows, dtype) if needed[1] and self.b is not None else None,
             outer(grad, linear(rows, self.a), dtype) if needed[2] and self.a is not None else None,
+            self.rows.sums(grad, factors, dtype) if needed[3] else None,
         )
+
+    def _outer_as_weight(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The weight's gradient in the layout of the weight, in which autograd can keep it without a copy."""
+        if self.weight.is_contiguous():
+            return self.rows.outer(grad, rows, self.weight.dtype)
+        return self.rows.outer(rows, grad, self.weight.dtype).transpose(1, 2)
 
 
 def _projections(rows: ExpertRows, tensors: ExpertsTensors) -> tuple[Projection, Projection]:
     return (
-        Projection(rows, tensors.gate_up_proj, tensors.gate_up_a, tensors.gate_up_b),
-        Projection(rows, tensors.down_proj, tensors.down_a, tensors.down_b),
+        Projection(rows, tensors.gate_up_proj, tensors.gate_up_a, tensors.gate_up_b, tensors.gate_up_bias),
+        Projection(rows, tensors.down_proj, tensors.down_a, tensors.down_b, tensors.down_bias),
     )
 
 
@@ -233,8 +266,10 @@ def backward(
         grad: of the output, ``[T, H]``.
         needed: which of the tensors want one.
     """
-    of_states, of_up, of_down, of_weights, *of_adapters = needed
-    of_gate_up = of_states or of_up or any(of_adapters[:2])
+    of_states, of_up, of_down, of_weights, *of_adapters, of_up_bias, of_down_bias = needed
+    of_gate_up_parts = of_up, *of_adapters[:2], of_up_bias
+    of_down_parts = of_down, *of_adapters[2:], of_down_bias
+    of_gate_up = of_states or any(of_gate_up_parts)
     up, down = _projections(rows, tensors)
     weights = tensors.top_k_weights
     weight_of_slot = rows.of_slots(weights)
@@ -242,26 +277,39 @@ def backward(
     gate_up = up(states)
     grad_output = rows.gather(grad)  # not yet weighted
     grads: dict[str, torch.Tensor | None] = {}
-    if of_weights or of_down or any(of_adapters[2:]):
+    if of_weights or any(of_down_parts):
         intermediate = rows.activate(gate_up, activation)
-    if of_down or any(of_adapters[2:]):
+    if any(of_down_parts):
         weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
-        grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
-            grad_output, weighted, (of_down, *of_adapters[2:])
+        factors = weight_of_slot.to(intermediate.dtype)
+        grads["down_proj"], grads["down_a"], grads["down_b"], grads["down_bias"] = down.gradients(
+            grad_output, weighted, factors, of_down_parts
         )
     if of_weights or of_gate_up:
         back = down.transposed()(grad_output)
     if of_weights:
         of_slots = (back.to(weights.dtype) * intermediate.to(weights.dtype)).sum(-1)
-        grads["top_k_weights"] = rows.of_pairs(of_slots)
+        of_pairs = rows.of_pairs(of_slots)
+        if tensors.down_bias is not None:
+            of_pairs = of_pairs + _dot_with_bias(rows, grad.to(weights.dtype), tensors.down_bias, tensors.top_k_index)
+        grads["top_k_weights"] = of_pairs
     if of_gate_up:
         grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), gate_up, activation)
-        grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"] = up.gradients(
-            grad_gate_up, states, (of_up, *of_adapters[:2])
+        ones = torch.ones_like(states[:, :1])
+        grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"], grads["gate_up_bias"] = up.gradients(
+            grad_gate_up, states, ones, of_gate_up_parts
         )
     if of_states:
         grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
     return tuple(grads.get(name) for name in DIFFERENTIABLE)
+
+
+def _dot_with_bias(rows: ExpertRows, grad: torch.Tensor, bias: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+    """``grad[t] . bias[e]`` of each pair, ``[T, K]``; zero for masked pairs."""
+    # Every token with every expert: rows of grad and of bias for each pair would take far more memory.
+    products = grad @ bias.to(grad.dtype).T
+    experts = top_k_index.clamp(0, len(bias) - 1).long()
+    return torch.where(rows.slot_of_pair < 0, 0, products.gather(1, experts))
 
 
 class RowsBackend:

@@ -51,6 +51,10 @@ class FusedBackend:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
+        if call.has_bias:
+            return "its kernels add no bias"
+        if call.gate_up_transposed or call.down_transposed:
+            return "its kernels read weights that are contiguous, not transposed ones"
         not_streamed = stream_reason(call.load)
         not_tiled = tiles_reason(call.load, call.hidden_size)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None

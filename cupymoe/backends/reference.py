@@ -30,7 +30,7 @@ class ReferenceBackend(RowsBackend):
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapters:
             return super().forward(call, tensors, out)
-        output = reference.experts(*tensors[:5], call.activation)
+        output = reference.experts(*tensors[:5], call.activation, tensors.gate_up_bias, tensors.down_bias)
         return output.to(call.dtype) if out is None else out.copy_(output)
 
     def backward(
@@ -39,8 +39,13 @@ class ReferenceBackend(RowsBackend):
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapters:
             return super().backward(call, tensors, grad, needed)
-        of_states, of_up, of_down, of_weights = needed[:4]
+        of_states, of_up, of_down, of_weights, *_, of_up_bias, of_down_bias = needed
         grads = gradients.experts_backward(
-            grad, *tensors[:5], call.activation, (of_states, of_up, of_down, False, of_weights)
+            grad,
+            *tensors[:5],
+            call.activation,
+            tensors.gate_up_bias,
+            tensors.down_bias,
+            (of_states, of_up, of_down, False, of_weights, of_up_bias, of_down_bias),
         )
-        return *(grads[i] for i in (0, 1, 2, 4)), None, None, None, None
+        return *(grads[i] for i in (0, 1, 2, 4)), None, None, None, None, *grads[5:]

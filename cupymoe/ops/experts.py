@@ -1,5 +1,7 @@
 """The op of the experts, the one that writes into given memory, and their backward; LoRA's adapters are arguments.
 
+A weight that is not contiguous is the ``transpose(1, 2)`` of a contiguous tensor, and so is its gradient.
+
 All three take the same tensors and settings, what is not served yet among them, so that a later capability changes no
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
 
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from cupymoe import gradients
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, select, slow
 from cupymoe.ops.activation import member_of
@@ -23,7 +26,7 @@ from cupymoe.ops.register import on_device_of, register
 
 _TENSORS = (
     "Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor top_k_index, Tensor top_k_weights, "
-    "Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b, "
+    "Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b, Tensor? gate_up_bias, Tensor? down_bias, "
     "Tensor? gate_up_scales, Tensor? gate_up_zeros, Tensor? down_scales, Tensor? down_zeros, Tensor? expert_map"
 )
 _NUM_TENSORS = _TENSORS.count("Tensor")
@@ -33,6 +36,7 @@ _NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
+_WEIGHTS = (ExpertsTensors._fields.index("gate_up_proj"), ExpertsTensors._fields.index("down_proj"))
 
 
 def experts_call(
@@ -44,6 +48,7 @@ def experts_call(
     adapters: Sequence[torch.Tensor | None] = (),
     global_num_experts: int | None = None,
     out: torch.Tensor | None = None,
+    has_bias: bool = False,
 ) -> ExpertsCall:
     """What the backends are asked about."""
     num_tokens, top_k = top_k_index.shape
@@ -68,6 +73,9 @@ def experts_call(
         has_adapters,
         factors % 16 == 0,
         global_num_experts,
+        not gate_up_proj.is_contiguous(),
+        not down_proj.is_contiguous(),
+        has_bias,
     )
 
 
@@ -77,7 +85,7 @@ def _contiguous(
     down_proj: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    *adapters: torch.Tensor | None,
+    *adapters_and_biases: torch.Tensor | None,
 ) -> ExpertsTensors:
     return ExpertsTensors(
         hidden_states.contiguous(),
@@ -85,7 +93,7 @@ def _contiguous(
         down_proj,
         top_k_index.contiguous(),
         top_k_weights.contiguous(),
-        *adapters,
+        *adapters_and_biases,
     )
 
 
@@ -93,9 +101,17 @@ def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch
     tensors = arguments[:_NUM_COMPUTED_WITH]
     hidden_states, gate_up_proj, down_proj, top_k_index = arguments[:4]
     activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
-    adapters = tensors[5:] if tensors[5] is not None or tensors[7] is not None else ()
+    gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors[5:]
     call = experts_call(
-        hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts, out
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        member_of(activation),
+        tensors[5:9] if gate_up_a is not None or down_a is not None else (),
+        global_num_experts,
+        out,
+        gate_up_bias is not None or down_bias is not None,
     )
     chosen = select(backend, call)
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
@@ -147,19 +163,32 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 # that return a list.
 
 
+def _zero_gradient(index: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros, laid out as the gradient with respect to the tensor at an index is."""
+    tensor = tensors[index]
+    return gradients.zeros_as(tensor) if index in _WEIGHTS else tensor.new_zeros(tensor.shape)
+
+
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters = tensors
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters, gate_up_bias, down_bias = tensors
     _, activation, _, _, global_num_experts, backend, needed = arguments[_NUM_TENSORS:]
     call = experts_call(
-        hidden_states, gate_up_proj, down_proj, top_k_index, member_of(activation), adapters, global_num_experts
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        member_of(activation),
+        adapters,
+        global_num_experts,
+        has_bias=gate_up_bias is not None or down_bias is not None,
     )
     chosen = select(backend, call, "backward")
     given = [arguments[index] for index in _DIFFERENTIABLE]
     if top_k_index.numel() == 0 or down_proj.numel() == 0:
         return tuple(
-            tensor.new_zeros(tensor.shape) if wanted else grad.new_empty(0)
-            for tensor, wanted in zip(given, needed, strict=True)
+            _zero_gradient(index, arguments) if wanted else grad.new_empty(0)
+            for index, wanted in zip(_DIFFERENTIABLE, needed, strict=True)
         )
     with on_device_of(hidden_states):
         grads = chosen.backward(call, _contiguous(*tensors), grad.contiguous(), needed)
@@ -171,7 +200,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
 
 def _fused_experts_backward_fake(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     return tuple(
-        arguments[index].new_empty(arguments[index].shape) if wanted else grad.new_empty(0)
+        _zero_gradient(index, arguments) if wanted else grad.new_empty(0)
         for index, wanted in zip(_DIFFERENTIABLE, arguments[-1], strict=True)
     )
 
