@@ -272,7 +272,10 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     else:
         from cupymoe.integrations.transformers import activation_of
 
-        settings = (activation_of(part),)
+        try:
+            settings = (activation_of(part),)
+        except ValueError:
+            settings = ()  # its call says where it is and what is in the way
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
     parameters = ((name, p.shape, p.dtype) for name, p in caller.named_parameters())

@@ -45,15 +45,14 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
         ValueError: ``_apply_gate`` was not written in transformers or computes none of the contract's activations, or
             a parameter has a value that the activation can't have.
     """
+    if "_apply_gate" in vars(experts):
+        raise ValueError("it gates in its own way: its _apply_gate is not its class's")
     function = type(experts)._apply_gate
-    found = None if "_apply_gate" in vars(experts) else _recognised(function, None if act is None else act.value)
+    found = _recognised(function, None if act is None else act.value)
     if found is None:
         name = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', None)}"
         raise ValueError(
-            "it gates in its own way: its _apply_gate is not transformers' own"
-            if "_apply_gate" in vars(experts)
-            else f"it gates in its own way: {name} is no function of transformers that computes an activation of "
-            "cupymoe's"
+            f"it gates in its own way: {name} is no function of transformers that computes one of cupymoe's activations"
         )
     spelling, attributes = found
     base = act if act is not None and act.value == spelling else MoEActivation.from_str(spelling)

@@ -116,14 +116,22 @@ def activation_of(experts: Any) -> MoEActivation:
     if not getattr(experts, "has_gate", True):
         activation = act_fn_of(experts).without_mul()
         if activation.is_gated:
-            raise ValueError(f"its experts are not gated, and cupymoe has {activation.value} only with a gate")
+            raise _refusal(experts, f"its experts are not gated, and cupymoe has {activation.value} only with a gate")
         return activation
-    activation = activation_of_gate(experts, act_fn_of(experts) if hasattr(experts, "act_fn") else None)
+    act = act_fn_of(experts) if hasattr(experts, "act_fn") else None
+    try:
+        activation = activation_of_gate(experts, act)
+    except ValueError as error:
+        raise _refusal(experts, error) from None
     if getattr(experts, "is_concatenated", None) is activation.is_interleaved:
-        raise ValueError(
-            f"its is_concatenated is {experts.is_concatenated}, but its _apply_gate computes {activation.value}"
-        )
+        said = f"its is_concatenated is {experts.is_concatenated}, but its _apply_gate computes {activation.value}"
+        raise _refusal(experts, said)
     return activation
+
+
+def _refusal(experts: Any, reason: object) -> ValueError:
+    name = type(experts).__name__
+    return ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
 
 
 def _changed(activation: nn.Module) -> str | None:
@@ -166,10 +174,10 @@ def served(experts: Any) -> Served:
         ValueError: it can't; the message says what stands in the way.
     """
     try:
-        return Served(*_parameters(experts), activation_of(experts))
+        parameters = _parameters(experts)
     except ValueError as error:
-        name = type(experts).__name__
-        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {error}") from None
+        raise _refusal(experts, error) from None
+    return Served(*parameters, activation_of(experts))
 
 
 def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -184,12 +192,15 @@ def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
     names = ["gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"]
     if getattr(experts, "has_bias", False):
         names += [f"{name}_bias" for name in names]
-    gate_up_proj, down_proj, *biases = parameters = [getattr(experts, name) for name in names]
+    parameters: list[Any] = [getattr(experts, name, None) for name in names]
     for name, parameter in zip(names, parameters, strict=True):
+        if parameter is None:
+            raise ValueError(f"it has no {name}")
         if parameter.dtype not in DTYPES:
             raise ValueError(f"its {name} is {parameter.dtype}, not one of {DTYPES}")
         if is_wrapper(type(parameter)):
             raise ValueError(f"its {name} is a {type(parameter).__name__}, not a plain tensor")
+    gate_up_proj, down_proj, *biases = parameters
     if getattr(experts, "is_transposed", False):
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     gate_up_bias, down_bias = biases or (None, None)
