@@ -13,7 +13,7 @@ from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.arch import ARCHITECTURES
-from cupymoe.kernels.expert_tiles import CUTS
+from cupymoe.kernels.expert_tiles import CUTS, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
 from tests.helpers import WITH_PARAMETERS, compiled, run_python
@@ -52,15 +52,18 @@ def defines_in_catalog(source, *names):
     return {tuple(values[name] for name in names) for values in defines}
 
 
-@pytest.mark.parametrize("source", ["experts_up_wgmma", "experts_down_wgmma"])
-def test_catalog_holds_every_cut(source):
-    cuts = {
-        (scalar, intermediate, str(blocks), str(products))
-        for scalar in ("bf16", "fp16")
-        for intermediate in ("704", "176")
-        for blocks, products in CUTS
-    }
-    assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
+def test_catalog_holds_every_cut():
+    for source, cut_of in (
+        ("experts_up_wgmma", lambda cut, intermediate: cut),
+        ("experts_down_wgmma", lambda cut, intermediate: down_cut(cut, intermediate)),
+    ):
+        cuts = {
+            (scalar, str(intermediate), *map(str, cut_of(cut, intermediate)))
+            for scalar in ("bf16", "fp16")
+            for intermediate in (704, 176)
+            for cut in CUTS
+        }
+        assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
 
 
 def test_catalog_holds_every_kind_of_experts():
