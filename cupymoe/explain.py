@@ -10,7 +10,7 @@ from torch import nn
 
 from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
 from cupymoe.config import experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe
+from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
 from cupymoe.modules import Gemma4Experts
 
 
@@ -92,14 +92,16 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, direction:
 
 def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, ExpertsCall]:
     """The backend that is asked for, and what the backends are asked about."""
+    weights: tuple[torch.Tensor, torch.Tensor]
     if isinstance(experts, Gemma4Experts):
         name, activation = experts.backend, experts.activation
+        weights, has_bias = (experts.gate_up_proj, experts.down_proj), False
     else:
-        from cupymoe.integrations.transformers import served_activation
+        from cupymoe.integrations.transformers import served
 
-        name, activation = "auto", served_activation(experts)
-    weights = experts.gate_up_proj, experts.down_proj
-    num_experts, hidden_size, intermediate_size = weights[1].shape
+        gate_up_proj, down_proj, gate_up_bias, _, activation = served(experts)
+        name, weights, has_bias = "auto", (gate_up_proj, down_proj), gate_up_bias is not None
+    num_experts, hidden_size, intermediate_size = sizes_of(experts)
     return name, ExpertsCall(
         device=weights[0].device,
         dtype=weights[0].dtype,
@@ -112,6 +114,9 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, Experts
         aligned_hidden_states=True,
         aligned_weights=all(_is_aligned(weight) for weight in weights),
         adapters=caller is not experts and _is_low_rank(caller),
+        gate_up_transposed=not weights[0].is_contiguous(),
+        down_transposed=not weights[1].is_contiguous(),
+        has_bias=has_bias,
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig, experts_per_token
 from cupymoe.customisation import hooks_of
-from cupymoe.integrations import are_experts_set_to_cupymoe
+from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
@@ -258,7 +258,7 @@ def _sizes(part: Any) -> tuple[int, int, int, int]:
     config, top_k = part.config, experts_per_token(part.config)
     if isinstance(part, Gemma4Router):
         return len(part.per_expert_scale), top_k, len(part.scale), config.moe_intermediate_size
-    num_experts, hidden_size, intermediate_size = part.down_proj.shape
+    num_experts, hidden_size, intermediate_size = sizes_of(part)
     return num_experts, top_k, hidden_size, intermediate_size
 
 
@@ -272,7 +272,10 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     else:
         from cupymoe.integrations.transformers import activation_of
 
-        settings = (activation_of(part),)
+        try:
+            settings = (activation_of(part),)
+        except ValueError:
+            settings = ()  # its call says where it is and what is in the way
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
     parameters = ((name, p.shape, p.dtype) for name, p in caller.named_parameters())

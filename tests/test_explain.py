@@ -1,12 +1,13 @@
 """explain: who computes each layer, in which way, and why nobody faster does."""
 
 import logging
+import sys
 
 import pytest
 import torch
 
 import cupymoe
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, explain, fused_experts
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation, explain, fused_experts
 from cupymoe.backends import ExpertsCall, registry, select
 from tests.helpers import random_experts, transformers_config, transformers_gemma4
 
@@ -89,6 +90,21 @@ def test_models_of_transformers():
     assert (first.path, first.backend) == ("model.layers.0.experts", "reference")
     assert (refused.path, refused.backend) == ("model.layers.1.experts", None)
     assert "act_fn has hooks" in refused.reasons["cupymoe"]
+
+
+def test_kinds_of_experts(hopper):
+    """What a backend knows of GPT-OSS's: transposed weights, their sizes, and biases."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    pytest.importorskip("cupymoe.integrations.transformers")
+    config = gpt_oss.GptOssConfig(num_local_experts=4, hidden_size=64, intermediate_size=32)
+    config._experts_implementation = "cupymoe"
+    with torch.device("meta"):
+        experts = gpt_oss.GptOssExperts(config).to(torch.bfloat16)
+    call = sys.modules["cupymoe.explain"]._call_of(experts, experts, 7)[1]
+    assert (call.num_experts, call.hidden_size, call.intermediate_size, call.num_tokens) == (4, 64, 32, 7)
+    assert (call.gate_up_transposed, call.down_transposed, call.has_bias) == (True, True, True)
+    assert call.activation is MoEActivation.SWIGLUOAI
+    assert explain(experts, 7)[1].backend == "grouped"
 
 
 def test_adapters(hopper):

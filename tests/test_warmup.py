@@ -89,6 +89,29 @@ def test_transformers_experts_of_equal_shapes_and_other_activations():
     assert called == [("GELUTanh", 3), ("SiLUActivation", 3)]
 
 
+def test_every_kind_of_experts():
+    """Transposed, with biases and a limit of their own, of which the kernels know; and ungated."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    nemotron = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    layers = [gpt_oss.GptOssExperts(gpt_oss.GptOssConfig(num_local_experts=4, **sizes)) for _ in range(3)]
+    layers.append(nemotron.NemotronHExperts(nemotron.NemotronHConfig(n_routed_experts=4, **sizes)))
+    layers[1].limit = 2.0
+    called = []
+    for layer in layers:
+        layer.config._experts_implementation = "cupymoe"
+        randomize(layer).register_forward_hook(lambda module, inputs, output: called.append(module))
+    warmup(torch.nn.ModuleList(layers), (3,))
+    assert called == [layers[0], layers[1], layers[3]]
+
+
+def test_experts_that_are_refused_are_named():
+    experts = transformers_gemma4().Gemma4TextExperts(transformers_config("cupymoe"))
+    experts.act_fn = torch.nn.Mish()
+    with pytest.raises(ValueError, match=r"^0 \(Gemma4TextExperts\): .*no activation like Mish"):
+        warmup(torch.nn.ModuleList([randomize(experts)]), (3,))
+
+
 @pytest.mark.parametrize("low_rank", [True, False])
 def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank):
     peft = pytest.importorskip("peft", minversion="0.21")
