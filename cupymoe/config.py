@@ -19,12 +19,6 @@ def check_size(name: str, size: object) -> None:
         raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
-def experts_per_token(config: Any) -> int:
-    """How many experts a token goes to, by the name that Gemma 4's config has for it, or most other models' have."""
-    count: int = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
-    return count
-
-
 @dataclass(frozen=True)
 class Gemma4MoEConfig:
     """The part of ``Gemma4TextConfig`` that the router and the experts read; the names are transformers'.

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
 from cupymoe.config import check_size
+from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts
 from cupymoe.parameters import DTYPES
+
+
+def experts_per_token(part: Any) -> int:
+    """How many experts a token goes to, of a router or experts, ours or transformers'.
+
+    Raises:
+        ValueError: a :class:`MoEExperts` was not told.
+    """
+    if isinstance(part, MoEExperts):
+        if part.top_k is None:
+            raise ValueError(
+                f"{path_of(part)} must have a top_k, how many experts a token goes to, and it has none: give "
+                "MoEExperts top_k="
+            )
+        return part.top_k
+    config = part.config  # Gemma 4's name for it, or that of most other models
+    count: int = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
+    return count
 
 
 class MoEExperts(nn.Module):
