@@ -14,7 +14,7 @@ from cupymoe.activation import MoEActivation
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a computation on ``dtype`` runs in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32  # promote_types takes 0.4 us of every call
 
 
 def split_gate_up(input: torch.Tensor, activation: MoEActivation) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from cupymoe import MoEActivation
-from tests.helpers import Experts, random_experts
+from tests.helpers import Experts, laid_out, random_biases, random_experts
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SEEDS = st.integers(0, 2**31)
@@ -68,10 +68,35 @@ class Call(NamedTuple):
     weights: str
     magnitude: str
     layout: str
+    transposed: tuple[bool, bool]
+    """Which weights are."""
+    biased: tuple[bool, bool]
+    """Which projections are."""
     backend: str
     seed: int
 
 
+class Arguments(NamedTuple):
+    """The tensors of a call: those of Experts, in its order, and the biases."""
+
+    hidden_states: torch.Tensor
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    top_k_index: torch.Tensor
+    top_k_weights: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    @property
+    def experts(self):
+        return Experts(*self[:5])
+
+    @property
+    def biases(self):
+        return {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+
+
+NEITHER = (False, False)
 LAYOUTS = ("transposed", "every second", "one element on", "16 elements on")
 
 
@@ -85,6 +110,8 @@ def calls(device_type):
         weights=st.sampled_from(["router", "signed", "large"]),
         magnitude=st.sampled_from(["one", "subnormal", "large"]),
         layout=st.sampled_from(LAYOUTS),
+        transposed=st.just(NEITHER) | st.tuples(st.booleans(), st.booleans()),
+        biased=st.just(NEITHER) | st.tuples(st.booleans(), st.booleans()),
         backend=st.sampled_from(["auto"] if device_type == "cpu" else ["fused", "grouped", "simt"]),
         seed=SEEDS,
     )
@@ -126,7 +153,8 @@ def build(call, device):
     if call.weights != "router":
         weights = torch.randn_like(weights) * (64 if call.weights == "large" else 1)
     of_states, of_gate_up = magnitudes(call.magnitude, model.dtype)
-    return Experts(case.hidden_states * of_states, case.gate_up_proj * of_gate_up, case.down_proj, index, weights)
+    case = Experts(case.hidden_states * of_states, case.gate_up_proj * of_gate_up, case.down_proj, index, weights)
+    return Arguments(*laid_out(case, call.transposed), **random_biases(case, call.biased))
 
 
 def relaid(tensor, layout):

@@ -2,8 +2,10 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,20 @@ def random_biases(case, wanted=(True, True)):
 def transposed(weight):
     """A weight of the same values that is the transpose(1, 2) of a contiguous tensor."""
     return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def laid_out(case, which):
+    """The case with each weight transposed or contiguous."""
+    weights = [
+        transposed(weight) if each else weight.contiguous() for weight, each in zip(case[1:3], which, strict=True)
+    ]
+    return case._replace(gate_up_proj=weights[0], down_proj=weights[1])
+
+
+def skip_without_inductor():
+    """What torch's inductor compiles on the CPU needs a compiler."""
+    if not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()):
+        pytest.skip("torch's inductor needs g++ and Python's headers")
 
 
 def oracle(case, activation=MoEActivation.GELU_TANH, **biases):

@@ -1,11 +1,8 @@
 """torch.ops.cupymoe.*: opcheck for every op, and torch.compile(fullgraph=True) of what is built on them."""
 
 import copy
-import shutil
 import sys
-import sysconfig
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +20,15 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
-from tests.helpers import WITH_PARAMETERS, random_biases, random_experts, randomize, slow_on_cuda
-from tests.helpers import transposed as transposed_weight
+from tests.helpers import (
+    WITH_PARAMETERS,
+    laid_out,
+    random_biases,
+    random_experts,
+    randomize,
+    skip_without_inductor,
+    slow_on_cuda,
+)
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -54,7 +58,7 @@ CONTIGUOUS = {"gate_up_proj", "down_proj", "gate_up_a", "gate_up_b", "down_a", "
 """Arguments of which no kernel would read another layout: the public functions see to it."""
 
 
-def laid_out(op, arguments, layout):
+def with_layout(op, arguments, layout):
     """The arguments of an op with every tensor in a layout that may have one."""
     names = [argument.name for argument in op.default._schema.arguments]
     return [
@@ -79,7 +83,7 @@ def opcheck(name, *arguments):
         if layout_name == "expanded" and op.default._schema.is_mutable:
             continue  # an expanded tensor can't be written
         results = torch.library.opcheck(
-            op, laid_out(op, arguments, layout), test_utils="test_faketensor", raise_exception=False
+            op, with_layout(op, arguments, layout), test_utils="test_faketensor", raise_exception=False
         )
         assert set(results.values()) == {"SUCCESS"}, (layout_name, results)
 
@@ -171,10 +175,7 @@ def random_adapters(weights, adapted, **kwargs):
 @pytest.mark.parametrize("layout", [(False, False), (True, True)])
 def test_opcheck_experts(device, dtype, requires_grad, adapted, biased, layout):
     case = random_experts(5, 4, 32, 24, 2, dtype=dtype, device=device)
-    case = case._replace(
-        gate_up_proj=transposed_weight(case.gate_up_proj) if layout[0] else case.gate_up_proj,
-        down_proj=transposed_weight(case.down_proj) if layout[1] else case.down_proj,
-    )
+    case = laid_out(case, layout)
     adapters = random_adapters(case[1:3], adapted, dtype=dtype, device=device)
     biases = [*random_biases(case, biased).values()]
     tensors = (*case, *adapters, *biases, *NOT_SERVED)
@@ -379,8 +380,7 @@ def test_compiled_module_backward(device):
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, such as its advice on TF32
 def test_compiled_by_inductor(device):
-    if not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()):
-        pytest.skip("torch's inductor needs g++ and Python's headers")
+    skip_without_inductor()
     module = randomize(Gemma4MoE(CONFIG)).to(device)
     twin = copy.deepcopy(module)
     hidden_states = torch.randn(9, 32, device=device)

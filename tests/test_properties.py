@@ -15,8 +15,8 @@ from cupymoe.backends import registry, serving
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.ops import experts_call
 from tests.conftest import SEED
-from tests.drawn import FLOATING, LAYOUTS, SEEDS, build, calls, masked_at, relaid
-from tests.helpers import Experts, assert_ulps, max_error, oracle, rounded_experts
+from tests.drawn import FLOATING, LAYOUTS, NEITHER, SEEDS, Arguments, build, calls, masked_at, relaid
+from tests.helpers import assert_ulps, laid_out, max_error, oracle, rounded_experts
 
 CASES = {"cpu": 40, "cuda": 170}  # of each property; 13 of them are 2,210 on a GPU
 
@@ -63,13 +63,14 @@ def test_a_gpu_run_is_two_thousand_cases():
 
 def chosen(call, case):
     """The drawn backend, or the first that serves the call where that one does not."""
-    asked = experts_call(*case[:4], call.model.activation)
+    asked = experts_call(*case[:4], call.model.activation, has_bias=any(call.biased))
     named = call.backend != "auto" and registry()[call.backend].unsupported_reason(asked) is None
     return call.backend if named else serving(asked).name
 
 
 def run(call, case, backend=None):
-    return fused_experts(*case, activation=call.model.activation, backend=backend or chosen(call, case))
+    backend = backend or chosen(call, case)
+    return fused_experts(*case.experts, activation=call.model.activation, backend=backend, **case.biases)
 
 
 def assert_same(call, output, expected, backend):
@@ -97,10 +98,11 @@ def assert_same(call, output, expected, backend):
 @holds_for(calls)
 def no_element_is_twice_as_far_from_float64_as_torch_s_own(call, device):
     case = build(call, device)
-    output, truth = run(call, case), oracle(case, call.model.activation)
+    output, truth = run(call, case), oracle(case.experts, call.model.activation, **case.biases)
     assert (output.shape, output.dtype) == (case.hidden_states.shape, call.model.dtype)
     if call.num_tokens:
-        steps = rounded_experts(case._replace(top_k_index=case.top_k_index.long()), call.model.activation)
+        steps = case.experts._replace(top_k_index=case.top_k_index.long())
+        steps = rounded_experts(steps, call.model.activation, **case.biases)
         assert max_error(output, truth) <= 2 * max_error(steps, truth) + 1e-6
 
 
@@ -109,7 +111,7 @@ def permuted_tokens_give_permuted_outputs(call, device):
     case = build(call, device)
     order = torch.randperm(call.num_tokens, device=device)
     permuted = case._replace(
-        **{name: getattr(case, name)[order] for name in case._fields if not name.endswith("_proj")}
+        **{name: getattr(case, name)[order] for name in ("hidden_states", "top_k_index", "top_k_weights")}
     )
     backend = chosen(call, case)
     assert_same(call, run(call, permuted, backend), run(call, case, backend)[order], backend)
@@ -125,7 +127,9 @@ def relabelled_experts_change_nothing(call, device):
         gate_up_proj=case.gate_up_proj[order],
         down_proj=case.down_proj[order],
         top_k_index=new_label.where(exists, case.top_k_index),
+        **{name: None if bias is None else bias[order] for name, bias in case.biases.items()},
     )
+    relabelled = laid_out(relabelled, call.transposed)
     backend = chosen(call, case)
     assert_same(call, run(call, relabelled, backend), run(call, case, backend), backend)
 
@@ -186,13 +190,15 @@ def what_is_not_a_number_stays_in_its_token(call, device):
 
 @holds_for(calls)
 def a_bad_expert_stays_with_its_tokens(call, device):
-    """NaN in both weights of one expert: who is not routed there has the same bits, and who is has NaN."""
+    """NaN in both weights and biases of one expert: who is not routed there has the same bits, and who is has NaN."""
     case, expert = build(call, device), torch.randint(call.model.num_experts, (1,)).item()
-    gate_up_proj, down_proj = case.gate_up_proj.clone(), case.down_proj.clone()
-    gate_up_proj[expert], down_proj[expert] = torch.nan, torch.nan
+    names = [name for name in ("gate_up_proj", "down_proj", *case.biases) if getattr(case, name) is not None]
+    bad = {name: getattr(case, name).clone() for name in names}
+    for tensor in bad.values():
+        tensor[expert] = torch.nan
     backend = chosen(call, case)
     clean = run(call, case, backend)
-    output = run(call, case._replace(gate_up_proj=gate_up_proj, down_proj=down_proj), backend)
+    output = run(call, case._replace(**bad), backend)
     hit = (case.top_k_index == expert).any(-1)
     assert_same(call, output[~hit], clean[~hit], backend)
     assert output[hit].isnan().all()
@@ -202,31 +208,39 @@ def a_bad_expert_stays_with_its_tokens(call, device):
 def layout_does_not_matter(call, device):
     """Strides and offsets of what is copied where it must be; offsets of the weights, which never are."""
     case = build(call, device)
-    weights = case[1:3] if call.layout in LAYOUTS[:2] else [relaid(weight, call.layout) for weight in case[1:3]]
-    other = Experts(
-        relaid(case.hidden_states, call.layout), *weights, *(relaid(tensor, call.layout) for tensor in case[3:])
-    )
-    assert all(torch.equal(tensor, same) for tensor, same in zip(other, case, strict=True))
+    movable = ["hidden_states", "top_k_index", "top_k_weights"]
+    other = case._replace(**{name: relaid(getattr(case, name), call.layout) for name in movable})
+    if call.layout not in LAYOUTS[:2]:
+        moved = {name: relaid(bias, call.layout) for name, bias in case.biases.items() if bias is not None}
+        for name, is_transposed in zip(("gate_up_proj", "down_proj"), call.transposed, strict=True):
+            weight = getattr(case, name)
+            moved[name] = relaid(weight.mT, call.layout).mT if is_transposed else relaid(weight, call.layout)
+        other = other._replace(**moved)
+    given = [(tensor, same) for tensor, same in zip(other, case, strict=True) if same is not None]
+    assert all(torch.equal(tensor, same) for tensor, same in given)
     backend = chosen(call, other)
-    before = [tensor.clone() for tensor in other]
+    before = [tensor.clone() for tensor, _ in given]
     assert_same(call, run(call, other, backend), run(call, case, backend), backend)
-    assert all(torch.equal(tensor, kept) for tensor, kept in zip(other, before, strict=True))
+    assert all(torch.equal(tensor, kept) for (tensor, _), kept in zip(given, before, strict=True))
 
 
 @holds_for(calls)
 def inputs_may_share_memory(call, device):
     """One token for all, one row of choices for all, and both weights and the hidden states out of one storage."""
-    case = build(call._replace(magnitude="one"), device)
+    call = call._replace(magnitude="one", transposed=NEITHER, biased=NEITHER)
+    case = build(call, device)
     gate_up = case.gate_up_proj
     down = gate_up.flatten()[: case.down_proj.numel()].view(case.down_proj.shape)
-    views = Experts(
+    views = Arguments(
         gate_up[0, :1].expand(call.num_tokens, -1),
         gate_up,
         down,
         case.top_k_index[:1].expand(call.num_tokens, -1),
         case.top_k_weights[:1].expand(call.num_tokens, -1),
+        *case.biases.values(),
     )
-    copies = Experts(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in views))
+    copies = (tensor.clone(memory_format=torch.contiguous_format) for tensor in views.experts)
+    copies = Arguments(*copies, *case.biases.values())
     backend = chosen(call, views)
     assert_same(call, run(call, views, backend), run(call, copies, backend), backend)
 

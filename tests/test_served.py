@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
-from tests.helpers import Experts, random_experts, slow_on_cuda
+from tests.helpers import Experts, laid_out, random_biases, random_experts, slow_on_cuda
 
 TEXT = (Path(__file__).parents[1] / "docs" / "served.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\w+) \| ([\w ]+) \| (served|not yet)", TEXT, re.MULTILINE)
@@ -26,9 +26,10 @@ REFUSALS = {
 
 def test_the_table_has_every_axis():
     assert {axis: len(values) for axis, values in AXES.items()} == {
-        "weights": 2,
+        "weights": 3,
         "direction": 2,
         "adapters": 2,
+        "bias": 2,
         "numerics": 2,
         "experts": 3,
         "layout": 2,
@@ -44,21 +45,21 @@ class Call(torch.nn.Module):
         super().__init__()
         self.low_rank, self.settings = cell["adapters"] == "low rank", settings
 
-    def forward(self, *tensors):
+    def forward(self, *tensors, **biases):
         if not self.low_rank:
-            return fused_experts(*tensors[:5], activation="gelu_tanh", **self.settings)
+            return fused_experts(*tensors[:5], activation="gelu_tanh", **biases, **self.settings)
         adapters = LowRank(*tensors[5:7]), LowRank(*tensors[7:9])
-        return lora_experts(*tensors[:5], *adapters, activation="gelu_tanh", **self.settings)
+        return lora_experts(*tensors[:5], *adapters, activation="gelu_tanh", **biases, **self.settings)
 
 
-def truth(tensors):
+def truth(tensors, biases):
     """float64 on merged weights."""
     states, gate_up, down, index, weights, *factors = (
         tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors
     )
     if factors:
         gate_up, down = gate_up + factors[1] @ factors[0], down + factors[3] @ factors[2]
-    return reference.experts(states, gate_up, down, index, weights, MoEActivation.GELU_TANH)
+    return reference.experts(states, gate_up, down, index, weights, MoEActivation.GELU_TANH, **biases)
 
 
 @slow_on_cuda
@@ -76,21 +77,26 @@ def test_a_cell(device, values):
         settings["numerics"] = "invariant"
     if cell["weights"] == "quantised":
         case = case._replace(gate_up_proj=(case.gate_up_proj * 16).to(torch.int8))
+    if cell["weights"] == "transposed":
+        case = laid_out(case, (True, True))
     if cell["layout"] == "batched":
         case = Experts(case.hidden_states.expand(6, -1, -1), *case[1:])
     factors = [torch.randn(shape, device=device) / 4 for shape in ((6, 8, 32), (6, 48, 8), (6, 8, 24), (6, 32, 8))]
     tensors = [*case, *(factors if cell["adapters"] == "low rank" else [])]
+    biases = random_biases(case) if cell["bias"] == "both" else {}
     call = Call(cell, settings)
     if refused:
         with pytest.raises((TypeError, ValueError), match="|".join(REFUSALS[value] for value in refused)):
-            call(*tensors)
+            call(*tensors, **biases)
         return
     if cell["run"] == "exported":
-        call = torch.export.export(call, tuple(tensors)).module()
+        call = torch.export.export(call, tuple(tensors), biases).module()
     leaves = [
-        tensor.requires_grad_(cell["direction"] == "backward") for tensor in tensors if tensor.is_floating_point()
+        tensor.requires_grad_(cell["direction"] == "backward")
+        for tensor in (*tensors, *biases.values())
+        if tensor.is_floating_point()
     ]
-    output, expected = call(*tensors), truth(tensors)
+    output, expected = call(*tensors, **biases), truth(tensors, biases)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
     if cell["direction"] == "backward":
         grad = torch.randn_like(output)

@@ -99,9 +99,8 @@ def _contiguous(
 
 def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
     tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index = arguments[:4]
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
     activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
-    gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors[5:]
     call = experts_call(
         hidden_states,
         gate_up_proj,
