@@ -72,6 +72,7 @@ class MoEExperts(nn.Module):
     down_proj_bias: nn.Parameter
 
     _ungated_name = "up_proj"
+    """Of the first weight, where the activation is ungated."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spell
         if parts is None or parts["name"] not in names:
             raise CheckpointError(
                 f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} unquantised experts "
-                f"reads it; its router and experts are read from {places}"
+                f"reads it; its tensors are read from {places}"
             )
         layout, slot = names[parts["name"]]
         prefixes.setdefault(parts["prefix"], key)

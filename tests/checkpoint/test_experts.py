@@ -199,7 +199,7 @@ REFUSED = {
         "mixtral",
         by_number,
         with_("block_sparse_moe.experts.6.w1.weight", torch.ones(I, H)),
-        "6.w1.weight is left over: nothing of a layer with 6 unquantised experts reads it; its router and experts are "
+        "6.w1.weight is left over: nothing of a layer with 6 unquantised experts reads it; its tensors are "
         "read from [model.][language_model.]layers.3.{block_sparse_moe,mlp}.experts.*",
     ),
     "id with a zero": (
