@@ -265,6 +265,15 @@ def test_warmup_calls_every_kind_once():
     assert called == [(layer, (3, K)) for layer in layers[::2]]
 
 
+def test_warmup_tells_layouts_of_equal_shapes_apart():
+    layers = [MoEExperts(E, H, H, "relu2_no_mul", transposed=transposed, top_k=K) for transposed in (False, True)]
+    called = []
+    for layer in layers:
+        randomize(layer).register_forward_hook(lambda module, inputs, output: called.append(module))
+    warmup(nn.ModuleList(layers), (3,))
+    assert called == layers
+
+
 def test_explain_knows_the_kind():
     forward, backward = explain(nn.ModuleDict({"experts": make(GPT_OSS, top_k=K)}), 3)
     assert (forward.path, forward.tokens, forward.backend) == ("experts", 3, "reference")
