@@ -9,7 +9,7 @@ import torch
 import cupymoe
 from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation, explain, fused_experts
 from cupymoe.backends import ExpertsCall, registry, select
-from tests.helpers import random_experts, transformers_config, transformers_gemma4
+from tests.helpers import random_experts, transformers_config, transformers_gemma4, transposed
 
 CONFIG = Gemma4MoEConfig.gemma4_26b_a4b()
 SMALL = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
@@ -73,6 +73,14 @@ def test_weights_off_16_bytes(hopper):
     flat = torch.zeros(moe.experts.down_proj.numel() + 1, dtype=torch.bfloat16)
     moe.experts.down_proj.data = flat[1:].view_as(moe.experts.down_proj)
     assert explain(moe, 4)[0].reasons["grouped"] == "both weights must start on 16 bytes"
+
+
+def test_transposed_weights(hopper):
+    moe = meta()
+    moe.experts.down_proj.data = transposed(moe.experts.down_proj.data)
+    forward, backward = explain(moe, 4)
+    assert (forward.backend, backward.backend) == ("grouped", "grouped")
+    assert forward.reasons == {"fused": "its kernels read weights that are contiguous, not transposed ones"}
 
 
 def test_models_of_transformers():

@@ -28,10 +28,12 @@ _PARAMETERS = {"limit": "limit", "swiglu_limit": "limit", "alpha": "alpha", "swi
 # Two of each, so that a function with one of them written into it is not taken for one that reads it.
 _VALUES = ({"limit": 1.75, "alpha": 1.25}, {"limit": 5.5, "alpha": 0.75})
 
-Recognised = tuple[str, tuple[tuple[str, str], ...]]
-"""The spelling of an activation, and which attributes of the experts give which of its parameters."""
+Names = tuple[str, ...]
 
-_GIVEN: dict[tuple[MoEActivation, tuple[tuple[str, float], ...]], MoEActivation] = {}
+Recognised = tuple[MoEActivation | None, Names, Names]
+"""An activation, its parameters that experts give, and the attributes of theirs that they are."""
+
+_GIVEN: dict[tuple[Any, ...], MoEActivation] = {}
 
 
 def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation:
@@ -48,51 +50,61 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
     if "_apply_gate" in vars(experts):
         raise ValueError("it gates in its own way: its _apply_gate is not its class's")
     function = type(experts)._apply_gate
-    found = _recognised(function, None if act is None else act.value)
-    if found is None:
+    if torch.compiler.is_compiling():
+        spelling, parameters, attributes = _spelled(function, None if act is None else act.value)
+        activation = MoEActivation.from_str(spelling) if spelling else None
+    else:
+        activation, parameters, attributes = _recognised(function, act)
+    if activation is None:
         name = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', None)}"
         raise ValueError(
             f"it gates in its own way: {name} is no function of transformers that computes one of cupymoe's activations"
         )
-    spelling, attributes = found
-    base = act if act is not None and act.value == spelling else MoEActivation.from_str(spelling)
-    return with_values(base, **{parameter: getattr(experts, name) for name, parameter in attributes})
+    if not attributes:
+        return activation
+    return with_values(activation, parameters, tuple([getattr(experts, name) for name in attributes]))
 
 
-def with_values(activation: MoEActivation, **values: Any) -> MoEActivation:
+def with_values(activation: MoEActivation, names: tuple[str, ...], values: tuple[Any, ...]) -> MoEActivation:
     """An activation with the parameters that a module has.
 
     Raises:
         ValueError: it can't have them.
     """
-    if not values:
-        return activation
     if torch.compiler.is_compiling():
         # Only spelled can an activation that is not there yet be made while torch.compile traces; and of a number that
         # has changed since the last trace, which is a symbol, only the integer ratio can be spelled.
+        parameters = {**activation.parameters, **dict(zip(names, values, strict=True))}
         exact = {
             name: value if value == math.inf else value.as_integer_ratio()[0] / value.as_integer_ratio()[1]
-            for name, value in {**activation.parameters, **values}.items()
+            for name, value in parameters.items()
         }
         return MoEActivation.from_str(
             f"{activation.member.value}({','.join([f'{name}={value}' for name, value in exact.items()])})"
         )
-    key = (activation, tuple(values.items()))
+    key = (activation, names, values)
     try:
         known = _GIVEN.get(key)
         if known is None:
-            known = _GIVEN[key] = activation.with_parameters(**values)
+            known = _GIVEN[key] = activation.with_parameters(**dict(zip(names, values, strict=True)))
     except TypeError as error:
         raise ValueError(str(error)) from None
     return known
+
+
+@functools.cache
+def _recognised(gate: Callable[..., Any], act: MoEActivation | None) -> Recognised:
+    found: Recognised = _alone(_recognise, gate, act)
+    return found
 
 
 # Constants for torch.compile, which calls them instead of tracing them; so their arguments are strings and functions.
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _recognised(gate: Callable[..., Any], act: str | None) -> Recognised | None:
-    return _recognise_once(gate, act)
+def _spelled(gate: Callable[..., Any], act: str | None) -> tuple[str | None, Names, Names]:
+    activation, parameters, attributes = _recognised(gate, None if act is None else MoEActivation.from_str(act))
+    return None if activation is None else activation.value, parameters, attributes
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -100,12 +112,6 @@ def is_softcapped_swiglu(forward: Callable[..., Any], gate_cap: Callable[..., An
     """Whether a module's ``forward(gate, up)`` is SITU, given its own and those of its ``gate_softcap`` and
     ``up_softcap``."""
     return _is_softcapped_swiglu_once(forward, gate_cap, up_cap)
-
-
-@functools.cache
-def _recognise_once(gate: Callable[..., Any], act: str | None) -> Recognised | None:
-    found: Recognised | None = _alone(_recognise, gate, None if act is None else MoEActivation.from_str(act))
-    return found
 
 
 @functools.cache
@@ -142,9 +148,9 @@ def _act(act: MoEActivation, gate: torch.Tensor, up: torch.Tensor | None = None)
     return value if up is None else value * act.definition.up(up, act.parameters)[0]
 
 
-def _recognise(gate: Callable[..., Any], act: MoEActivation | None) -> Recognised | None:
+def _recognise(gate: Callable[..., Any], act: MoEActivation | None) -> Recognised:
     if not is_written_by("transformers", gate):
-        return None
+        return None, (), ()
     candidates = [*([] if act is None else [act]), *(member for member in MoEActivation if member.is_gated)]
     attributes: dict[str, str] = {}
     for values in _VALUES:
@@ -153,14 +159,14 @@ def _recognise(gate: Callable[..., Any], act: MoEActivation | None) -> Recognise
         attributes = stand_in.read
         read = {name: values[name] for name in attributes.values()}
         if output is None or len(read) < len(attributes):  # two attributes for one parameter
-            return None
+            return None, (), ()
         candidates = [
             candidate
             for candidate in candidates
             if read.keys() <= candidate.parameters.keys()
             and _are_close(output, reference.activate(_input(), candidate.with_parameters(**read)))
         ]
-    return (candidates[0].value, tuple(attributes.items())) if candidates else None
+    return (candidates[0], (*attributes.values(),), (*attributes,)) if candidates else (None, (), ())
 
 
 def _is_softcapped_swiglu(forward: Callable[..., Any], *caps: Callable[..., Any]) -> bool:
@@ -174,9 +180,9 @@ def _is_softcapped_swiglu(forward: Callable[..., Any], *caps: Callable[..., Any]
     return output is not None and _are_close(output, reference.activate(_input(), situ))
 
 
-@functools.cache
 def _input() -> torch.Tensor:
-    """``[640, 64]`` float64 on the CPU, of magnitudes from 2^-4 to 2^15, each a number of float32."""
+    """``[640, 64]`` float64 on the CPU, of magnitudes from 2^-4 to 2^15, each a number of float32; always the same
+    numbers, in a new tensor, which a function may write to."""
     normal = torch.randn(640, 64, generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=torch.float32)
     scale = torch.exp2(torch.arange(-4.0, 16.0, device="cpu", dtype=torch.float32)).repeat_interleave(32)
     return (normal * scale[:, None]).double()

@@ -64,6 +64,13 @@ def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
 
 _ALL_PROPERTIES = _properties(use_experts_implementation)
 
+# What parameters are called, by has_gate and has_bias.
+_NAMES = {
+    (has_gate, has_bias): (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if has_bias else ()))
+    for has_gate, up in ((True, "gate_up_proj"), (False, "up_proj"))
+    for has_bias in (False, True)
+}
+
 # Models have different names for the number of their experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -82,17 +89,19 @@ class Served(NamedTuple):
     activation: MoEActivation
 
 
-def act_fn_of(experts: Any) -> MoEActivation:
-    """The member that an experts module's own ``act_fn`` is; the config's name for it is not read.
+def act_fn_of(experts: Any) -> MoEActivation | None:
+    """The member that an experts module's own ``act_fn`` is, None if it has none; the config's name for it is not read.
 
     Raises:
         ValueError: no member computes that function, or hooks or another forward make something else of it.
     """
-    given = experts.act_fn
+    given = getattr(experts, "act_fn", None)
+    if given is None:
+        return None
     cls = type(given)
     member = _ACTIVATIONS.get(cls) if isinstance(given, nn.Module) else _FUNCTIONS.get(given)
     if member is None and (bounds := _softcaps(given)) is not None:
-        return with_values(MoEActivation.SITU, beta=bounds[0], linear_beta=bounds[1])
+        return with_values(MoEActivation.SITU, ("beta", "linear_beta"), bounds)
     if member is None:
         shown = cls.__name__ if isinstance(given, nn.Module) else getattr(given, "__name__", repr(given))
         known = [*(known.__name__ for known in _ACTIVATIONS), *(function.__name__ for function in _FUNCTIONS)]
@@ -113,12 +122,12 @@ def activation_of(experts: Any) -> MoEActivation:
     Raises:
         ValueError: no activation of the contract does.
     """
+    act = act_fn_of(experts)
     if not getattr(experts, "has_gate", True):
-        activation = act_fn_of(experts).without_mul()
-        if activation.is_gated:
-            raise _refusal(experts, f"its experts are not gated, and cupymoe has {activation.value} only with a gate")
-        return activation
-    act = act_fn_of(experts) if hasattr(experts, "act_fn") else None
+        if act is None or act.without_mul().is_gated:
+            known = "it has no act_fn" if act is None else f"cupymoe has {act.value} only with a gate"
+            raise _refusal(experts, f"its experts are not gated, and {known}")
+        return act.without_mul()
     try:
         activation = activation_of_gate(experts, act)
     except ValueError as error:
@@ -189,9 +198,7 @@ def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
     for name, (allowed, reason) in _ALL_PROPERTIES.items():
         if getattr(experts, name, allowed) != allowed:
             raise ValueError(reason)
-    names = ["gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"]
-    if getattr(experts, "has_bias", False):
-        names += [f"{name}_bias" for name in names]
+    names = _NAMES[getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)]
     parameters: list[Any] = [getattr(experts, name, None) for name in names]
     for name, parameter in zip(names, parameters, strict=True):
         if parameter is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation
 from tests.helpers import randomize, relative_error, slow_on_cuda, transformers_config, transformers_gemma4
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -108,7 +108,7 @@ def gpt_oss_experts(device):
 @slow_on_cuda
 def test_a_changed_parameter_of_the_gate(device):
     """Its function is first seen while it is traced; torch makes a symbol of a number that changes."""
-    gates._recognise_once.cache_clear()
+    gates._recognised.cache_clear()
     experts, arguments = gpt_oss_experts(device)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     outputs = []
@@ -119,7 +119,9 @@ def test_a_changed_parameter_of_the_gate(device):
     with torch.no_grad():
         compiled(*arguments)
         graphs = counters["stats"]["unique_graphs"]
-        gates._recognise_once(type(experts)._apply_gate, "silu")  # another function that was seen makes no difference
+        gates._recognised(
+            type(experts)._apply_gate, MoEActivation.SILU
+        )  # another function that was seen makes no difference
         compiled(*arguments)
     assert counters["stats"]["unique_graphs"] == graphs
 
@@ -127,7 +129,7 @@ def test_a_changed_parameter_of_the_gate(device):
 @slow_on_cuda
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_experts_with_a_gate_of_their_own(device, strict):
-    gates._recognise_once.cache_clear()
+    gates._recognised.cache_clear()
     experts, arguments = gpt_oss_experts(device)
     program = torch.export.export(experts, arguments, strict=strict)
     assert "swigluoai" in str(program.graph)

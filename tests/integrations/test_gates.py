@@ -138,6 +138,10 @@ def test_another_act_fn_has_no_limit():
         ("    return torch.nn.functional.gelu(gate, approximate='tanh') * up\n", "gelu_tanh"),
         ("    return torch.relu(gate) ** 2 * up\n", "relu2"),
         ("    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)\n", "swiglustep"),
+        (
+            "    return self.act_fn(gate.clamp_(max=self.limit)) * up.clamp_(-self.limit, self.limit)\n",
+            "silu(limit=7.0)",
+        ),
         # what no activation of the contract computes
         ("    return self.act_fn(up) * gate\n", None),
         ("    return self.act_fn(gate) * up.clamp(-self.limit, self.limit)\n", None),
@@ -145,6 +149,7 @@ def test_another_act_fn_has_no_limit():
         ("    return self.act_fn(gate) * (up + 1e-3)\n", None),
         ("    return torch.relu(gate) * up\n", None),
         ("    return torch.nn.functional.silu(gate.clamp(max=1.75)) * up.clamp(-1.75, 1.75)\n", None),
+        ("    return self.act_fn(gate.clamp(max=1.75)) * up.clamp(-self.limit, self.limit)\n", None),
         ("    return self.act_fn(gate) * up * self.down_proj.mean()\n", None),
         ("    return super()._apply_gate(gate_up)\n", None),
         ("    return (self.act_fn(gate) * up)[..., :1]\n", None),
@@ -235,7 +240,7 @@ def test_the_user_s_module_is_not_called():
 
 def test_a_function_is_called_once(monkeypatch):
     experts, calls = experts_of(gpt_oss.GptOssExperts), []
-    gates._recognise_once.cache_clear()
+    gates._recognised.cache_clear()
     kept = gates._recognise
     monkeypatch.setattr(gates, "_recognise", lambda *arguments: calls.append(arguments) or kept(*arguments))
     for experts.limit in (1.0, 2.0, 3.0):
@@ -246,8 +251,7 @@ def test_a_function_is_called_once(monkeypatch):
 @pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode])
 def test_modes_of_torch_are_not_in_the_way(mode):
     experts = experts_of(gpt_oss.GptOssExperts)
-    gates._recognise_once.cache_clear()
-    gates._input.cache_clear()
+    gates._recognised.cache_clear()
     with mode():
         assert integration.activation_of(experts).member is MoEActivation.SWIGLUOAI
     assert_eager_s(experts)
