@@ -90,7 +90,9 @@ def test_models_of_transformers():
     model = transformers.Gemma4ForCausalLM(
         transformers_config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     )
-    with pytest.raises(ValueError, match="target must hold a Gemma4Experts or experts set to cupymoe; Gemma4For"):
+    with pytest.raises(
+        ValueError, match="target must hold a Gemma4Experts, a MoEExperts or experts set to cupymoe; Gemma4For"
+    ):
         explain(model)
     model.set_experts_implementation("cupymoe")
     model.model.layers[1].experts.act_fn.register_forward_hook(lambda *_: None)
@@ -108,7 +110,7 @@ def test_kinds_of_experts(hopper):
     config._experts_implementation = "cupymoe"
     with torch.device("meta"):
         experts = gpt_oss.GptOssExperts(config).to(torch.bfloat16)
-    call = sys.modules["cupymoe.explain"]._call_of(experts, experts, 7)[1]
+    call = sys.modules["cupymoe.explain"]._call_of(experts, experts, 7, 4)[1]
     assert (call.num_experts, call.hidden_size, call.intermediate_size, call.num_tokens) == (4, 64, 32, 7)
     assert (call.gate_up_transposed, call.down_transposed, call.has_bias) == (True, True, True)
     assert call.activation is MoEActivation.SWIGLUOAI

@@ -41,15 +41,15 @@ def test_calls_every_kind_once_at_every_number_of_tokens():
 def calls_of(model, monkeypatch, *arguments):
     """(name of the class, activation or top k, tokens) of every call that warmup makes."""
     calls = []
-    functional = sys.modules["cupymoe.modules"]
-    for name, what in (("fused_experts", "activation"), ("route", None)):
-        kept = getattr(functional, name)
+    for module, name, what in (("experts", "fused_experts", "activation"), ("modules", "route", None)):
+        caller = sys.modules[f"cupymoe.{module}"]
+        kept = getattr(caller, name)
 
         def spy(states, *others, kept=kept, what=what, **settings):
             calls.append((settings[what].name if what else others[0], len(states)))
             return kept(states, *others, **settings)
 
-        monkeypatch.setattr(functional, name, spy)
+        monkeypatch.setattr(caller, name, spy)
     warmup(model, *arguments)
     return calls
 
@@ -190,7 +190,7 @@ def test_sizes_without_weights(monkeypatch, dtype):
         called.append([tensor.dtype for tensor in arguments[:3]])
         return fused_experts(*arguments, **settings)
 
-    monkeypatch.setattr(sys.modules["cupymoe.modules"], "fused_experts", spy)
+    monkeypatch.setattr(sys.modules["cupymoe.experts"], "fused_experts", spy)
     warmup(CONFIG, (1, 3), device="cpu", dtype=dtype)
     assert called == [[dtype] * 3] * 2
 

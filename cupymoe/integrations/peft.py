@@ -15,10 +15,10 @@ from peft.tuners.lora import layer
 from torch import nn
 
 from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
+from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
-from cupymoe.modules import Gemma4Experts
 
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -26,17 +26,20 @@ _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 def _arguments(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]] | None:
     """The weights and the other settings of a call of experts that are ours to compute now: our module, or
     transformers' under ``"cupymoe"``; else None."""
-    if isinstance(experts, Gemma4Experts):
-        weights = experts.gate_up_proj, experts.down_proj
-        return (weights, {"activation": experts.activation}) if experts.backend == "auto" else None
-    if not is_set_to_cupymoe(experts):
-        return None
-    from cupymoe.integrations.transformers import served
+    if isinstance(experts, MoEExperts):
+        if experts.backend != "auto":
+            return None
+        gate_up_proj, down_proj, gate_up_bias, down_bias = experts.projections()
+        activation = experts.activation
+    elif is_set_to_cupymoe(experts):
+        from cupymoe.integrations.transformers import served
 
-    try:
-        gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)
-    except ValueError as error:
-        raise ValueError(f"{path_of(experts)}: {error}") from None
+        try:
+            gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)
+        except ValueError as error:
+            raise ValueError(f"{path_of(experts)}: {error}") from None
+    else:
+        return None
     settings = {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
     return (gate_up_proj, down_proj), settings
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, MoEActivation, reference
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, MoEActivation, MoEExperts, reference
 from tests.helpers import randomize, relative_error, transformers_config, transformers_gemma4
 from tests.test_customised_modules import one_process
 
@@ -267,8 +267,14 @@ def test_experts_that_cupymoe_does_not_serve_are_refused_under_an_adapter():
 
 
 def kind_of_experts(kind):
-    """Experts of transformers: GPT-OSS's have biases and are transposed, Nemotron-H's are not gated; and the first
-    weight's name."""
+    """Experts of transformers, or ours of the same kind: GPT-OSS's have biases and are transposed, Nemotron-H's are not
+    gated; and the first weight's name."""
+    torch.manual_seed(8)
+    if kind == "ours, gpt_oss":
+        ours = MoEExperts(4, 32, 24, "swigluoai", bias=True, transposed=True)
+        return torch.nn.ModuleDict({"experts": randomize(ours)}), "gate_up_proj"
+    if kind == "ours, nemotron_h":
+        return torch.nn.ModuleDict({"experts": randomize(MoEExperts(4, 32, 24, "relu2_no_mul"))}), "up_proj"
     sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "intermediate_size": 24}
     if kind == "gpt_oss":
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts as Experts
@@ -279,12 +285,11 @@ def kind_of_experts(kind):
 
         config, name = transformers.NemotronHConfig(n_routed_experts=4, **sizes), "up_proj"
     config._experts_implementation = "cupymoe"
-    torch.manual_seed(8)
     return torch.nn.ModuleDict({"experts": randomize(Experts(config))}), name
 
 
 @pytest.mark.parametrize("targets", [("first", "down_proj"), ("first",), ("down_proj",)])
-@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "ours, gpt_oss", "ours, nemotron_h"])
 def test_every_kind_of_experts_without_merging(kind, targets, unmerged):
     """As PEFT's own way, forward and gradients."""
     model, first = kind_of_experts(kind)
