@@ -29,7 +29,7 @@ from cupymoe import Gemma4MoEConfig, fused_experts, reference
 TOKENS = (1, 4, 16, 32, 48, 128, 512, 1024, 4096, 8192)
 FLOOR = Ceilings(read_tbs=3.05, bf16_tflops=782.0)
 """What floors are computed from, the same for every run; the run's own ceilings are in its report beside them."""
-SECONDS_PER_CONTENDER = 0.15
+SECONDS_PER_CONTENDER = 0.1
 """Of a cell; there are 150 of them."""
 ORACLE_TOKENS = 16
 """Tokens of a cell that are compared with float64, or a few more: at least one of each call."""
