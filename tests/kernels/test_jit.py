@@ -51,6 +51,22 @@ def defines_in_catalog(source, *names):
     return {tuple(values[name] for name in names) for values in defines}
 
 
+def test_catalog_holds_every_kind_of_experts():
+    """Of gate and up: concatenated, interleaved, ungated."""
+    memory = {(transposed, has_bias) for transposed in "01" for has_bias in "01"}
+    assert defines_in_catalog("experts_down", "TRANSPOSED", "HAS_BIAS") == memory
+    layouts = {("1", "0"), ("1", "1"), ("0", "0")}
+    assert defines_in_catalog("experts_up", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS") == {
+        layout + each for layout in layouts for each in memory
+    }
+    regimes = {("8",), ("32",), ("48",), ("80",)}
+    assert defines_in_catalog("experts_down", "TOKENS") == regimes
+    of_transposed = [variant for variant in catalog.variants() if "TRANSPOSED=1" in variant.defines]
+    assert {define for each in of_transposed for define in each.defines if define.startswith("TOKENS=")} == {
+        f"TOKENS={tokens}" for (tokens,) in regimes
+    }
+
+
 @pytest.mark.parametrize("source", ["experts_up_wgmma", "experts_down_wgmma"])
 def test_catalog_holds_every_cut(source):
     cuts = {
