@@ -4,6 +4,7 @@ from cupymoe import flops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends.slow import SlowWarning
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.experts import MoEExperts
 from cupymoe.explain import Explanation, explain
 from cupymoe.functional import (
     apply_moe_activation,
@@ -30,6 +31,7 @@ __all__ = [
     "Gemma4Router",
     "LowRank",
     "MoEActivation",
+    "MoEExperts",
     "SlowWarning",
     "apply_moe_activation",
     "as_cupy",

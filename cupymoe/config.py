@@ -9,15 +9,14 @@ from typing import Any
 from cupymoe.activation import MoEActivation
 
 
-def _is_number(value: object, kind: Any) -> bool:
-    """Whether it is of that kind; True and False are no numbers here, though Python's bool is an int."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def check_size(name: str, size: object) -> None:
+    """A size of a layer.
 
-
-def experts_per_token(config: Any) -> int:
-    """How many experts a token goes to, by the name that Gemma 4's config has for it, or most other models' have."""
-    count: int = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
-    return count
+    Raises:
+        ValueError: it is not a positive integer; the message calls it ``name``.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,14 @@ class Gemma4MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "moe_intermediate_size", "num_experts", "top_k_experts"):
-            size = getattr(self, name)
-            if not _is_number(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            check_size(name, getattr(self, name))
         if self.top_k_experts > self.num_experts:
             raise ValueError(f"top_k_experts must be at most num_experts={self.num_experts}, got {self.top_k_experts}")
         if not isinstance(self.hidden_activation, str):
             raise ValueError(f"hidden_activation must be a string, got {self.hidden_activation!r}")
         MoEActivation.from_str(self.hidden_activation)
         eps = self.rms_norm_eps
-        if not _is_number(eps, int | float) or not math.isfinite(eps) or eps < 0:
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not math.isfinite(eps) or eps < 0:
             raise ValueError(f"rms_norm_eps must be a finite number, at least 0, got {eps!r}")
 
     @property

@@ -44,9 +44,14 @@ def as_written(package: str, cls: type, *names: str) -> dict[str, Any]:
     """The methods of a class by name, as ``package`` wrote them; None for one that somebody has replaced already, which
     may have come before us."""
     methods = {name: getattr(cls, name, None) for name in names}
-    # functools.wraps makes a wrapper look like what it wraps, but for its globals.
-    modules = {name: getattr(method, "__globals__", {}).get("__name__", "") for name, method in methods.items()}
-    return {name: method if modules[name].partition(".")[0] == package else None for name, method in methods.items()}
+    return {name: method if is_written_by(package, method) else None for name, method in methods.items()}
+
+
+def is_written_by(package: str, function: Any) -> bool:
+    """Whether a function was written in a package; functools.wraps makes a wrapper look like what it wraps, but for its
+    globals."""
+    module: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] == package
 
 
 def runs_as(module: nn.Module, cls: type[nn.Module], methods: Mapping[str, Any]) -> bool:

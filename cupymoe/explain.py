@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
-from cupymoe.config import experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe
-from cupymoe.modules import Gemma4Experts
+from cupymoe.experts import MoEExperts, experts_per_token
+from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
 
 
 class Explanation(NamedTuple):
@@ -43,12 +42,13 @@ def explain(target: nn.Module, tokens: int | Iterable[int] = (1, 64, 1024)) -> l
     when it is first made, at level INFO.
 
     Args:
-        target: a module that holds ``Gemma4Experts``, or transformers' experts with
+        target: a module that holds ``Gemma4Experts``, ``MoEExperts``, or transformers' experts with
             ``experts_implementation="cupymoe"``; with PEFT's adapters or without.
         tokens: each at least 1.
 
     Raises:
         TypeError, ValueError: ``target`` is no module or holds no such experts; ``tokens`` are no positive integers.
+        ValueError: a ``MoEExperts`` has no ``top_k``.
     """
     if not isinstance(target, nn.Module):
         raise TypeError(f"target must be a torch.nn.Module, got {type(target).__name__}")
@@ -59,20 +59,22 @@ def explain(target: nn.Module, tokens: int | Iterable[int] = (1, 64, 1024)) -> l
     seen: set[nn.Module] = set()
     for path, module in target.named_modules():  # from the outside in: a wrapper comes before what it wraps
         experts = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if experts not in seen and (isinstance(experts, Gemma4Experts) or are_experts_set_to_cupymoe(experts)):
+        if experts not in seen and (isinstance(experts, MoEExperts) or are_experts_set_to_cupymoe(experts)):
             seen.add(experts)
+            top_k = experts_per_token(experts)
             for count in counts:
-                found += [_explain(path, experts, module, count, direction) for direction in DIRECTIONS]
+                found += [_explain(path, experts, module, count, top_k, direction) for direction in DIRECTIONS]
     if not found:
         raise ValueError(
-            f"target must hold a Gemma4Experts or experts set to cupymoe; {type(target).__name__} holds none"
+            "target must hold a Gemma4Experts, a MoEExperts or experts set to cupymoe; "
+            f"{type(target).__name__} holds none"
         )
     return found
 
 
-def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, direction: Direction) -> Explanation:
+def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, top_k: int, direction: Direction) -> Explanation:
     try:
-        name, call = _call_of(experts, caller, tokens)
+        name, call = _call_of(experts, caller, tokens, top_k)
     except ValueError as error:
         return Explanation(path, tokens, direction, None, "", "plain", {"cupymoe": str(error)})
     backends = registry()
@@ -90,28 +92,32 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, direction:
     return Explanation(path, tokens, direction, taken.name, taken.way(call), "plain", reasons)
 
 
-def _call_of(experts: Any, caller: nn.Module, tokens: int) -> tuple[str, ExpertsCall]:
+def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[str, ExpertsCall]:
     """The backend that is asked for, and what the backends are asked about."""
-    if isinstance(experts, Gemma4Experts):
+    if isinstance(experts, MoEExperts):
+        gate_up_proj, down_proj, gate_up_bias, _ = experts.projections()
         name, activation = experts.backend, experts.activation
     else:
-        from cupymoe.integrations.transformers import served_activation
+        from cupymoe.integrations.transformers import served
 
-        name, activation = "auto", served_activation(experts)
-    weights = experts.gate_up_proj, experts.down_proj
-    num_experts, hidden_size, intermediate_size = weights[1].shape
+        gate_up_proj, down_proj, gate_up_bias, _, activation = served(experts)
+        name = "auto"
+    num_experts, hidden_size, intermediate_size = sizes_of(experts)
     return name, ExpertsCall(
-        device=weights[0].device,
-        dtype=weights[0].dtype,
+        device=gate_up_proj.device,
+        dtype=gate_up_proj.dtype,
         activation=activation,
         num_tokens=tokens,
-        top_k=experts_per_token(experts.config),
+        top_k=top_k,
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         aligned_hidden_states=True,
-        aligned_weights=all(_is_aligned(weight) for weight in weights),
+        aligned_weights=all(_is_aligned(weight) for weight in (gate_up_proj, down_proj)),
         adapters=caller is not experts and _is_low_rank(caller),
+        gate_up_transposed=not gate_up_proj.is_contiguous(),
+        down_transposed=not down_proj.is_contiguous(),
+        has_bias=gate_up_bias is not None,
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from cupymoe import ops, reference
-from cupymoe.backends import check_name
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, has_hooks, is_wrapper, runs_as
-from cupymoe.functional import fused_experts, route
+from cupymoe.experts import MoEExperts
+from cupymoe.functional import route
 from cupymoe.parameters import check_plain, check_writable
 
 _LINEAR_FORWARD = as_written("torch", nn.Linear, "forward")["forward"]
@@ -185,8 +185,8 @@ class Gemma4Router(nn.Module):
 _ROUTER_METHODS = as_written("cupymoe", Gemma4Router, "forward")
 
 
-class Gemma4Experts(nn.Module):
-    """The experts; call-compatible with transformers' ``Gemma4TextExperts``.
+class Gemma4Experts(MoEExperts):
+    """Gemma 4's experts; call-compatible with transformers' ``Gemma4TextExperts``.
 
     Parameters: ``gate_up_proj`` [E, 2I, H], ``down_proj`` [E, H, I], uninitialised as in transformers.
 
@@ -198,37 +198,18 @@ class Gemma4Experts(nn.Module):
         ValueError: there is no such backend.
     """
 
+    _ungated_name = "gate_up_proj"  # [E, I, H]: Gemma 4's names do not depend on the activation
+
     def __init__(self, config: Gemma4MoEConfig, backend: str = "auto") -> None:
-        super().__init__()
-        check_name(backend)
+        super().__init__(
+            config.num_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.activation,
+            top_k=config.top_k_experts,
+            backend=backend,
+        )
         self.config = config
-        self.backend = backend
-        self.activation = config.activation
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(
-                config.num_experts,
-                self.activation.input_size(config.moe_intermediate_size),
-                config.hidden_size,
-            )
-        )
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_intermediate_size))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """``[T, H]`` from ``hidden_states`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
-
-        Dtypes, result and errors are as of :func:`cupymoe.fused_experts`.
-        """
-        return fused_experts(
-            hidden_states,
-            self.gate_up_proj,
-            self.down_proj,
-            top_k_index,
-            top_k_weights,
-            activation=self.activation,
-            backend=self.backend,
-        )
 
 
 class Gemma4MoE(nn.Module):

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from cupymoe.backends.fused import stream_reason, takes_tiles
-from cupymoe.config import Gemma4MoEConfig, experts_per_token
+from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
-from cupymoe.integrations import are_experts_set_to_cupymoe
+from cupymoe.experts import MoEExperts, experts_per_token
+from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
-from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
+from cupymoe.modules import Gemma4MoE, Gemma4Router
 
 _MAX_TOKENS = 32768
 
@@ -80,7 +81,7 @@ def warmup(
     have it; calls with int32 compile kernels of their own. Nothing is compiled for modules on the CPU.
 
     Args:
-        target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, or transformers' experts with
+        target: a module that holds ``Gemma4Router``, ``Gemma4Experts``, ``MoEExperts``, or transformers' experts with
             ``experts_implementation="cupymoe"``; or the sizes of a mixture whose weights are not there yet, for which
             uninitialised ones are allocated meanwhile (1.5 GB for Gemma 4 26B-A4B).
         num_tokens: each at least 1. None: one of every range that kernels are compiled for at the sizes of a layer,
@@ -90,6 +91,7 @@ def warmup(
     Raises:
         TypeError, ValueError: ``target`` is neither, or holds no mixture; ``num_tokens`` has no positive integer, or
             something else; ``dtype`` is none of weights, or there is no such ``device``.
+        ValueError: a ``MoEExperts`` has no ``top_k``.
         ValueError: a parameter of a router or of experts is on the meta device and no hook of accelerate loads it; or
             it is another DTensor, a shard of which is all that this process has, or empty, as ZeRO-3 leaves it.
     """
@@ -103,8 +105,8 @@ def warmup(
         found.setdefault(_kind(each), each)
     if not found:
         raise ValueError(
-            f"target must hold a Gemma4Router, a Gemma4Experts or experts set to cupymoe; {type(target).__name__} "
-            "holds none"
+            "target must hold a Gemma4Router, a Gemma4Experts, a MoEExperts or experts set to cupymoe; "
+            f"{type(target).__name__} holds none"
         )
     # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
     with torch.no_grad():
@@ -159,7 +161,7 @@ def _parts(target: nn.Module) -> list[_Part]:
         part = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         if part in found:
             continue
-        if isinstance(part, Gemma4Router | Gemma4Experts) or are_experts_set_to_cupymoe(part):
+        if isinstance(part, Gemma4Router | MoEExperts) or are_experts_set_to_cupymoe(part):
             names = path.split(".") if path else []
             around = [modules[".".join(names[:depth])] for depth in range(len(names))]
             found[part] = _Part(part, module, *_place(path, part, module, around))
@@ -255,10 +257,10 @@ def _first(part: Any) -> torch.Tensor:
 
 def _sizes(part: Any) -> tuple[int, int, int, int]:
     """Experts, experts of a token, hidden and intermediate size; of the parameters, which may have been pruned."""
-    config, top_k = part.config, experts_per_token(part.config)
+    top_k = experts_per_token(part)
     if isinstance(part, Gemma4Router):
-        return len(part.per_expert_scale), top_k, len(part.scale), config.moe_intermediate_size
-    num_experts, hidden_size, intermediate_size = part.down_proj.shape
+        return len(part.per_expert_scale), top_k, len(part.scale), part.config.moe_intermediate_size
+    num_experts, hidden_size, intermediate_size = sizes_of(part)
     return num_experts, top_k, hidden_size, intermediate_size
 
 
@@ -267,12 +269,15 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     part, caller = each.module, each.caller
     if isinstance(part, Gemma4Router):
         settings: tuple[Any, ...] = (part._eps,)
-    elif isinstance(part, Gemma4Experts):
-        settings = part.activation, part.backend
+    elif isinstance(part, MoEExperts):
+        settings = part.activation, part.backend, part.is_transposed
     else:
         from cupymoe.integrations.transformers import activation_of
 
-        settings = (activation_of(part),)
+        try:
+            settings = (activation_of(part),)
+        except ValueError:
+            settings = ()  # its call says where it is and what is in the way
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
     parameters = ((name, p.shape, p.dtype) for name, p in caller.named_parameters())

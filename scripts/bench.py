@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""cupymoe beside its peers at Gemma 4 26B-A4B's sizes, on this machine's GPU: prints tables, writes JSON reports.
+"""cupymoe beside its peers on this machine's GPU: prints tables, writes JSON reports. Sizes are Gemma 4 26B-A4B's.
 
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
 are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers'.
+``models``: the whole call at the sizes of other models, against transformers and a floor.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_experts import Bench
 from bench_lora import measure_lora
+from bench_models import MODELS, measure_models, report_name
+from bench_models import TOKENS as MODELS_TOKENS
 from bench_peers import imported_contender
 from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
@@ -33,6 +36,7 @@ from readme_table import (
     host_table,
     lora_table,
     memory_table,
+    models_table,
     percentiles_table,
     skewed_table,
     stages_table,
@@ -44,8 +48,10 @@ from cupymoe import Gemma4MoEConfig
 from cupymoe.audit.targets import TargetError
 
 
-def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Positive numbers between commas."""
+def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Positive numbers between commas; None: the regime's own."""
+    if value is None:
+        return None
     try:
         tokens = tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -53,6 +59,16 @@ def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: st
     if min(tokens) < 1:
         raise click.BadParameter(f"must be positive, got {value!r}")
     return tokens
+
+
+def parse_models(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Names between commas; None: all models."""
+    if value is None:
+        return None
+    names = tuple(dict.fromkeys(value.split(",")))
+    if unknown := [name for name in names if name not in MODELS]:
+        raise click.BadParameter(f"must be of {', '.join(MODELS)}, got {', '.join(map(repr, unknown))}")
+    return names
 
 
 def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -66,6 +82,7 @@ def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tu
     return peers
 
 
+EXPERTS_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 # Generation: where reading the hit experts' weights once is the floor.
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DECODE_SKEWED_TOKENS = (64, 1024)
@@ -80,13 +97,18 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 @click.option(
     "--tokens",
     callback=parse_tokens,
-    default="1,4,16,64,256,1024,4096,16384",
-    show_default=True,
-    help="Numbers of tokens of the experts regime. The report holds these rows and no others.",
+    help="Numbers of tokens of the experts regime (else 1 to 16384) and of the models regime (else 1 to 8192). The "
+    "report holds these rows and no others.",
+)
+@click.option(
+    "--models",
+    callback=parse_models,
+    help="Names between commas of the models regime (else all). The report of some models, or without some of its "
+    "numbers of tokens, is models-part.json.",
 )
 @click.option(
     "--regime",
-    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "all"]),
+    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "models", "all"]),
     default="experts",
     show_default=True,
     help="What to measure; all: experts, stages, host and lora.",
@@ -113,12 +135,22 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 )
 @click.option("--seed", default=0, show_default=True, help="Of weights, inputs and routing.")
 @torch.inference_mode()
-def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, str], installed: bool, seed: int) -> None:
+def main(
+    tokens: tuple[int, ...] | None,
+    models: tuple[str, ...] | None,
+    regime: str,
+    output: Path,
+    peers: dict[str, str],
+    installed: bool,
+    seed: int,
+) -> None:
     """Measure cupymoe and its peers on this machine's GPU.
 
     Exits with 1, and writes no report, if an output is not finite or an error is above its limit. vLLM, SGLang and
     SonicMoE are left out where that happens to them.
     """
+    if models and regime != "models":
+        raise click.UsageError(f"--models is for --regime models, not for {regime}")
     if not torch.cuda.is_available():
         raise click.ClickException("bench.py measures a CUDA GPU, and torch sees none on this machine")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -159,6 +191,10 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, st
         tables.append(training_table(keep("training", measure_training(bench), bench.failures)))
         del bench
         free_memory()
+    if regime == "models":
+        names, counts = models or tuple(MODELS), tokens or MODELS_TOKENS
+        found, failed = measure_models(names, counts, device)
+        tables.append(models_table(keep(report_name(names, counts), found, failed)))
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
         bench = Bench(config, device, imported, installed)
         if regime == "decode":
@@ -172,7 +208,7 @@ def main(tokens: tuple[int, ...], regime: str, output: Path, peers: dict[str, st
             report = keep("sweep", bench.sweep(SWEEP_TOKENS), bench.failures)
             tables.append(ways_table(report))
         else:
-            report = keep("experts", bench.experts(tokens), bench.failures)
+            report = keep("experts", bench.experts(tokens or EXPERTS_TOKENS), bench.failures)
         if regime != "sweep":
             tables += [percentiles_table(report), experts_table(report)]
     for table in tables:

@@ -57,7 +57,9 @@ def capture(calls: Sequence[Call]) -> Captured:
     return Captured(graph, outputs)
 
 
-def time_in_turn(contenders: dict[str, Captured]) -> dict[str, dict[str, float]]:
+def time_in_turn(
+    contenders: dict[str, Captured], seconds_per_contender: float = SECONDS_PER_CONTENDER
+) -> dict[str, dict[str, float]]:
     """Milliseconds of one call of each contender, by percentile over the replays.
 
     A round replays each contender once, so that all share the clocks and the temperature of the card.
@@ -69,7 +71,7 @@ def time_in_turn(contenders: dict[str, Captured]) -> dict[str, dict[str, float]]
             captured.graph.replay()
         torch.cuda.synchronize()
         now = time.perf_counter()
-    rounds = SECONDS_PER_CONTENDER * len(contenders) / (now - round_start)
+    rounds = seconds_per_contender * len(contenders) / (now - round_start)
     rounds = int(min(max(rounds, MIN_REPLAYS), MAX_REPLAYS))
     events = {
         name: [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for name in contenders

@@ -27,6 +27,8 @@ ORACLE_TOKENS, ORACLE_EXPERTS = 64, 2
 ERROR_LIMIT = 0.008
 """Products that round to bfloat16 each give 0.0064 at the most (Unsloth's and transformers', measured by hand)."""
 
+_NO_BIASES = (None, None)
+
 Step = Callable[[], tuple[torch.Tensor, ...]]
 
 
@@ -73,7 +75,8 @@ def errors(case: Case, config: Gemma4MoEConfig, grad: torch.Tensor, grads: Seque
         index[tokens],
         weights[tokens].double(),
         config.activation,
-        (True, False, False, False, True),
+        *_NO_BIASES,
+        (True, False, False, False, True, False, False),
     )
     found = {
         "hidden_states": (grads[0][tokens], of_tokens[0]),
@@ -91,7 +94,8 @@ def errors(case: Case, config: Gemma4MoEConfig, grad: torch.Tensor, grads: Seque
             local[index],
             weights.double(),
             config.activation,
-            (False, True, True, False, False),
+            *_NO_BIASES,
+            (False, True, True, False, False, False, False),
         )
         found["gate_up_proj"] = grads[2][experts], of_experts[1]
         found["down_proj"] = grads[3][experts], of_experts[2]

@@ -69,6 +69,23 @@ def experts_table(report: Report) -> str:
     return markdown(["tokens", "floor us", "cupymoe us", "x floor", *(f"{name} us" for name in names), *errors], rows)
 
 
+def models_table(report: Report) -> str:
+    """The table of ``models.json``: our median over the floor, in brackets the peer's median over ours."""
+    tokens = sorted({row["tokens"] for row in report["rows"]})
+    cells: dict[str, dict[int, str]] = {}
+    for row in report["rows"]:
+        ours, peer = (row["ms"][name]["p50"] for name in ("cupymoe", "grouped_mm"))
+        name = row["model"] if row["ep"] == 1 else f"{row['model']}, one of {row['ep']} ranks"
+        cells.setdefault(name, {})[row["tokens"]] = f"{ours / row['floor_ms']:.2f} ({peer / ours:.2f}x)"
+    rows = [[name, *(found.get(count, "") for count in tokens)] for name, found in cells.items()]
+    return markdown(["experts of", *map(str, tokens)], rows)
+
+
+def rows_table(report: Report) -> str:
+    """The table of a report's ``"rows"``, which are of many models or of one."""
+    return models_table(report) if "model" in report["rows"][0] else experts_table(report)
+
+
 def percentiles_table(report: Report) -> str:
     """Every time of ``experts.json``: percentiles in microseconds, ratios to the floor and to cupymoe's median."""
     rows = []
@@ -274,7 +291,7 @@ def main(reports: tuple[Path, ...], merge: bool, check_report: bool, benchmarks:
         click.echo(f"{heading(report)}\n\n{experts_table(report)}\n")
         return
     tables = {
-        "rows": experts_table,
+        "rows": rows_table,
         "skewed": skewed_table,
         "memory": memory_table,
         "stages": stages_table,

@@ -293,7 +293,7 @@ def shard(module):
             lambda experts: setattr(experts, "act_fn", nn.ReLU()),
             "experts: cupymoe has no activation like ReL",
         ),
-        ("experts", lambda experts: setattr(experts, "has_bias", True), "experts: .* its experts have a bias"),
+        ("experts", lambda experts: setattr(experts, "has_bias", True), "experts: .* it has no gate_up_proj_bias"),
         (
             "router",
             shard,

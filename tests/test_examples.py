@@ -27,11 +27,16 @@ def run(device, monkeypatch, capsys):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"layer", "transformers_model", "lora", "compiled"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"layer", "experts", "transformers_model", "lora", "compiled"}
 
 
 def test_layer(run):
     assert run("layer") == ["shape (2, 8, 64) same True", "gradient of gate_up_proj (16, 96, 64)"]
+
+
+def test_experts(run):
+    pytest.importorskip("safetensors")
+    assert run("experts") == ["shape (8, 64) gradient of gate_up_proj (16, 64, 96)", "read swigluoai True"]
 
 
 def test_transformers_model(run, device):

@@ -1,14 +1,15 @@
 """explain: who computes each layer, in which way, and why nobody faster does."""
 
 import logging
+import sys
 
 import pytest
 import torch
 
 import cupymoe
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, explain, fused_experts
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation, explain, fused_experts
 from cupymoe.backends import ExpertsCall, registry, select
-from tests.helpers import random_experts, transformers_config, transformers_gemma4
+from tests.helpers import random_experts, transformers_config, transformers_gemma4, transposed
 
 CONFIG = Gemma4MoEConfig.gemma4_26b_a4b()
 SMALL = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
@@ -74,6 +75,14 @@ def test_weights_off_16_bytes(hopper):
     assert explain(moe, 4)[0].reasons["grouped"] == "both weights must start on 16 bytes"
 
 
+def test_transposed_weights(hopper):
+    moe = meta()
+    moe.experts.down_proj.data = transposed(moe.experts.down_proj.data)
+    forward, backward = explain(moe, 4)
+    assert (forward.backend, backward.backend) == ("fused", "grouped")
+    assert forward.reasons == {}
+
+
 def test_models_of_transformers():
     transformers_gemma4()
     transformers = pytest.importorskip("transformers")
@@ -81,7 +90,9 @@ def test_models_of_transformers():
     model = transformers.Gemma4ForCausalLM(
         transformers_config(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     )
-    with pytest.raises(ValueError, match="target must hold a Gemma4Experts or experts set to cupymoe; Gemma4For"):
+    with pytest.raises(
+        ValueError, match="target must hold a Gemma4Experts, a MoEExperts or experts set to cupymoe; Gemma4For"
+    ):
         explain(model)
     model.set_experts_implementation("cupymoe")
     model.model.layers[1].experts.act_fn.register_forward_hook(lambda *_: None)
@@ -89,6 +100,21 @@ def test_models_of_transformers():
     assert (first.path, first.backend) == ("model.layers.0.experts", "reference")
     assert (refused.path, refused.backend) == ("model.layers.1.experts", None)
     assert "act_fn has hooks" in refused.reasons["cupymoe"]
+
+
+def test_kinds_of_experts(hopper):
+    """What a backend knows of GPT-OSS's: transposed weights, their sizes, and biases."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    pytest.importorskip("cupymoe.integrations.transformers")
+    config = gpt_oss.GptOssConfig(num_local_experts=4, hidden_size=64, intermediate_size=32)
+    config._experts_implementation = "cupymoe"
+    with torch.device("meta"):
+        experts = gpt_oss.GptOssExperts(config).to(torch.bfloat16)
+    call = sys.modules["cupymoe.explain"]._call_of(experts, experts, 7, 4)[1]
+    assert (call.num_experts, call.hidden_size, call.intermediate_size, call.num_tokens) == (4, 64, 32, 7)
+    assert (call.gate_up_transposed, call.down_transposed, call.has_bias) == (True, True, True)
+    assert call.activation is MoEActivation.SWIGLUOAI
+    assert explain(experts, 7)[1].backend == "grouped"
 
 
 def test_adapters(hopper):

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import MoEActivation, flops, fused_experts, lora_experts, reference
-from tests.helpers import random_experts, run_python
+from tests.helpers import random_biases, random_experts, run_python
 from tests.test_lora import random_case
 
 
@@ -86,6 +86,19 @@ def test_lora_experts(adapted, trained):
         lambda: dense_experts(case, gate_up, down, MoEActivation.GELU_TANH),
         leaves,
     )
+
+
+@pytest.mark.parametrize("trained", ["gate_up_bias", "down_bias", "hidden_states"])
+def test_biases_are_no_products(trained):
+    """But the gradient of gate_up's bias comes through down_proj."""
+    case = random_experts(3, 4, 16, 8, 2)
+    tensors = {**case._asdict(), **random_biases(case)}
+    tensors[trained].requires_grad_()
+    forward, output = counted(lambda: fused_experts(**tensors, activation="gelu_tanh"))
+    backward, _ = counted(lambda: output.sum().backward())
+    one = 2 * case.top_k_index.numel() * 16 * 8
+    assert forward == 3 * one
+    assert backward == {"gate_up_bias": 1, "down_bias": 0, "hidden_states": 3}[trained] * one
 
 
 def test_router_logits():

@@ -41,15 +41,15 @@ def test_calls_every_kind_once_at_every_number_of_tokens():
 def calls_of(model, monkeypatch, *arguments):
     """(name of the class, activation or top k, tokens) of every call that warmup makes."""
     calls = []
-    functional = sys.modules["cupymoe.modules"]
-    for name, what in (("fused_experts", "activation"), ("route", None)):
-        kept = getattr(functional, name)
+    for module, name, what in (("experts", "fused_experts", "activation"), ("modules", "route", None)):
+        caller = sys.modules[f"cupymoe.{module}"]
+        kept = getattr(caller, name)
 
         def spy(states, *others, kept=kept, what=what, **settings):
             calls.append((settings[what].name if what else others[0], len(states)))
             return kept(states, *others, **settings)
 
-        monkeypatch.setattr(functional, name, spy)
+        monkeypatch.setattr(caller, name, spy)
     warmup(model, *arguments)
     return calls
 
@@ -87,6 +87,29 @@ def test_transformers_experts_of_equal_shapes_and_other_activations():
         )
     warmup(torch.nn.ModuleList(layers), (3,))
     assert called == [("GELUTanh", 3), ("SiLUActivation", 3)]
+
+
+def test_every_kind_of_experts():
+    """Transposed, with biases and a limit of their own, of which the kernels know; and ungated."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    nemotron = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    layers = [gpt_oss.GptOssExperts(gpt_oss.GptOssConfig(num_local_experts=4, **sizes)) for _ in range(3)]
+    layers.append(nemotron.NemotronHExperts(nemotron.NemotronHConfig(n_routed_experts=4, **sizes)))
+    layers[1].limit = 2.0
+    called = []
+    for layer in layers:
+        layer.config._experts_implementation = "cupymoe"
+        randomize(layer).register_forward_hook(lambda module, inputs, output: called.append(module))
+    warmup(torch.nn.ModuleList(layers), (3,))
+    assert called == [layers[0], layers[1], layers[3]]
+
+
+def test_experts_that_are_refused_are_named():
+    experts = transformers_gemma4().Gemma4TextExperts(transformers_config("cupymoe"))
+    experts.act_fn = torch.nn.Mish()
+    with pytest.raises(ValueError, match=r"^0 \(Gemma4TextExperts\): .*no activation like Mish"):
+        warmup(torch.nn.ModuleList([randomize(experts)]), (3,))
 
 
 @pytest.mark.parametrize("low_rank", [True, False])
@@ -167,7 +190,7 @@ def test_sizes_without_weights(monkeypatch, dtype):
         called.append([tensor.dtype for tensor in arguments[:3]])
         return fused_experts(*arguments, **settings)
 
-    monkeypatch.setattr(sys.modules["cupymoe.modules"], "fused_experts", spy)
+    monkeypatch.setattr(sys.modules["cupymoe.experts"], "fused_experts", spy)
     warmup(CONFIG, (1, 3), device="cpu", dtype=dtype)
     assert called == [[dtype] * 3] * 2
 

@@ -23,9 +23,10 @@ __device__ __forceinline__ u64 tile_descriptor(u32 address) { return (1ull << 62
 #define NEXT_16_K_OF_B (16 * ROW_BYTES / 16)
 static_assert(BLOCK_N % 64 == 0, "transposed weights come in groups of 64 rows");
 
-// Address, 1024 bytes from eight lines to the next, BLOCK_K lines from a group to the next, 128-byte swizzle.
+// Address, 1024 bytes from eight lines to the next, BLOCK_K lines from a group to the next, 128-byte swizzle. The address in a
+// block of a cluster has the block's rank above its 18 bits, which would change the distance of the groups.
 __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) {
-    return (1ull << 62) | (64ull << 32) | ((u64)(BLOCK_K * ROW_BYTES / 16) << 16) | address >> 4;
+    return (1ull << 62) | (64ull << 32) | ((u64)(BLOCK_K * ROW_BYTES / 16) << 16) | (address & 0x3ffff) >> 4;
 }
 #else
 #define TRANSPOSE_B "0"

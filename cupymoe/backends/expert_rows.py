@@ -212,22 +212,20 @@ class Projection(NamedTuple):
         return Projection(self.rows, self.weight.transpose(1, 2), b, a, None)
 
     def gradients(
-        self, grad: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor, needed: Sequence[bool]
+        self, grad: torch.Tensor, rows: torch.Tensor, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients with respect to weight, a, b and bias; None where not needed.
+        """Gradients with respect to weight, a and b; None where not needed.
 
         Args:
-            grad: of the output, ``[T * K, out]`` in expert order, not yet times ``factors``.
-            rows: the input, ``[T * K, in]`` in expert order, times ``factors``.
-            factors: of each row, ``[T * K, 1]``.
-            needed: which of the four.
+            grad: of the output, ``[T * K, out]`` in expert order.
+            rows: the input, ``[T * K, in]`` in expert order.
+            needed: which of the three.
         """
         linear, outer, dtype = self.rows.linear, self.rows.outer, self.weight.dtype
         return (
             self._outer_as_weight(grad, rows) if needed[0] else None,
             outer(linear(grad, self.b.transpose(1, 2)), rows, dtype) if needed[1] and self.b is not None else None,
             outer(grad, linear(rows, self.a), dtype) if needed[2] and self.a is not None else None,
-            self.rows.sums(grad, factors, dtype) if needed[3] else None,
         )
 
     def _outer_as_weight(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -267,9 +265,7 @@ def backward(
         needed: which of the tensors want one.
     """
     of_states, of_up, of_down, of_weights, *of_adapters, of_up_bias, of_down_bias = needed
-    of_gate_up_parts = of_up, *of_adapters[:2], of_up_bias
-    of_down_parts = of_down, *of_adapters[2:], of_down_bias
-    of_gate_up = of_states or any(of_gate_up_parts)
+    of_gate_up = of_states or of_up or any(of_adapters[:2]) or of_up_bias
     up, down = _projections(rows, tensors)
     weights = tensors.top_k_weights
     weight_of_slot = rows.of_slots(weights)
@@ -277,14 +273,15 @@ def backward(
     gate_up = up(states)
     grad_output = rows.gather(grad)  # not yet weighted
     grads: dict[str, torch.Tensor | None] = {}
-    if of_weights or any(of_down_parts):
+    if of_weights or of_down or any(of_adapters[2:]):
         intermediate = rows.activate(gate_up, activation)
-    if any(of_down_parts):
+    if of_down or any(of_adapters[2:]):
         weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
-        factors = weight_of_slot.to(intermediate.dtype)
-        grads["down_proj"], grads["down_a"], grads["down_b"], grads["down_bias"] = down.gradients(
-            grad_output, weighted, factors, of_down_parts
+        grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
+            grad_output, weighted, (of_down, *of_adapters[2:])
         )
+    if of_down_bias:
+        grads["down_bias"] = rows.sums(grad_output, weight_of_slot.to(gate_up.dtype), tensors.down_proj.dtype)
     if of_weights or of_gate_up:
         back = down.transposed()(grad_output)
     if of_weights:
@@ -295,10 +292,12 @@ def backward(
         grads["top_k_weights"] = of_pairs
     if of_gate_up:
         grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), gate_up, activation)
-        ones = torch.ones_like(states[:, :1])
-        grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"], grads["gate_up_bias"] = up.gradients(
-            grad_gate_up, states, ones, of_gate_up_parts
+        grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"] = up.gradients(
+            grad_gate_up, states, (of_up, *of_adapters[:2])
         )
+    if of_up_bias:
+        ones = torch.ones_like(states[:, :1])
+        grads["gate_up_bias"] = rows.sums(grad_gate_up, ones, tensors.gate_up_proj.dtype)
     if of_states:
         grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
     return tuple(grads.get(name) for name in DIFFERENTIABLE)

@@ -49,13 +49,6 @@ class FusedBackend:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        if takes_tiles(call.load, call.hidden_size):
-            if not call.activation.is_gated or call.activation.is_interleaved:
-                return f"its tiles pair rows i and I + i of gate_up_proj, which {call.activation.name} does not want"
-            if call.has_bias:
-                return "its tiles add no bias"
-            if call.gate_up_transposed or call.down_transposed:
-                return "its tiles read weights that are contiguous, not transposed ones"
         not_streamed = stream_reason(call.load)
         not_tiled = tiles_reason(call.load, call.hidden_size)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
@@ -123,8 +116,8 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(hidden_states, gate_up_proj, gate_up_bias, top_k_index, shape, workspace)
-    experts_down(down_proj, down_bias, top_k_index, shape, workspace)
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias)
+    experts_down(down_proj, top_k_index, shape, workspace, down_bias)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 
@@ -132,6 +125,7 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
 def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
     """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
+    gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     blocks, products = cut(call.load, call.intermediate_size)
     shape = tile_shape_of(
         blocks,
@@ -141,8 +135,12 @@ def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None =
         call.num_experts,
         call.hidden_size,
         call.intermediate_size,
+        call.gate_up_transposed,
+        call.down_transposed,
+        gate_up_bias is not None,
+        down_bias is not None,
     )
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
-    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape)
-    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape)
+    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias)
+    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)

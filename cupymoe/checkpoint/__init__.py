@@ -1,15 +1,26 @@
-"""Gemma 4 MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
+"""MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
+
+:func:`load_layer` and :func:`load_into` read routers and experts of Gemma 4, :func:`load_experts` the experts of
+Qwen3-MoE, Mixtral and GPT-OSS.
 
 A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either, on this machine: nothing
 is downloaded. Every function here raises a :class:`CheckpointError` for a path where there is neither a file nor a
 folder, and a TypeError for what is neither a str nor an ``os.PathLike``.
 
-The keys of layer N start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike;
-then come ``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or ``moe.per_expert_scale``), and the
-experts in exactly one layout:
+The keys of layer N start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike.
+Then come, for Gemma 4, ``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or
+``moe.per_expert_scale``), and the experts in exactly one layout:
 
 - fused: ``experts.gate_up_proj`` [E, 2I, H] and ``experts.down_proj`` [E, H, I]; older: ``moe.`` for ``experts.``
 - per expert: ``experts.<id>.{gate,up,down}_proj.weight`` [I, H], [I, H], [H, I]; or behind ``moe.``
+
+For the others come the experts alone, in one layout of theirs:
+
+- Qwen3-MoE: ``mlp.experts.<id>.{gate,up,down}_proj.weight``, or fused behind ``mlp.experts.``
+- Mixtral: ``block_sparse_moe.experts.<id>.{w1,w3,w2}.weight``, which are gate, up and down, or fused behind
+  ``mlp.experts.``
+- GPT-OSS: ``mlp.experts.gate_up_proj`` [E, H, 2I], ``gate_up_proj_bias`` [E, 2I], ``down_proj`` [E, I, H] and
+  ``down_proj_bias`` [E, H]
 
 Every key of a layer with a part ``router``, ``experts`` or ``moe`` is accounted for in the files' headers before the
 first tensor is read. Whatever is missing, left over, misshapen or quantised is a :class:`CheckpointError` that names
@@ -18,13 +29,11 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
+from cupymoe.checkpoint.families import GEMMA4, read_experts
 from cupymoe.checkpoint.files import (
     INDEX,
     SINGLE,
@@ -32,19 +41,25 @@ from cupymoe.checkpoint.files import (
     PathLike,
     header_keys,
     key_files,
-    on_disk,
-    open_file,
-    read_json,
-    read_tensor,
+    read_fields,
 )
-from cupymoe.checkpoint.layout import Found, Slot, layer_of, match, skeleton
+from cupymoe.checkpoint.layout import layer_of
+from cupymoe.checkpoint.tensors import check_destination, checked, load
 from cupymoe.config import Gemma4MoEConfig
+from cupymoe.experts import MoEExperts
 from cupymoe.modules import Gemma4MoE
 from cupymoe.parameters import check_writable
 
-__all__ = ["CheckpointError", "check_index", "layers", "load_into", "load_layer", "num_hidden_layers", "read_config"]
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+__all__ = [
+    "CheckpointError",
+    "check_index",
+    "layers",
+    "load_experts",
+    "load_into",
+    "load_layer",
+    "num_hidden_layers",
+    "read_config",
+]
 
 
 def layers(path: PathLike) -> tuple[int, ...]:
@@ -65,7 +80,7 @@ def read_config(path: PathLike) -> Gemma4MoEConfig:
     Raises:
         CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
     """
-    file, given = _read_fields(path)
+    file, given = read_fields(path)
     names = Gemma4MoEConfig.__dataclass_fields__
     if missing := [name for name in names if name not in given]:
         raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
@@ -81,22 +96,11 @@ def num_hidden_layers(path: PathLike) -> int | None:
     Raises:
         CheckpointError: the file is not there or not JSON, or the number is not a positive integer.
     """
-    file, given = _read_fields(path)
+    file, given = read_fields(path)
     count = given.get("num_hidden_layers")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise CheckpointError(f"{file}: num_hidden_layers must be a positive integer, got {count!r}")
     return count
-
-
-def _read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
-    """The ``config.json`` beside the checkpoint, and what it says of the text model."""
-    path = on_disk(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    given = read_json(file)
-    given = given.get("text_config", given)
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{file}: an object text_config must be there and is not assumed; got {given}")
-    return file, given
 
 
 def check_index(path: PathLike) -> None:
@@ -156,25 +160,45 @@ def load_layer(
         TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype must be one of {[*_DTYPES.values()]} or None, got {dtype}")
-    if torch.device(device).type == "meta":
-        raise ValueError(f"device must have memory for the parameters, got {device}")
+    check_destination(device, dtype)
     files = key_files(path)
-    moe = skeleton(read_config(path) if config is None else config, backend)
-    state: dict[str, torch.Tensor] = {}
-    with _checked(path, files, layer, moe.config) as tensors:
-        wanted = _common_dtype(tensors) if dtype is None else dtype
-        for tensor in tensors:
-            name, part, _ = tensor.slot
-            if not part:
-                state[name] = tensor.read().to(device, wanted)
-                continue
-            if name not in state:
-                state[name] = torch.empty(moe.get_parameter(name).shape, device=device, dtype=wanted)
-            state[name][part].copy_(tensor.read())
-    moe.load_state_dict(state, strict=True, assign=True)
+    moe = _skeleton(read_config(path) if config is None else config, backend)
+    load(moe, path, files, layer, GEMMA4, device, dtype)
     return moe
+
+
+def load_experts(
+    path: PathLike,
+    layer: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> MoEExperts:
+    """The experts of one layer of Qwen3-MoE, Mixtral or GPT-OSS, without its router.
+
+    Which model it is, sizes and activation are read from ``config.json``. The parameters are laid out as in the
+    checkpoint, GPT-OSS's transposed, and come to the device as :func:`load_layer` says.
+
+    Args:
+        path: the checkpoint, as the module says.
+        layer: N of ``layers.N.``
+        device: where the parameters go; not the meta device, which would lose them.
+        dtype: bfloat16, float16, float32 or float64; None keeps the checkpoint's, which must be one for the experts.
+        backend: as for :func:`cupymoe.fused_experts`.
+
+    Raises:
+        CheckpointError: as of :func:`load_layer`; or ``config.json`` is not there, is of another model, or a field of
+            it is missing or not valid.
+        ValueError: ``dtype`` is none of the four, ``device`` is the meta device, or there is no such backend.
+        TypeError: ``layer`` is not an int.
+        ImportError: safetensors is not installed.
+    """
+    check_destination(device, dtype)
+    files = key_files(path)
+    spelling, experts = read_experts(path, backend)
+    load(experts, path, files, layer, spelling, device, dtype)
+    return experts
 
 
 def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
@@ -191,7 +215,7 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
         ImportError: safetensors is not installed.
     """
     parameters = _parameters(moe)
-    with _checked(path, key_files(path), layer, moe.config) as tensors, torch.no_grad():
+    with checked(path, key_files(path), layer, GEMMA4, _skeleton(moe.config)) as tensors, torch.no_grad():
         # All are mapped before the first is copied: one that can't be is seen while nothing is written yet.
         mapped = [(parameters[tensor.slot.parameter][tensor.slot.part], tensor.read()) for tensor in tensors]
         for destination, source in mapped:
@@ -201,7 +225,7 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
 def _parameters(moe: Gemma4MoE) -> dict[str, torch.Tensor]:
     """Every parameter of a layer by name, seen to be one that a checkpoint can be copied into."""
     parameters: dict[str, torch.Tensor] = {}
-    for name, wanted in skeleton(moe.config).named_parameters():
+    for name, wanted in _skeleton(moe.config).named_parameters():
         try:
             parameters[name] = moe.get_parameter(name)
         except AttributeError as error:
@@ -214,63 +238,7 @@ def _parameters(moe: Gemma4MoE) -> dict[str, torch.Tensor]:
     return parameters
 
 
-class _Tensor(NamedTuple):
-    """A tensor of an open file that has been checked and not been read."""
-
-    key: str
-    file: Path
-    slot: Slot
-    dtype: torch.dtype
-    handle: Any
-
-    def read(self) -> torch.Tensor:
-        """On the CPU, mapped to the file."""
-        return read_tensor(self.file, self.handle, self.key)
-
-
-@contextmanager
-def _checked(
-    path: PathLike, key_files: dict[str, Path], layer: int, config: Gemma4MoEConfig
-) -> Iterator[list[_Tensor]]:
-    """The layer's tensors, unread, after every check; the files are open until the context ends."""
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer must be an int, the N of layers.N., got {layer!r}")
-    found = match(path, key_files, layer, config)
-    with ExitStack() as stack:
-        handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}
-        _check_headers(path, layer, found, {file: set(handle.keys()) for file, handle in handles.items()})
-        yield [_check_tensor(each, handles[each.file]) for each in found]
-
-
-def _check_headers(path: PathLike, layer: int, found: list[Found], keys_of: dict[Path, set[str]]) -> None:
-    """The index and the headers agree on the layer."""
-    for key, file, _ in found:
-        if key not in keys_of[file]:
-            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
-    listed = {(key, file) for key, file, _ in found}
-    for file, keys in keys_of.items():
-        for key in keys:
-            if layer_of(key) == layer and (key, file) not in listed:
-                raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
-
-
-def _check_tensor(found: Found, handle: Any) -> _Tensor:
-    key, file, slot = found
-    header = handle.get_slice(key)
-    dtype, shape = header.get_dtype(), header.get_shape()
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: {key} must have dtype {', '.join(_DTYPES)}, got {dtype} (no quantised weights)")
-    if tuple(shape) != slot.shape:
-        raise CheckpointError(f"{file}: {key} must have shape {[*slot.shape]}, got {shape}")
-    return _Tensor(key, file, slot, _DTYPES[dtype], handle)
-
-
-def _common_dtype(tensors: list[_Tensor]) -> torch.dtype:
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor.dtype != first.dtype:
-            raise CheckpointError(
-                f"{tensor.file}: {tensor.key} must have {first.key}'s dtype {first.dtype} as long as no dtype is asked "
-                f"for, got {tensor.dtype}"
-            )
-    return first.dtype
+def _skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE:
+    """The module without memory for its parameters."""
+    with torch.device("meta"):
+        return Gemma4MoE(config, backend)

@@ -89,6 +89,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
+    """The ``config.json`` beside the checkpoint, and what it says of the text model."""
+    path = on_disk(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    given = read_json(file)
+    given = given.get("text_config", given)
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{file}: an object text_config must be there and is not assumed; got {given}")
+    return file, given
+
+
 def open_file(file: Path) -> Any:
     """A ``safetensors.safe_open``, which is a context manager."""
     try:

@@ -5,29 +5,56 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+from torch import nn
 
 from cupymoe.checkpoint.files import CheckpointError, PathLike
-from cupymoe.config import Gemma4MoEConfig
-from cupymoe.modules import Gemma4MoE
 
 _LAYER_KEY = re.compile(
-    r"(?P<prefix>(?:(?:model\.)?(?:language_model\.)?|language_model\.model\.)layers\.(?P<layer>0|[1-9][0-9]*)\.)"
-    r"(?P<name>(?:router|experts|moe)\..+)"
+    r"(?P<prefix>(?:(?:model\.)?(?:language_model\.)?|language_model\.model\.)layers\.(?:0|[1-9][0-9]*)\.)(?P<name>.+)"
 )
-# Any spelling of such a key: what _LAYER_KEY doesn't know is refused by name, never passed over.
+# Any spelling of a key of a router or of experts: what a family doesn't know is refused by name, never passed over.
 _KEY_OF_A_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>[0-9]+)\.(?:.*\.)?(?:router|experts|moe)(?:\.|$)")
-_FUSED = re.compile(r"(?P<prefix>experts\.|moe\.|moe\.experts\.)(?P<name>gate_up_proj|down_proj)")
-_PER_EXPERT = re.compile(
-    r"(?P<prefix>experts\.|moe\.experts\.)(?P<name>(?:0|[1-9][0-9]*)\.(?:gate|up|down)_proj\.weight)"
-)
+
+
+class Layout(NamedTuple):
+    """One of the ways in which a family's checkpoints hold the experts of a layer."""
+
+    prefix: str
+    """What the names of their tensors begin with, behind ``layers.N.``"""
+    single: tuple[str, str, str] | None = None
+    """Of layouts with one tensor for each projection of each expert, the names of its gate, up and down behind
+    ``<id>.``; None: the tensors are the parameters of all experts, and have their names."""
+
+
+class Spelling(NamedTuple):
+    """How the checkpoints of a family of models spell what is read of a layer."""
+
+    layouts: tuple[Layout, ...]
+    """Of the experts; a layer has one of them. The first is the one that messages name where a layer has none."""
+    places: str
+    """Where all that is read stands behind ``layers.N.``, for messages."""
+    experts: str = ""
+    """Path of the experts in the module that is read, ending with a dot; empty: they are that module."""
+    aliases: Mapping[str, str] = {}
+    """Other names of tensors beside the experts, and the parameters that they are."""
+    foreign: frozenset[str] = frozenset()
+    """Names of the tensors of other modules that have a part ``router``, ``experts`` or ``moe``, and are not read."""
+
+    def is_read(self, key: str, layer: int) -> bool:
+        """Whether a key of the layer is one of a router or of experts, in whichever spelling, and no other module's."""
+        if layer_of(key) != layer:
+            return False
+        parts = _LAYER_KEY.fullmatch(key)
+        return parts is None or parts["name"] not in self.foreign
 
 
 class Slot(NamedTuple):
-    """Where a tensor goes: a parameter of Gemma4MoE, or the part of it that belongs to one expert."""
+    """Where a tensor goes: a parameter of the module that is read, or the part of it that belongs to one expert."""
 
+    name: str
+    """The same for every spelling of the tensor."""
     parameter: str
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]
@@ -47,82 +74,92 @@ def layer_of(key: str) -> int | None:
     return int(match["layer"]) if match else None
 
 
-def skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE:
-    """The module without memory for its parameters."""
-    with torch.device("meta"):
-        return Gemma4MoE(config, backend)
-
-
-def match(path: PathLike, files: Mapping[str, Path], layer: int, config: Gemma4MoEConfig) -> list[Found]:
+def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module) -> list[Found]:
     """Every key of the layer, with nothing missing and nothing left over.
 
     Args:
         path: what messages call the checkpoint.
         files: the file of each key of the checkpoint.
         layer: whose keys.
-        config: what a layer must have.
+        spelling: of the layer.
+        module: what is read, with parameters of the shapes that they must have.
     """
-    # By canonical name, which is Gemma4MoE's or experts.<id>.*
-    found: dict[str, tuple[str, Path]] = {}
-    layouts: dict[tuple[bool, str], str] = {}
+    experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
+    names = _names(spelling, module, experts)
+    places = f"[model.][language_model.]layers.{layer}.{spelling.places}"
+    found: dict[str, Found] = {}
+    layouts: dict[Layout, str] = {}
     prefixes: dict[str, str] = {}
     for key, file in files.items():
-        if layer_of(key) != layer:
+        if not spelling.is_read(key, layer):
             continue
         parts = _LAYER_KEY.fullmatch(key)
-        if parts is None:
+        if parts is None or parts["name"] not in names:
             raise CheckpointError(
-                f"{file}: {key} is left over: a layer's router and experts are read from "
-                f"[model.][language_model.]layers.{layer}.{{router,experts,moe}}.*"
+                f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} unquantised experts "
+                f"reads it; its tensors are read from {places}"
             )
-        name = parts["name"]
+        layout, slot = names[parts["name"]]
         prefixes.setdefault(parts["prefix"], key)
-        if experts := _FUSED.fullmatch(name) or _PER_EXPERT.fullmatch(name):
-            name = f"experts.{experts['name']}"
-            layouts.setdefault((experts.re is _PER_EXPERT, experts["prefix"]), key)
-        elif name == "moe.per_expert_scale":
-            name = "router.per_expert_scale"
-        if name in found:
-            raise CheckpointError(f"{file}: {key} is {name} a second time: {found[name][0]} is it too")
-        found[name] = key, file
+        if layout is not None:
+            layouts.setdefault(layout, key)
+        if slot.name in found:
+            raise CheckpointError(f"{file}: {key} is {slot.name} a second time: {found[slot.name].key} is it too")
+        found[slot.name] = Found(key, file, slot)
     if not found:
         there = sorted({number for number in map(layer_of, files) if number is not None})
-        raise CheckpointError(
-            f"{path}: no [model.][language_model.]layers.{layer}.{{router,experts,moe}}.* key is there; layers that "
-            f"have one: {there}"
-        )
+        raise CheckpointError(f"{path}: no {places} key is there; layers that have one: {there}")
     for what, keys in (("layouts of the experts", layouts), ("prefixes of a layer", prefixes)):
         if len(keys) > 1:
             first, second, *_ = keys.values()
             raise CheckpointError(f"{path}: {first} and {second} are two {what}; one is allowed")
-    per_expert, experts_prefix = next(iter(layouts), (False, "experts."))
-    slots = _slots(config, per_expert)
-    for name, (key, file) in found.items():
-        if name not in slots:
-            raise CheckpointError(
-                f"{file}: {key} is left over: nothing of a layer with {config.num_experts} unquantised experts reads it"
-            )
-    if missing := [name for name in slots if name not in found]:
-        (prefix,) = prefixes
-        names = [prefix + re.sub(r"^experts\.", experts_prefix, name) for name in missing]
-        raise CheckpointError(f"{path}: {names[0]} is missing ({len(names)} of {len(slots)} keys are: {names[:8]})")
-    return [Found(*found[name], slot) for name, slot in slots.items()]
-
-
-def _slots(config: Gemma4MoEConfig, per_expert: bool) -> dict[str, Slot]:
-    """Where each tensor of a complete layer goes, by canonical name."""
-    slots = {name: Slot(name, (), tuple(value.shape)) for name, value in skeleton(config).named_parameters()}
-    if not per_expert:
-        return slots
-    activation, size, width = config.activation, config.hidden_size, config.moe_intermediate_size
-    if not activation.is_gated or activation.is_interleaved:
+    (prefix,), taken = prefixes, next(iter(layouts), spelling.layouts[0])
+    if taken.single and (not experts.activation.is_gated or experts.activation.is_interleaved):
         raise CheckpointError(
-            f"{activation.name} does not read [gate | up], so gate_proj and up_proj of single experts have no place; "
-            "the fused layout (experts.gate_up_proj) is allowed"
+            f"{experts.activation.name} does not read [gate | up], so {taken.single[0]} and {taken.single[1]} of "
+            "single experts have no place; the fused layout (gate_up_proj) is allowed"
         )
-    gate_up, down = slots.pop("experts.gate_up_proj").parameter, slots.pop("experts.down_proj").parameter
-    for expert in range(config.num_experts):
-        slots[f"experts.{expert}.gate_proj.weight"] = Slot(gate_up, (expert, slice(0, width)), (width, size))
-        slots[f"experts.{expert}.up_proj.weight"] = Slot(gate_up, (expert, slice(width, None)), (width, size))
-        slots[f"experts.{expert}.down_proj.weight"] = Slot(down, (expert,), (size, width))
+    wanted: dict[str, str] = {}
+    for name, (layout, slot) in names.items():
+        if layout in (None, taken):
+            wanted.setdefault(slot.name, prefix + name)
+    if missing := [key for name, key in wanted.items() if name not in found]:
+        raise CheckpointError(
+            f"{path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} keys are: {missing[:8]})"
+        )
+    return [found[name] for name in wanted]
+
+
+def _names(spelling: Spelling, module: nn.Module, experts: Any) -> dict[str, tuple[Layout | None, Slot]]:
+    """Every name that may stand behind ``layers.N.``: the layout that it belongs to, if any, and where its tensor goes.
+    Those of one slot stand in the order in which messages prefer them."""
+    names: dict[str, tuple[Layout | None, Slot]] = {}
+    of_experts: dict[str, Slot] = {}
+    for name, parameter in module.named_parameters():
+        slot = Slot(name, name, (), tuple(parameter.shape))
+        if name.startswith(spelling.experts):
+            of_experts[name.removeprefix(spelling.experts)] = slot
+        else:
+            names[name] = None, slot
+    for alias, name in spelling.aliases.items():
+        names[alias] = names[name]
+    for layout in spelling.layouts:
+        slots = _single_slots(layout.single, spelling.experts, experts) if layout.single else of_experts
+        names |= {layout.prefix + name: (layout, slot) for name, slot in slots.items()}
+    return names
+
+
+def _single_slots(projections: tuple[str, str, str], path: str, experts: Any) -> dict[str, Slot]:
+    """Where the tensors of single experts go, by name behind the layout's prefix."""
+    gate, up, down = projections
+    num_experts, size, width = experts.down_proj.shape
+    slots: dict[str, Slot] = {}
+    for expert in range(num_experts):
+        for projection, parameter, part, shape in (
+            (gate, "gate_up_proj", (expert, slice(0, width)), (width, size)),
+            (up, "gate_up_proj", (expert, slice(width, None)), (width, size)),
+            (down, "down_proj", (expert,), (size, width)),
+        ):
+            name = f"{expert}.{projection}"
+            slots[name] = Slot(path + name, path + parameter, part, shape)
     return slots

@@ -17,5 +17,13 @@ def is_set_to_cupymoe(experts: Any) -> bool:
 
 def are_experts_set_to_cupymoe(module: Any) -> bool:
     """Whether a module is such experts, and not one that shares their config."""
-    has_weights = isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
-    return has_weights and is_set_to_cupymoe(module)
+    has_weights = isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    has_both = has_weights and (hasattr(module, "gate_up_proj") or hasattr(module, "up_proj"))
+    return has_both and is_set_to_cupymoe(module)
+
+
+def sizes_of(experts: Any) -> tuple[int, int, int]:
+    """Number of experts, hidden and intermediate size; of the weights, which may have been pruned."""
+    num_experts, *sizes = experts.down_proj.shape
+    intermediate_size, hidden_size = sizes if getattr(experts, "is_transposed", False) else reversed(sizes)
+    return num_experts, hidden_size, intermediate_size

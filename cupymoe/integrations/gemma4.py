@@ -12,7 +12,7 @@ from transformers.models.gemma4 import modeling_gemma4
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, check_replaceable, let_compute_as, own_forward, runs_as
-from cupymoe.integrations.transformers import served_activation
+from cupymoe.integrations.transformers import served
 from cupymoe.modules import Gemma4Router
 
 _ROUTER_FORWARDS = (
@@ -56,7 +56,7 @@ def experts_activation(path: str, experts: Any) -> MoEActivation:
     """
     check_replaceable(path, experts, forward=(_EXPERTS_FORWARD,))
     try:
-        return served_activation(experts)
+        return served(experts).activation
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

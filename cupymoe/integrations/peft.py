@@ -14,30 +14,34 @@ import torch
 from peft.tuners.lora import layer
 from torch import nn
 
-from cupymoe.activation import MoEActivation
 from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
+from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe
 from cupymoe.lora import LowRank
-from cupymoe.modules import Gemma4Experts
 
-_PARAMETERS = ("gate_up_proj", "down_proj")
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def _activation(experts: nn.Module) -> MoEActivation | None:
-    """Of experts that are ours to compute now: our module, or transformers' under ``"cupymoe"``; else None."""
-    if isinstance(experts, Gemma4Experts):
-        return experts.activation if experts.backend == "auto" else None
-    if not is_set_to_cupymoe(experts):
+def _arguments(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]] | None:
+    """The weights and the other settings of a call of experts that are ours to compute now: our module, or
+    transformers' under ``"cupymoe"``; else None."""
+    if isinstance(experts, MoEExperts):
+        if experts.backend != "auto":
+            return None
+        gate_up_proj, down_proj, gate_up_bias, down_bias = experts.projections()
+        activation = experts.activation
+    elif is_set_to_cupymoe(experts):
+        from cupymoe.integrations.transformers import served
+
+        try:
+            gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)
+        except ValueError as error:
+            raise ValueError(f"{path_of(experts)}: {error}") from None
+    else:
         return None
-    from cupymoe.integrations.transformers import activation_of, unsupported_reason
-
-    if unsupported_reason(experts) is not None:
-        return None
-    try:
-        return activation_of(experts)
-    except ValueError as error:
-        raise ValueError(f"{path_of(experts)}: {error}") from None
+    settings = {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    return (gate_up_proj, down_proj), settings
 
 
 def _adapter(wrapper: layer.ParamWrapper) -> LowRank | None:
@@ -47,6 +51,9 @@ def _adapter(wrapper: layer.ParamWrapper) -> LowRank | None:
     factors = [wrapper.get_delta_factors(name) for name in wrapper.active_adapters if name in wrapper.lora_A]
     if not factors:
         return None
+    # The product of PEFT's factors is added to the parameter, of which our weight may be the transpose.
+    if getattr(wrapper.get_base_layer(), "is_transposed", False):
+        factors = [(right.transpose(1, 2), left.transpose(1, 2), scaling) for left, right, scaling in factors]
     a, b = [a for _, a, _ in factors], [b * scaling for b, _, scaling in factors]
     return LowRank(torch.cat(a, 1), torch.cat(b, 2)) if len(factors) > 1 else LowRank(a[0], b[0])
 
@@ -73,22 +80,23 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         experts: Any = self.get_base_layer()
         chain = [*self._wrappers()]
         wrappers = {wrapper.parameter_name: wrapper for wrapper in chain}
-        activation = _activation(experts)
         plain = (
             not kwargs
             and len(args) == 2
             and not any(wrapper.disable_adapters for wrapper in chain)
             and not any(hooks_of(module) or "forward" in vars(module) for module in (*chain[1:], experts))
         )
-        if activation is None or not plain or not wrappers.keys() <= set(_PARAMETERS):
+        arguments = _arguments(experts) if plain and wrappers.keys() <= set(_PARAMETERS) else None
+        if arguments is None:
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output
-        adapters = [_adapter(wrappers[name]) if name in wrappers else None for name in _PARAMETERS]
+        pair = wrappers.get("gate_up_proj", wrappers.get("up_proj")), wrappers.get("down_proj")
+        adapters = [None if wrapper is None else _adapter(wrapper) for wrapper in pair]
         if adapters == [None, None]:
             output = experts(x, *args)
             return output
-        weights = experts.gate_up_proj, experts.down_proj
-        return lora_experts(x.to(weights[0].dtype), *weights, *args, *adapters, activation=activation).to(x.dtype)
+        weights, settings = arguments
+        return lora_experts(x.to(weights[0].dtype), *weights, *args, *adapters, **settings).to(x.dtype)
 
 
 def use_low_rank(model: nn.Module) -> int:

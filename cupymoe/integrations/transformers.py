@@ -1,7 +1,9 @@
 """cupymoe as an experts implementation of transformers: importing this module registers it as ``"cupymoe"``.
 
 ``from_pretrained(..., experts_implementation="cupymoe")`` and ``model.set_experts_implementation("cupymoe")`` then work
-for every model whose experts are gated, concatenated (gate rows, then up rows), bias-free and not transposed.
+for every kind of experts that transformers has, gated or not, with biases or without, transposed or not, gate and up
+interleaved or not, if their gating function is an activation of :class:`cupymoe.MoEActivation`; others are refused by
+name (docs/models.md lists both).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION
+from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
 from cupymoe.parameters import DTYPES
 
 _GELU_TANH_CLASSES = (
@@ -42,14 +45,10 @@ _FORWARDS = {cls: as_written(cls.__module__.partition(".")[0], cls, "forward")["
 # Some models have a function for one.
 _FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}
 
-# What transformers says of a class of experts: the value that is served, and what another means.
-_PROPERTIES = {
-    "has_gate": (True, "its experts are not gated"),
-    "has_bias": (False, "its experts have a bias"),
-    "has_post_expert_norm": (False, "its experts' outputs are normalised"),
-    "is_transposed": (False, "its weights are transposed"),
-    "is_concatenated": (True, "gate and up rows are interleaved"),
-}
+# What transformers says of a class of experts and cupymoe computes at one value only: that, and what another means.
+_PROPERTIES = {"has_post_expert_norm": (False, "its experts' outputs are normalised")}
+# And what it computes at both.
+_KINDS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
@@ -58,26 +57,51 @@ def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
     newer = {
         name: (default, f"its {name} is {not default}, of which cupymoe knows nothing")
         for name, default in defaults.items()
-        if isinstance(default, bool) and name not in _PROPERTIES
+        if isinstance(default, bool) and name not in (*_PROPERTIES, *_KINDS)
     }
     return {**_PROPERTIES, **newer}
 
 
 _ALL_PROPERTIES = _properties(use_experts_implementation)
 
+# What parameters are called, by has_gate and has_bias.
+_NAMES = {
+    (has_gate, has_bias): (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if has_bias else ()))
+    for has_gate, up in ((True, "gate_up_proj"), (False, "up_proj"))
+    for has_bias in (False, True)
+}
+
 # Models have different names for the number of their experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def activation_of(experts: Any) -> MoEActivation:
-    """The member that an experts module's own ``act_fn`` is; the config's name for it is not read.
+class Served(NamedTuple):
+    """What a call of experts is computed from."""
+
+    gate_up_proj: torch.Tensor
+    """``[E, 2I, H]``, or ``[E, I, H]`` of experts that are not gated; a view where transformers has it transposed."""
+    down_proj: torch.Tensor
+    """``[E, H, I]``, likewise"""
+    gate_up_bias: torch.Tensor | None
+    """``[E, 2I]`` or ``[E, I]``"""
+    down_bias: torch.Tensor | None
+    """``[E, H]``"""
+    activation: MoEActivation
+
+
+def act_fn_of(experts: Any) -> MoEActivation | None:
+    """The member that an experts module's own ``act_fn`` is, None if it has none; the config's name for it is not read.
 
     Raises:
         ValueError: no member computes that function, or hooks or another forward make something else of it.
     """
-    given = experts.act_fn
+    given = getattr(experts, "act_fn", None)
+    if given is None:
+        return None
     cls = type(given)
     member = _ACTIVATIONS.get(cls) if isinstance(given, nn.Module) else _FUNCTIONS.get(given)
+    if member is None and (bounds := _softcaps(given)) is not None:
+        return with_values(MoEActivation.SITU, ("beta", "linear_beta"), bounds)
     if member is None:
         shown = cls.__name__ if isinstance(given, nn.Module) else getattr(given, "__name__", repr(given))
         known = [*(known.__name__ for known in _ACTIVATIONS), *(function.__name__ for function in _FUNCTIONS)]
@@ -90,6 +114,33 @@ def activation_of(experts: Any) -> MoEActivation:
             'activation inside its kernels: take that away, or set experts_implementation="grouped_mm"'
         )
     return member
+
+
+def activation_of(experts: Any) -> MoEActivation:
+    """What an experts module computes between its two projections.
+
+    Raises:
+        ValueError: no activation of the contract does.
+    """
+    act = act_fn_of(experts)
+    if not getattr(experts, "has_gate", True):
+        if act is None or act.without_mul().is_gated:
+            known = "it has no act_fn" if act is None else f"cupymoe has {act.value} only with a gate"
+            raise _refusal(experts, f"its experts are not gated, and {known}")
+        return act.without_mul()
+    try:
+        activation = activation_of_gate(experts, act)
+    except ValueError as error:
+        raise _refusal(experts, error) from None
+    if getattr(experts, "is_concatenated", None) is activation.is_interleaved:
+        said = f"its is_concatenated is {experts.is_concatenated}, but its _apply_gate computes {activation.value}"
+        raise _refusal(experts, said)
+    return activation
+
+
+def _refusal(experts: Any, reason: object) -> ValueError:
+    name = type(experts).__name__
+    return ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {reason}")
 
 
 def _changed(activation: nn.Module) -> str | None:
@@ -113,38 +164,54 @@ def _changed(activation: nn.Module) -> str | None:
     return None if known else f"has an act of its own, {act!r}"
 
 
-def unsupported_reason(experts: Any) -> str | None:
-    """Which property of an experts module cupymoe can't serve; None if it serves all of them."""
-    try:
-        _weights_of(experts)
-    except ValueError as error:
-        return str(error)
-    return None
+def _softcaps(given: Any) -> tuple[float, float] | None:
+    """The bounds of gate and up, where a module of transformers is SITU: Inkling 2's ``SoftcappedSwiGLU``."""
+    if not hasattr(given, "gate_softcap") or not hasattr(given, "up_softcap"):
+        return None
+    gate, up = given.gate_softcap, given.up_softcap
+    if any(not isinstance(part, nn.Module) or has_hooks(part) or "forward" in vars(part) for part in (given, gate, up)):
+        return None
+    if not is_softcapped_swiglu(type(given).forward, type(gate).forward, type(up).forward):
+        return None
+    return gate.softcap, up.softcap
 
 
-def _weights_of(experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both weights of experts that cupymoe serves.
+def served(experts: Any) -> Served:
+    """What a call of experts is computed from, if cupymoe computes it as transformers does.
 
     Raises:
-        ValueError: it doesn't; the message is the property that stands in the way.
+        ValueError: it can't; the message says what stands in the way.
     """
-    for name, (served, reason) in _ALL_PROPERTIES.items():
-        if getattr(experts, name, served) != served:
+    try:
+        parameters = _parameters(experts)
+    except ValueError as error:
+        raise _refusal(experts, error) from None
+    return Served(*parameters, activation_of(experts))
+
+
+def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The weights and biases of experts as :class:`Served` has them.
+
+    Raises:
+        ValueError: cupymoe can't compute with them, or not only with them.
+    """
+    for name, (allowed, reason) in _ALL_PROPERTIES.items():
+        if getattr(experts, name, allowed) != allowed:
             raise ValueError(reason)
-    weights = experts.gate_up_proj, experts.down_proj
-    for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True):
-        if weight.dtype not in DTYPES:
-            raise ValueError(f"its weights are {weight.dtype}, not one of {DTYPES}")
-        if is_wrapper(type(weight)):
-            raise ValueError(f"its {name} is a {type(weight).__name__}, not a plain tensor")
-    if not _is_default_gate(type(experts)._apply_gate) or "_apply_gate" in vars(experts):
-        raise ValueError("it gates in its own way (_apply_gate)")
-    return weights
-
-
-@functools.cache
-def _is_default_gate(function: Any) -> bool:
-    return (function.__module__, function.__name__) == ("transformers.integrations.moe", "_default_apply_gate")
+    names = _NAMES[getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)]
+    parameters: list[Any] = [getattr(experts, name, None) for name in names]
+    for name, parameter in zip(names, parameters, strict=True):
+        if parameter is None:
+            raise ValueError(f"it has no {name}")
+        if parameter.dtype not in DTYPES:
+            raise ValueError(f"its {name} is {parameter.dtype}, not one of {DTYPES}")
+        if is_wrapper(type(parameter)):
+            raise ValueError(f"its {name} is a {type(parameter).__name__}, not a plain tensor")
+    gate_up_proj, down_proj, *biases = parameters
+    if getattr(experts, "is_transposed", False):
+        gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+    gate_up_bias, down_bias = biases or (None, None)
+    return gate_up_proj, down_proj, gate_up_bias, down_bias
 
 
 def experts_forward(
@@ -160,7 +227,7 @@ def experts_forward(
             message names the module's path and says what.
     """
     try:
-        (gate_up_proj, down_proj), activation = _served(self)
+        gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(self)
     except ValueError as error:
         raise ValueError(f"{path_of(self)}: {error}") from None
     dtype = hidden_states.dtype
@@ -173,6 +240,8 @@ def experts_forward(
         top_k_index,
         top_k_weights,
         activation=activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
         global_num_experts=_global_num_experts(self, down_proj.shape[0]),
     )
     return output if output.dtype == dtype else output.to(dtype)
@@ -188,24 +257,6 @@ def _global_num_experts(experts: Any, num_experts: int) -> int | None:
         if count is not None:
             return count if isinstance(count, int) and count > num_experts else None
     return None
-
-
-def served_activation(experts: Any) -> MoEActivation:
-    """The activation of experts that cupymoe computes as transformers does.
-
-    Raises:
-        ValueError: it can't; the message says which property stands in the way.
-    """
-    return _served(experts)[1]
-
-
-def _served(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], MoEActivation]:
-    try:
-        weights = _weights_of(experts)
-    except ValueError as error:
-        name = type(experts).__name__
-        raise ValueError(f"experts_implementation={EXPERTS_IMPLEMENTATION!r} does not serve {name}: {error}") from None
-    return weights, activation_of(experts)
 
 
 def replace_routers(model: nn.Module) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -122,12 +122,12 @@ def _fused_shapes() -> Iterator[Shape]:
             yield shape(num_tokens, dtype, sizes.moe_intermediate_size // 4)
         yield shape(num_tokens, torch.bfloat16, activation=MoEActivation.SWIGLUOAI, transposed=True, has_bias=True)
     for activation in (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL):
-        for transposed, has_bias in itertools.product((False, True), repeat=2):
+        for transposed, has_bias in product((False, True), repeat=2):
             yield shape(64, torch.float16, activation=activation, transposed=transposed, has_bias=has_bias)
 
 
 def _tile_shapes() -> Iterator[TileShape]:
-    """Each cut at Gemma 4's sizes, whole and in four tensor-parallel slices."""
+    """Each cut at Gemma 4's sizes, whole and in four tensor-parallel slices; each other kind of experts at one cut."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
         for blocks, products in CUTS:
@@ -135,3 +135,17 @@ def _tile_shapes() -> Iterator[TileShape]:
                 yield tile_shape_of(
                     blocks, products, dtype, sizes.activation, sizes.num_experts, sizes.hidden_size, intermediate_size
                 )
+    activations = (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL)
+    for index, (activation, transposed, has_bias) in enumerate(product(activations, (False, True), (False, True))):
+        yield tile_shape_of(
+            *CUTS[index % len(CUTS)],
+            torch.bfloat16,
+            activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            transposed,
+            transposed,
+            has_bias,
+            has_bias,
+        )

@@ -66,19 +66,23 @@ class Regime:
     up: Tile
     down: Tile
     transposed: Tile
-    """Of either GEMM, where its weight is transposed: 128 rows, so that each k is 256 bytes of memory."""
+    """Of either GEMM, where its weight is transposed."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
 
 
+# 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
+# with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
+_TRANSPOSED = Tile(128, 4)
+
 # By the most pairs of an expert on average.
 _UP_TO_4_PAIRS = Regime(
     tokens=32,
     up=Tile(256, 4, k_warps=2),
     down=Tile(256, 4, k_warps=2),
-    transposed=Tile(64, 8),
+    transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=True,
 )
@@ -86,7 +90,7 @@ _UP_TO_16_PAIRS = Regime(
     tokens=32,
     up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
     down=Tile(256, 4, k_warps=2),
-    transposed=Tile(64, 8),
+    transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -94,7 +98,7 @@ _UP_TO_32_PAIRS = Regime(
     tokens=48,
     up=Tile(256, 3, k_warps=2),
     down=Tile(256, 3, k_warps=2),
-    transposed=Tile(64, 8),
+    transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -102,7 +106,7 @@ _MORE_PAIRS = Regime(
     tokens=80,
     up=Tile(128, 4),
     down=Tile(128, 4),
-    transposed=Tile(64, 8),
+    transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -110,14 +114,15 @@ _MORE_PAIRS = Regime(
 
 @functools.cache
 def _inline_regime(intermediate_size: int) -> Regime:
-    # Both rings fit a multiprocessor together, so that experts_down fills its own while experts_up still runs.
+    # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while experts_up
+    # still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
     down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
     return Regime(
         tokens=8,
         up=Tile(256, 4, k_warps=4),
         down=down,
-        transposed=Tile(64, 5),
+        transposed=Tile(256, 3, k_warps=2),
         inline_pairs=_INLINE_PAIRS,
         fp32_slots=True,
     )

@@ -2,7 +2,7 @@
 
 One module a family, in which forward, fake, setup and backward of an op stand together. The ops trust their arguments;
 :mod:`cupymoe.functional` checks them. Outputs are contiguous, whatever the strides of the inputs, because the fake
-implementations promise it.
+implementations promise it; only the gradient of a weight that is not contiguous is laid out as the weight.
 """
 
 from cupymoe.ops import activation, experts, routing

@@ -161,6 +161,7 @@ OF_A_PATH = {
     "check_index": checkpoint.check_index,
     "load_layer": lambda path: checkpoint.load_layer(path, 0),
     "load_layer with a config": lambda path: checkpoint.load_layer(path, 0, CONFIG),
+    "load_experts": lambda path: checkpoint.load_experts(path, 0),
     "load_into": lambda path: checkpoint.load_into(make_moe(0), path, 0),
 }
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig
-from tests.helpers import randomize, relative_error, transformers_config, transformers_gemma4
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation
+from tests.helpers import randomize, relative_error, slow_on_cuda, transformers_config, transformers_gemma4
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 transformers_gemma4()
 integration = pytest.importorskip("cupymoe.integrations.transformers")
+gates = pytest.importorskip("cupymoe.integrations.gates")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile's own
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
@@ -93,6 +94,46 @@ def test_experts_whose_activation_is_a_function(device):
         expected = experts(*arguments)
         assert_same(torch.compile(experts, fullgraph=True, backend="aot_eager")(*arguments), expected)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def gpt_oss_experts(device):
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    config = transformers.GptOssConfig(num_local_experts=4, hidden_size=32, intermediate_size=24)
+    config._experts_implementation = "cupymoe"
+    experts = randomize(gpt_oss.GptOssExperts(config)).to(device)
+    index = torch.tensor([[0, 1], [2, 3], [1, 3]], device=device)
+    return experts, (torch.randn(3, 32, device=device), index, torch.rand(3, 2, device=device))
+
+
+@slow_on_cuda
+def test_a_changed_parameter_of_the_gate(device):
+    """Its function is first seen while it is traced; torch makes a symbol of a number that changes."""
+    gates._recognised.cache_clear()
+    experts, arguments = gpt_oss_experts(device)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for experts.limit in (7.0, 0.5, 0.3, float("inf"), 1):
+        outputs.append(compiled(*arguments))
+        assert_same(outputs[-1], experts(*arguments))
+    assert not torch.equal(outputs[0], outputs[1])
+    with torch.no_grad():
+        compiled(*arguments)
+        graphs = counters["stats"]["unique_graphs"]
+        gates._recognised(
+            type(experts)._apply_gate, MoEActivation.SILU
+        )  # another function that was seen makes no difference
+        compiled(*arguments)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@slow_on_cuda
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_experts_with_a_gate_of_their_own(device, strict):
+    gates._recognised.cache_clear()
+    experts, arguments = gpt_oss_experts(device)
+    program = torch.export.export(experts, arguments, strict=strict)
+    assert "swigluoai" in str(program.graph)
+    assert torch.equal(program.module()(*arguments), experts(*arguments))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Gemma 4 that transformers has split over two processes (gloo), by tensor and by expert parallelism."""
+"""Models that transformers has split over two processes (gloo), by tensor and by expert parallelism."""
 
 import os
 import socket
@@ -14,12 +14,10 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 transformers_gemma4()
 pytest.importorskip("transformers.distributed.tensor_parallel")
 
-SCRIPT = Path(__file__).with_name("parallel_gemma4.py")
+SCRIPT = Path(__file__).with_name("parallel_model.py")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tensor", "expert"])
-def test_a_split_model_computes_as_a_whole_one(kind, tmp_path):
+def gemma4():
     config = transformers_config(
         num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
@@ -27,7 +25,23 @@ def test_a_split_model_computes_as_a_whole_one(kind, tmp_path):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    randomize(transformers.Gemma4ForCausalLM(config)).save_pretrained(tmp_path)
+    return transformers.Gemma4ForCausalLM(config)
+
+
+def gpt_oss():
+    """Each rank has the biases of its experts."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    return transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**sizes, **heads, num_local_experts=8, num_experts_per_tok=2)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "kind"), [(gemma4, "tensor"), (gemma4, "expert"), (gpt_oss, "expert")])
+def test_a_split_model_computes_as_a_whole_one(build, kind, tmp_path):
+    model = randomize(build())
+    model.save_pretrained(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -35,7 +49,7 @@ def test_a_split_model_computes_as_a_whole_one(kind, tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}  # gloo, where transformers would take NCCL
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), kind],
+            [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), kind, type(model).__name__],
             env=os.environ | place | hidden | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

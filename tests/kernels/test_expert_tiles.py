@@ -29,8 +29,23 @@ SIZES = [
 ]
 
 
-def shape(cut, num_experts, hidden, intermediate, dtype=torch.bfloat16):
-    return tile_shape_of(*cut, dtype, MoEActivation.SILU, num_experts, hidden, intermediate)
+SILU, SWIGLUOAI, RELU2 = MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL
+
+
+def shape(
+    cut,
+    num_experts,
+    hidden,
+    intermediate,
+    dtype=torch.bfloat16,
+    *,
+    activation=SILU,
+    transposed=False,
+    has_bias=False,
+):
+    """Of which both weights are transposed, or neither, and both have a bias, or neither."""
+    kind = (transposed, transposed, has_bias, has_bias)
+    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -47,16 +62,30 @@ def test_rings_fit_a_multiprocessor(cut, sizes):
         assert tiling.shared_bytes + stage_bytes > SHARED_BYTES_OF_HOPPER
 
 
+def assert_compiles(its_shape):
+    """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
+    for source in (experts_up_wgmma, experts_down_wgmma):
+        report = compiled(source.variant(its_shape), "sm_90a")
+        assert report.spill_bytes <= 64, report.log
+        assert "warning" not in report.log, report.log
+        assert "C75" not in report.log, report.log
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("cut", "sizes"), [*product(CUTS, SIZES)])
 def test_compiles_for_other_models(cut, sizes):
-    """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
     for dtype in (torch.bfloat16, torch.float16):
-        for source in (experts_up_wgmma, experts_down_wgmma):
-            report = compiled(source.variant(shape(cut, *sizes, dtype)), "sm_90a")
-            assert report.spill_bytes <= 64, report.log
-            assert "warning" not in report.log, report.log
-            assert "C75" not in report.log, report.log
+        assert_compiles(shape(cut, *sizes, dtype))
+
+
+# GPT-OSS, and sizes that divide badly.
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(32, 2880, 2880), (5, 272, 72)])
+@pytest.mark.parametrize("activation", [SILU, SWIGLUOAI, RELU2])
+@pytest.mark.parametrize("cut", CUTS)
+def test_compiles_for_every_kind_of_experts(cut, activation, sizes):
+    for transposed, has_bias in product((False, True), repeat=2):
+        assert_compiles(shape(cut, *sizes, activation=activation, transposed=transposed, has_bias=has_bias))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +164,10 @@ def maps(monkeypatch):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_gate_and_up_rows_come_in_turn(maps, cut, sizes):
-    its_shape = shape(cut, *sizes)
+@pytest.mark.parametrize("activation", [SILU, SWIGLUOAI])
+def test_gate_and_up_rows_come_in_turn(maps, activation, cut, sizes):
+    """Eight of gate and the up of the same columns, whether these are I rows on or the next ones."""
+    its_shape = shape(cut, *sizes, activation=activation)
     _, hidden, intermediate = sizes
     block_n, expert = its_shape.up.block_n, sizes[0] - 1
     for part in range(-(-2 * intermediate // block_n)):
@@ -144,9 +175,51 @@ def test_gate_and_up_rows_come_in_turn(maps, cut, sizes):
         expected = []
         for eight in range(part * (block_n // 16), (part + 1) * (block_n // 16)):
             for half in range(2):
-                first = (2 * expert + half) * intermediate + 8 * eight
-                expected += [first + i if 8 * eight < intermediate else None for i in range(8)]
+                for column in range(8 * eight, 8 * eight + 8):
+                    row = 2 * column + half if activation.is_interleaved else half * intermediate + column
+                    expected.append(2 * expert * intermediate + row if column < intermediate else None)
         assert rows == expected
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("cut", CUTS)
+def test_rows_of_ungated_experts_come_as_they_lie(maps, cut, sizes):
+    its_shape = shape(cut, *sizes, activation=RELU2)
+    _, hidden, intermediate = sizes
+    block_n, expert = its_shape.up.block_n, sizes[0] - 1
+    for part in range(-(-intermediate // block_n)):
+        rows = rows_of_box(maps["up"](0, its_shape), (0, 0, part * (block_n // 8), expert), 2 * hidden)
+        columns = range(part * block_n, (part + 1) * block_n)
+        assert rows == [expert * intermediate + column if column < intermediate else None for column in columns]
+
+
+def check_transposed_box(tensor_map, columns, depth, halves, num_experts):
+    """Of the last expert, boxes of 64 k and 64 columns: of a single matrix, or the same of both halves side by side."""
+    expert, row_bytes = num_experts - 1, 2 * columns * halves
+    sizes, strides, box = tensor_map
+    assert (sizes[0], box[0]) == (columns, 64)
+    for k in (0, (depth - 1) // 64 * 64):
+        lines = rows_of_box((sizes, strides, box), (k, 0, 0, expert), 2 * columns)
+        expected = []
+        for half in range(halves):
+            for line in range(k, k + 64):
+                expected.append((expert * depth + line) * halves + half if line < depth else None)
+        assert lines == expected
+    assert strides[0] == row_bytes
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("activation", [SILU, SWIGLUOAI, RELU2])
+def test_boxes_of_transposed_weights(maps, activation, cut, sizes):
+    its_shape = shape(cut, *sizes, activation=activation, transposed=True)
+    num_experts, hidden, intermediate = sizes
+    halves = 2 if activation is SILU else 1
+    columns = activation.input_size(intermediate) // halves
+    check_transposed_box(maps["up"](0, its_shape), columns, hidden, halves, num_experts)
+    check_transposed_box(maps["down"](0, its_shape), hidden, intermediate, 1, num_experts)
+    assert its_shape.up.block_n % (64 * halves) == 0
+    assert its_shape.down.block_n % 64 == 0
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -3,6 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.arch import ARCHITECTURES
-from cupymoe.kernels.expert_tiles import CUTS
+from cupymoe.kernels.expert_tiles import CUTS, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
 from tests.helpers import WITH_PARAMETERS, compiled, run_python
@@ -51,31 +52,31 @@ def defines_in_catalog(source, *names):
     return {tuple(values[name] for name in names) for values in defines}
 
 
-def test_catalog_holds_every_kind_of_experts():
-    """Of gate and up: concatenated, interleaved, ungated."""
-    memory = {(transposed, has_bias) for transposed in "01" for has_bias in "01"}
-    assert defines_in_catalog("experts_down", "TRANSPOSED", "HAS_BIAS") == memory
-    layouts = {("1", "0"), ("1", "1"), ("0", "0")}
-    assert defines_in_catalog("experts_up", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS") == {
-        layout + each for layout in layouts for each in memory
-    }
-    regimes = {("8",), ("32",), ("48",), ("80",)}
-    assert defines_in_catalog("experts_down", "TOKENS") == regimes
-    of_transposed = [variant for variant in catalog.variants() if "TRANSPOSED=1" in variant.defines]
-    assert {define for each in of_transposed for define in each.defines if define.startswith("TOKENS=")} == {
-        f"TOKENS={tokens}" for (tokens,) in regimes
-    }
+def test_catalog_holds_every_cut():
+    for source, cut_of in (
+        ("experts_up_wgmma", lambda cut, intermediate: cut),
+        ("experts_down_wgmma", lambda cut, intermediate: down_cut(cut, intermediate)),
+    ):
+        cuts = {
+            (scalar, str(intermediate), *map(str, cut_of(cut, intermediate)))
+            for scalar in ("bf16", "fp16")
+            for intermediate in (704, 176)
+            for cut in CUTS
+        }
+        assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
 
 
-@pytest.mark.parametrize("source", ["experts_up_wgmma", "experts_down_wgmma"])
-def test_catalog_holds_every_cut(source):
-    cuts = {
-        (scalar, intermediate, str(blocks), str(products))
-        for scalar in ("bf16", "fp16")
-        for intermediate in ("704", "176")
-        for blocks, products in CUTS
-    }
-    assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
+@pytest.mark.parametrize("suffix", ["", "_wgmma"])
+def test_catalog_holds_every_kind_of_experts(suffix):
+    kinds = defines_in_catalog(f"experts_up{suffix}", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS")
+    assert kinds == {(*rows, *rest) for rows in ("10", "11", "00") for rest in product("01", repeat=2)}
+    assert defines_in_catalog(f"experts_down{suffix}", "TRANSPOSED", "HAS_BIAS") == {*product("01", repeat=2)}
+
+
+@pytest.mark.parametrize("source", ["experts_up", "experts_down"])
+def test_catalog_holds_transposed_weights_in_every_regime(source):
+    held = defines_in_catalog(source, "TRANSPOSED", "TOKENS")
+    assert held == {*product("01", ("8", "32", "48", "80"))}
 
 
 @pytest.mark.parametrize("source", ["gated_activation", "gather", "combine"])

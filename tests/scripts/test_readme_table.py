@@ -20,6 +20,12 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def lines_of(part):
+    """How many lines a part of a report has in its table: a model has one, with all its numbers of tokens."""
+    of_models = isinstance(part, list) and "model" in part[0]
+    return len({(row["model"], row["ep"]) for row in part} if of_models else part)
+
+
 def test_committed_reports(readme_table):
     parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "adapted", "steps", "cells", "greedy")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
@@ -28,7 +34,7 @@ def test_committed_reports(readme_table):
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line]
     assert [line for line in lines if not line.startswith("| ")] == [heading for heading, _ in shown]
-    assert len(lines) == sum(3 + len(part) for _, part in shown)
+    assert len(lines) == sum(3 + lines_of(part) for _, part in shown)
 
 
 def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
@@ -40,6 +46,14 @@ def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
     assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
     assert readme_table.model_table(model) in readme
     assert readme_table.training_table(training) in readme
+
+
+MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
+
+
+@pytest.mark.skipif(not MODELS.exists(), reason="no report of other models' sizes is committed")
+def test_the_readme_s_table_of_models_is_of_the_committed_report(readme_table):
+    assert readme_table.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def times(**medians):
@@ -69,6 +83,18 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             {"rows": [FOUR_TOKENS, NO_PEER]},
             "| tokens | floor us | cupymoe us | x floor | peer us | error cupymoe | error peer |",
             "| 8 | 50.0 | 75.0 | 1.50 | | 0.00300 | |",
+        ),
+        (
+            "rows_table",
+            {
+                "rows": [
+                    {"model": "a", "ep": 1, "tokens": 48, "floor_ms": 0.2, "ms": times(cupymoe=0.25, grouped_mm=0.5)},
+                    {"model": "a", "ep": 1, "tokens": 4, "floor_ms": 0.1, "ms": times(cupymoe=0.1, grouped_mm=0.09)},
+                    {"model": "a", "ep": 8, "tokens": 48, "floor_ms": 0.1, "ms": times(cupymoe=0.3, grouped_mm=0.6)},
+                ]
+            },
+            "| experts of | 4 | 48 |",
+            "| a, one of 8 ranks | | 3.00 (2.00x) |",
         ),
         (
             "percentiles_table",
@@ -179,6 +205,15 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
 def test_a_row_of_each_table(readme_table, table, report, header, row):
     lines = [" ".join(line.split()) for line in getattr(readme_table, table)(report).splitlines()]
     assert (lines[0], lines[-1]) == (header, row)
+
+
+def test_models_of_one_rank_and_of_many_have_lines_of_their_own(readme_table):
+    """The ratio to the floor of each number of tokens, and in brackets how many times as fast as the peer."""
+    both = times(cupymoe=0.1, grouped_mm=0.09)
+    rows = [{"model": "a", "ep": ep, "tokens": 4, "floor_ms": 0.08, "ms": both} for ep in (1, 8)]
+    lines = readme_table.models_table({"rows": rows}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "a, one of 8 ranks"]
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["1.25 (0.90x)"] * 2
 
 
 def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise(readme_table):

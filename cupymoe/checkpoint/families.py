@@ -1,0 +1,140 @@
+"""The models whose layers are read: how their checkpoints spell a layer, and what their config.json says of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import check_name
+from cupymoe.checkpoint.files import CheckpointError, PathLike, read_fields
+from cupymoe.checkpoint.layout import Layout, Spelling
+from cupymoe.config import check_size
+from cupymoe.experts import MoEExperts
+
+_BY_ROLE = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_BY_NUMBER = ("w1.weight", "w3.weight", "w2.weight")
+
+GEMMA4 = Spelling(
+    layouts=(
+        Layout("experts."),
+        Layout("moe."),
+        Layout("moe.experts."),
+        Layout("experts.", _BY_ROLE),
+        Layout("moe.experts.", _BY_ROLE),
+    ),
+    places="{router,experts,moe}.*",
+    experts="experts.",
+    aliases={"moe.per_expert_scale": "router.per_expert_scale"},
+)
+"""Of a :class:`cupymoe.Gemma4MoE`, router and experts."""
+
+
+class _Fields(dict[str, Any]):
+    """What a config.json says of the text model; what it lacks is not assumed."""
+
+    def __init__(self, file: Path, given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise CheckpointError(f"{self.file}: {name} must be there and is not assumed; got {dict(self)}")
+
+    def size(self, name: str) -> int:
+        check_size(name, self[name])
+        size: int = self[name]
+        return size
+
+
+class Family(NamedTuple):
+    """Models whose experts are read without their router, into a :class:`cupymoe.MoEExperts`."""
+
+    spelling: Spelling
+    num_experts: tuple[str, ...]
+    """The names that their config.json may have for it."""
+    intermediate_size: str
+    activation: Callable[[_Fields], MoEActivation]
+    bias: bool = False
+    transposed: bool = False
+
+
+def _hidden_act(fields: _Fields) -> MoEActivation:
+    return MoEActivation.from_str(fields["hidden_act"])
+
+
+def _clamped_swiglu(fields: _Fields) -> MoEActivation:
+    """GPT-OSS's, whatever its ``hidden_act``, which transformers reads neither; published files have no
+    ``swiglu_alpha``."""
+    alpha = {"alpha": fields["swiglu_alpha"]} if "swiglu_alpha" in fields else {}
+    return MoEActivation.SWIGLUOAI.with_parameters(limit=fields["swiglu_limit"], **alpha)
+
+
+FAMILIES = {
+    "qwen3_moe": Family(
+        Spelling((Layout("mlp.experts.", _BY_ROLE), Layout("mlp.experts.")), "mlp.experts.*"),
+        num_experts=("num_experts", "num_local_experts"),
+        intermediate_size="moe_intermediate_size",
+        activation=_hidden_act,
+    ),
+    "mixtral": Family(
+        Spelling(
+            (Layout("block_sparse_moe.experts.", _BY_NUMBER), Layout("mlp.experts.")),
+            "{block_sparse_moe,mlp}.experts.*",
+        ),
+        num_experts=("num_local_experts",),
+        intermediate_size="intermediate_size",
+        activation=_hidden_act,
+    ),
+    "gpt_oss": Family(
+        Spelling(
+            (Layout("mlp.experts."),),
+            "mlp.experts.*",
+            foreign=frozenset({"mlp.router.weight", "mlp.router.bias"}),
+        ),
+        num_experts=("num_local_experts",),
+        intermediate_size="intermediate_size",
+        activation=_clamped_swiglu,
+        bias=True,
+        transposed=True,
+    ),
+}
+"""By the ``model_type`` of config.json."""
+
+
+def read_experts(path: PathLike, backend: str) -> tuple[Spelling, MoEExperts]:
+    """How the checkpoint at ``path`` spells its experts, and those of a layer, without memory for the parameters.
+
+    Raises:
+        CheckpointError: config.json is not there, is of another model, or a field of it is missing or not valid.
+        ValueError: there is no such backend.
+    """
+    check_name(backend)
+    file, given = read_fields(path)
+    fields = _Fields(file, given)
+    model_type = fields["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{file}: model_type must be one of {[*FAMILIES]} (load_layer reads Gemma 4's), got {model_type!r}"
+        )
+    family = FAMILIES[model_type]
+    first, *others = [name for name in family.num_experts if name in fields] or family.num_experts[:1]
+    for name in others:
+        if fields[name] != fields[first]:
+            raise CheckpointError(f"{file}: {name} must be {first}, {fields[first]!r}, got {fields[name]!r}")
+    try:
+        return family.spelling, MoEExperts(
+            fields.size(first),
+            fields.size("hidden_size"),
+            fields.size(family.intermediate_size),
+            family.activation(fields),
+            bias=family.bias,
+            transposed=family.transposed,
+            top_k=fields.size("num_experts_per_tok"),
+            backend=backend,
+            device="meta",
+        )
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error

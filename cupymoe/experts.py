@@ -1,0 +1,158 @@
+"""The experts of any model as a torch module; names and layouts of the parameters are transformers'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cupymoe.activation import MoEActivation
+from cupymoe.backends import check_name
+from cupymoe.config import check_size
+from cupymoe.customisation import path_of
+from cupymoe.functional import fused_experts
+from cupymoe.parameters import DTYPES
+
+
+def experts_per_token(part: Any) -> int:
+    """How many experts a token goes to, of a router or experts, ours or transformers'.
+
+    Raises:
+        ValueError: a :class:`MoEExperts` was not told.
+    """
+    if isinstance(part, MoEExperts):
+        if part.top_k is None:
+            raise ValueError(
+                f"{path_of(part)} must have a top_k, how many experts a token goes to, and it has none: give "
+                "MoEExperts top_k="
+            )
+        return part.top_k
+    config = part.config  # Gemma 4's name for it, or that of most other models
+    count: int = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
+    return count
+
+
+class MoEExperts(nn.Module):
+    """The experts of any model; call-compatible with transformers' classes of experts.
+
+    The parameters have transformers' names, so that the state_dict of ``MixtralExperts``, ``Qwen3MoeExperts``,
+    ``GptOssExperts``, ``NemotronHExperts`` and their like loads with ``strict=True``. They are uninitialised, as there:
+
+    - ``gate_up_proj`` ``[E, 2I, H]``, or ``up_proj`` ``[E, I, H]`` where the activation is ungated;
+    - ``down_proj`` ``[E, H, I]``;
+    - with ``bias``, ``gate_up_proj_bias`` ``[E, 2I]`` (or ``up_proj_bias`` ``[E, I]``) and ``down_proj_bias``
+      ``[E, H]``.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: a member of the contract, or a spelling that :meth:`cupymoe.MoEActivation.from_str` knows. It says
+            whether the experts are gated, and whether the rows of gate and up alternate.
+        bias: whether both projections have one.
+        transposed: whether both weights are kept as ``[E, in, out]``: ``[E, H, 2I]`` and ``[E, I, H]``, as in GPT-OSS.
+        top_k: how many experts a token goes to. Calls have as many as their indices say; :func:`cupymoe.warmup` and
+            :func:`cupymoe.explain` need to know it.
+        backend: who computes; see :func:`cupymoe.fused_experts`.
+        dtype: bfloat16, float16, float32 or float64; None: torch's default.
+        device: of the parameters; None: torch's default.
+
+    Raises:
+        TypeError: ``activation`` is neither a member nor a string, or ``bias`` or ``transposed`` is no bool.
+        ValueError: a size is not a positive integer, ``top_k`` is more than ``num_experts``, ``dtype`` is none of the
+            four, or there is no such activation or backend.
+    """
+
+    gate_up_proj: nn.Parameter
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter
+    up_proj_bias: nn.Parameter
+    down_proj_bias: nn.Parameter
+
+    _ungated_name = "up_proj"
+    """Of the first weight, where the activation is ungated."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: MoEActivation | str,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        top_k: int | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            check_size(name, size)
+        if top_k is not None:
+            check_size("top_k", top_k)
+            if top_k > num_experts:
+                raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
+        for name, flag in (("bias", bias), ("transposed", transposed)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {[*DTYPES]} or None, got {dtype}")
+        check_name(backend)
+        self.activation = activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
+        self.top_k = top_k
+        self.backend = backend
+        self.has_bias = bias
+        self.is_transposed = transposed
+        """Transformers' name: PEFT asks for it."""
+        self._first_name = "gate_up_proj" if self.activation.is_gated else self._ungated_name
+        width = self.activation.input_size(intermediate_size)
+        for name, out_size, in_size in (
+            (self._first_name, width, hidden_size),
+            ("down_proj", hidden_size, intermediate_size),
+        ):
+            shape = (in_size, out_size) if transposed else (out_size, in_size)
+            self._add(name, (num_experts, *shape), dtype, device)
+            if bias:
+                self._add(f"{name}_bias", (num_experts, out_size), dtype, device)
+
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+
+    def projections(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """``gate_up_proj``, ``down_proj``, ``gate_up_bias`` and ``down_bias`` of :func:`cupymoe.fused_experts`.
+
+        They are the parameters, or views of them: weights ``[E, out, in]``, and biases that are None without ``bias``.
+        """
+        gate_up_proj: torch.Tensor = getattr(self, self._first_name)
+        down_proj: torch.Tensor = self.down_proj
+        if self.is_transposed:
+            gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+        if not self.has_bias:
+            return gate_up_proj, down_proj, None, None
+        return gate_up_proj, down_proj, getattr(self, f"{self._first_name}_bias"), self.down_proj_bias
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``[T, H]`` from ``hidden_states`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
+
+        Dtypes, result and errors are as of :func:`cupymoe.fused_experts`.
+        """
+        gate_up_proj, down_proj, gate_up_bias, down_bias = self.projections()
+        return fused_experts(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            top_k_index,
+            top_k_weights,
+            activation=self.activation,
+            backend=self.backend,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+        )
