@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -220,10 +219,8 @@ def _is_known(
     if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
         return False  # a traced size has no hash
     try:
-        attributes: Iterable[Any] = map(_attributes, tensors)
-        if biases:
-            attributes = chain(attributes, (None if bias is None else _attributes(bias) for bias in biases))
-        _check_kind(activation, backend, *attributes)
+        of_biases = [None if bias is None else _attributes(bias) for bias in biases] if biases else ()
+        _check_kind(activation, backend, *map(_attributes, tensors), *of_biases)
     except (AttributeError, TypeError, ValueError):
         return False  # the checks say which is no tensor, or what else is wrong
     return True

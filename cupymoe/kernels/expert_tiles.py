@@ -21,8 +21,8 @@ BOX_COLUMNS = 64
 
 _UNIT_SLOTS = 128
 _ROW_BYTES = 128
-# Weight rows of a gate_up product, by the number of products that a warpgroup then has registers for; and what each row
-# costs against one of 176, but for those that only fill up the last tile and the last wave.
+# Weight rows of a product, by the number of products that a warpgroup then has registers for; and what each row costs
+# against one of 176, but for those that only fill up the last tile and the last wave.
 _WIDTHS = {2: (176, 192, 160, 144, 128), 3: (128,)}
 _ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02}
 # Tiles that an expert's slots take where a cut is the fastest; a second one of few slots counts as a quarter.
@@ -38,11 +38,11 @@ _TILES_FROM = 32
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
-# The down projection's weight rows of a product, by its cut.
-_DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128, (2, 2): 192}
-# Its depth is the intermediate size: below the first bound the stores take the time, and two blocks store wider rows;
-# above the second one the operands do, and two blocks share them.
-_SHALLOW, _DEEP = 512, 8192
+# The depth of the down projection is the intermediate size. Below the first bound its stores take the time, and two
+# blocks store wider rows; from the second to the third one block is faster than two with many slots an expert.
+_SHALLOW, _LONE_FROM, _LONE_UP_TO = 512, 1024, 8192
+# Weight rows of its products where 128 are the fastest.
+_DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
 
 
 def prefers_tiles(load: Load) -> bool:
@@ -66,7 +66,8 @@ def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int) -> tuple[int,
         return 1, 2
     if intermediate_size < _SHALLOW:
         return 2, 3
-    return (1, 2) if gate_up_cut == (2, 2) and intermediate_size <= _DEEP else gate_up_cut
+    is_lone = gate_up_cut == (2, 2) and _LONE_FROM <= intermediate_size <= _LONE_UP_TO
+    return (1, 2) if is_lone else gate_up_cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling
 
 
 @functools.cache
-def gate_up_width(blocks: int, products: int, rows: int, num_experts: int, box_rows: int) -> int:
+def best_width(blocks: int, products: int, rows: int, num_experts: int, box_rows: int) -> int:
     """Weight rows of a product, those that pad least: ``rows`` of each expert to whole tiles, and these to whole waves.
 
     A width is a multiple of ``box_rows``, which are what the copy engine brings together.
@@ -153,13 +154,15 @@ class TileShape:
         """Of the gate_up projection."""
         cut = self.blocks, self.products
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
-        return tiling(*cut, gate_up_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
+        return tiling(*cut, best_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
         cut = down_cut((self.blocks, self.products), self.intermediate_size)
-        return tiling(*cut, _DOWN_WIDTHS[cut], self.num_experts)
+        box_rows = BOX_COLUMNS if self.down_transposed else 16
+        width = _DOWN_WIDTHS.get(cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
+        return tiling(*cut, width, self.num_experts)
 
     def defines(self) -> tuple[str, ...]:
         """The macros that both GEMMs share."""

@@ -113,14 +113,14 @@ def test_few_experts_get_tiles_that_fill_their_waves():
 
 
 def test_the_down_projection_has_a_cut_of_its_own():
-    """By its depth: a tensor-parallel slice, Gemma 4, Mixtral."""
-    cuts = {cut: [expert_tiles.down_cut(cut, size) for size in (352, 704, 14336)] for cut in CUTS}
+    """By its depth: a tensor-parallel slice, Gemma 4, GLM 4.5 Air, Mixtral."""
+    cuts = {cut: [expert_tiles.down_cut(cut, size) for size in (352, 704, 1408, 14336)] for cut in CUTS}
     assert cuts == {
-        (2, 2): [(2, 3), (1, 2), (2, 2)],
-        (1, 3): [(2, 3), (1, 3), (1, 3)],
-        (1, 2): [(1, 2), (1, 2), (1, 2)],
+        (2, 2): [(2, 3), (2, 2), (1, 2), (2, 2)],
+        (1, 3): [(2, 3), (1, 3), (1, 3), (1, 3)],
+        (1, 2): [(1, 2), (1, 2), (1, 2), (1, 2)],
     }
-    assert shape((2, 2), 8, 4096, 14336).down.block_n == 192
+    assert [shape((2, 2), *sizes).down.block_n for sizes in ((128, 2816, 704), (8, 4096, 14336))] == [176, 192]
 
 
 def test_bounds_are_those_that_were_measured():
