@@ -19,6 +19,7 @@ EXPERTS = (
     "tests/test_experts_cuda.py::test_all_tokens_to_one_expert_and_the_rest_empty",
     "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
 )
+KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
 TILES = ("tests/kernels/test_experts_wgmma.py",)
 PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
@@ -217,9 +218,35 @@ MUTATIONS = (
     cuda(
         "gate for up in the fused experts",
         "experts_up.cu",
-        "(gates.values[i], ups.values[i])",
-        "(ups.values[i], gates.values[i])",
+        "(one.values[i], other.values[i])",
+        "(other.values[i], one.values[i])",
         EXPERTS,
+    ),
+    cuda(
+        "gate for up in experts where they are interleaved",
+        "experts_up.cu",
+        "(gate_up.values[0], gate_up.values[1])",
+        "(gate_up.values[1], gate_up.values[0])",
+        KINDS,
+        define="INTERLEAVED=1",
+    ),
+    cuda(
+        "the bias of the first expert for all",
+        "common/expert_stream.cuh",
+        "gemm.bias + Gemm::row_of(tile.chunk.expert,",
+        "gemm.bias + Gemm::row_of(0,",
+        KINDS,
+        source="experts_up",
+        define="HAS_BIAS=1",
+    ),
+    cuda(
+        "matrix rows in another order than the tokens' elements",
+        "common/mma.cuh",
+        "lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2",
+        "lane % 8 / 2 * 8 + lane % 2 * 2 + lane / 16",
+        KINDS,
+        source="experts_down",
+        define="TRANSPOSED=1",
     ),
     cuda(
         "a row stored twice",

@@ -105,30 +105,25 @@ def test_tiles_serve_biases_and_transposed_weights(hopper, activation):
     [
         ({"device": torch.device("cpu")}, r"compute capability 9.0, not on cpu"),
         ({"dtype": torch.float32}, r"bfloat16 and float16, not torch.float32"),
-        ({"activation": MoEActivation.SWIGLUOAI}, r"pairs rows i and I \+ i of gate_up_proj, which SWIGLUOAI does not"),
-        ({"activation": MoEActivation.SILU_NO_MUL}, r"which SILU_NO_MUL does not want"),
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
-        ({"has_bias": True}, r"its weight stream adds no bias"),
-        ({"gate_up_transposed": True}, r"its weight stream reads weights that are contiguous, not transposed ones"),
-        ({"down_transposed": True}, r"its weight stream reads weights that are contiguous, not transposed ones"),
         (
             {"num_experts": 1025},
-            r"counters for 240 experts, not 1025, and the sort has counters for 1024 experts, not 1025",
+            r"serves at most 1024 experts, not 1025, and the sort has counters for 1024 experts, not 1025",
         ),
         (
             {"num_tokens": 1025, "hidden_size": 2824},
-            r"holds 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
+            r"at most 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
         ),
         (
             {"num_tokens": 2731, "top_k": 3, "hidden_size": 2824},
-            r"holds 8192 \(token, k\) pairs, not 8193, and",
+            r"serves at most 8192 \(token, k\) pairs, not 8193, and",
         ),
-        ({"num_experts": 241, "hidden_size": 2824}, r"counters for 240 experts, not 241, and its tiles"),
+        ({"num_experts": 1025, "hidden_size": 2824}, r"at most 1024 experts, not 1025, and its tiles"),
         (
             {"num_tokens": 2**28},
-            r"holds 8192 \(token, k\) pairs, not 2147483648, and slots are 32-bit: at most \d+ \(token, k\) pairs, not",
+            r"8192 \(token, k\) pairs, not 2147483648, and slots are 32-bit: at most \d+ \(token, k\) pairs, not",
         ),
     ],
 )
@@ -142,13 +137,28 @@ def test_fused_says_why(hopper, change, reason):
     "change",
     [
         {"num_tokens": 32768},
-        {"num_experts": 241},
+        {"num_experts": 1024},
         {"hidden_size": 2824},
-        {"num_tokens": 1024, "num_experts": 240, "hidden_size": 2824},
+        {"num_tokens": 1024, "num_experts": 1024, "hidden_size": 2824},
     ],
 )
 def test_fused_serves_what_one_of_its_ways_serves(hopper, change):
     assert registry()["fused"].unsupported_reason(CALL._replace(**change)) is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 400])
+@pytest.mark.parametrize("activation", MoEActivation)
+def test_fused_streams_every_kind_of_experts(hopper, activation, num_tokens):
+    for gate_up_transposed, down_transposed, has_bias in itertools.product([False, True], repeat=3):
+        call = CALL._replace(
+            activation=activation,
+            num_tokens=num_tokens,
+            gate_up_transposed=gate_up_transposed,
+            down_transposed=down_transposed,
+            has_bias=has_bias,
+        )
+        assert registry()["fused"].unsupported_reason(call) is None
+        assert registry()["fused"].way(call).startswith("weight stream")
 
 
 @pytest.mark.parametrize(

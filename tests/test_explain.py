@@ -79,8 +79,8 @@ def test_transposed_weights(hopper):
     moe = meta()
     moe.experts.down_proj.data = transposed(moe.experts.down_proj.data)
     forward, backward = explain(moe, 4)
-    assert (forward.backend, backward.backend) == ("grouped", "grouped")
-    assert forward.reasons == {"fused": "its kernels read weights that are contiguous, not transposed ones"}
+    assert (forward.backend, backward.backend) == ("fused", "grouped")
+    assert forward.reasons == {}
 
 
 def test_models_of_transformers():

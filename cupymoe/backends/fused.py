@@ -116,8 +116,8 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(hidden_states, gate_up_proj, gate_up_bias, top_k_index, shape, workspace)
-    experts_down(down_proj, down_bias, top_k_index, shape, workspace)
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias)
+    experts_down(down_proj, top_k_index, shape, workspace, down_bias)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 

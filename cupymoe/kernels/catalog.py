@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from itertools import product
 
@@ -123,7 +122,7 @@ def _fused_shapes() -> Iterator[Shape]:
             yield shape(num_tokens, dtype, sizes.moe_intermediate_size // 4)
         yield shape(num_tokens, torch.bfloat16, activation=MoEActivation.SWIGLUOAI, transposed=True, has_bias=True)
     for activation in (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL):
-        for transposed, has_bias in itertools.product((False, True), repeat=2):
+        for transposed, has_bias in product((False, True), repeat=2):
             yield shape(64, torch.float16, activation=activation, transposed=transposed, has_bias=has_bias)
 
 

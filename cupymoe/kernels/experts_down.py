@@ -38,20 +38,20 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 
 def experts_down(
     down_proj: torch.Tensor,
-    bias: torch.Tensor | None,
     top_k_index: torch.Tensor,
     shape: Shape,
     workspace: Workspace,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
     Args:
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
             ``transpose(1, 2)`` of a contiguous tensor.
-        bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
         top_k_index: ``[T, K]``, contiguous, as ``experts_up`` had it in the launch just before this one.
         shape: of the call.
         workspace: of the call.
+        bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)

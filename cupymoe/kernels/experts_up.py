@@ -41,10 +41,10 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 def experts_up(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    bias: torch.Tensor | None,
     top_k_index: torch.Tensor,
     shape: Shape,
     workspace: Workspace,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -52,10 +52,10 @@ def experts_up(
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
-        bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         top_k_index: ``[T, K]``, contiguous, at least one pair.
         shape: of the call.
         workspace: of the call; after :func:`plan_experts` unless ``shape.regime.inline_pairs``.
+        bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)

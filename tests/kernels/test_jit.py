@@ -66,10 +66,17 @@ def test_catalog_holds_every_cut():
         assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
 
 
-def test_catalog_holds_every_kind_of_experts():
-    kinds = defines_in_catalog("experts_up_wgmma", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS")
+@pytest.mark.parametrize("suffix", ["", "_wgmma"])
+def test_catalog_holds_every_kind_of_experts(suffix):
+    kinds = defines_in_catalog(f"experts_up{suffix}", "GATED", "INTERLEAVED", "TRANSPOSED", "HAS_BIAS")
     assert kinds == {(*rows, *rest) for rows in ("10", "11", "00") for rest in product("01", repeat=2)}
-    assert defines_in_catalog("experts_down_wgmma", "TRANSPOSED", "HAS_BIAS") == {*product("01", repeat=2)}
+    assert defines_in_catalog(f"experts_down{suffix}", "TRANSPOSED", "HAS_BIAS") == {*product("01", repeat=2)}
+
+
+@pytest.mark.parametrize("source", ["experts_up", "experts_down"])
+def test_catalog_holds_transposed_weights_in_every_regime(source):
+    held = defines_in_catalog(source, "TRANSPOSED", "TOKENS")
+    assert held == {*product("01", ("8", "32", "48", "80"))}
 
 
 @pytest.mark.parametrize("source", ["gated_activation", "gather", "combine"])

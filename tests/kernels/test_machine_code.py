@@ -31,6 +31,10 @@ def copying_variants() -> Iterator[Variant]:
             yield experts_up.variant(shape)
             if not shape.regime.down.whole_rows:  # they come by bulk copies
                 yield experts_down.variant(shape)
+    for num_tokens in (4, 64, 128, 256, 512):
+        for shape in stream.kinds(num_tokens, 32, 2880, 2880, 4):
+            yield experts_up.variant(shape)
+            yield experts_down.variant(shape)
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
