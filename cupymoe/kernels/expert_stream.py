@@ -114,8 +114,8 @@ _MORE_PAIRS = Regime(
 
 @functools.cache
 def _inline_regime(intermediate_size: int) -> Regime:
-    # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while experts_up
-    # still runs.
+    # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
+    # experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
     down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
     return Regime(
