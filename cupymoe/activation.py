@@ -95,7 +95,7 @@ class MoEActivation(Enum):
             raise TypeError(f"activation must be a MoEActivation or its name, got {name!r}")
         if "(" in name:
             value = _with_parameters(name)
-            known = _WITH_PARAMETERS.get(value)
+            known = _BY_VALUE.get(value) or _WITH_PARAMETERS.get(value)
             return cls(value) if known is None else known
         found = _BY_VALUE.get(_ALIASES.get(name, name))
         if found is None:

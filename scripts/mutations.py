@@ -319,8 +319,8 @@ MUTATIONS = (
     launcher(
         "a grid too small by its last block",
         "kernels/combine.py",
-        "-(-columns // (width * _THREADS))",
-        "columns // (width * _THREADS)",
+        "-(-columns // (width * tuning[1]))",
+        "columns // (width * tuning[1])",
         EXPERTS,
     ),
     launcher(

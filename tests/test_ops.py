@@ -261,6 +261,7 @@ def test_batched_gradients_of_experts(device):
     assert_batched_gradients_are_each(of_the_adapter, *adapter)
 
 
+@slow_on_cuda
 def test_vmap_of_experts(device):
     case = random_experts(5, device=device)
     batch = torch.randn(3, *case.hidden_states.shape, device=device)
@@ -290,9 +291,10 @@ def test_compiled_activation(device, activation):
     assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_compiled_activation_whose_parameters_are_first_spelled_in_the_traced_code(device):
+@pytest.mark.parametrize("spelling", ["swigluoai(alpha=1.625)", "swigluoai(limit=7.0)"])  # 7.0 is its own
+def test_compiled_activation_whose_parameters_are_first_spelled_in_the_traced_code(device, spelling):
     def function(input):
-        return moe_activation_function("swigluoai(alpha=1.625)", input)
+        return moe_activation_function(spelling, input)
 
     input = torch.randn(5, 32, device=device)
     output = torch.compile(function, fullgraph=True, backend="aot_eager")(input)

@@ -103,7 +103,8 @@ def no_element_is_twice_as_far_from_float64_as_torch_s_own(call, device):
     if call.num_tokens:
         steps = case.experts._replace(top_k_index=case.top_k_index.long())
         steps = rounded_experts(steps, call.model.activation, **case.biases)
-        assert max_error(output, truth) <= 2 * max_error(steps, truth) + 1e-6
+        # In float32 both are sums of rounded products, each in an order of its own.
+        assert max_error(output, truth) <= 2 * max_error(steps, truth) + 1e-6 * max(1, truth.abs().max().item())
 
 
 @holds_for(calls)
