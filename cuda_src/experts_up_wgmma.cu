@@ -54,7 +54,8 @@ struct UpGemm {
         return {k, 0, (int)part * (int)(kColumns / 8), expert};
     }
 
-    // The weight row that is row 8 * eight + place of a part; past the last column any.
+    // The weight row that is row 8 * eight + place of a part; past the last column it may be a row of the other half, whose
+    // sum is not stored.
     static __device__ __forceinline__ u32 weight_row(u32 part, u32 eight, u32 place) {
         if (!GATED || (TRANSPOSED && INTERLEAVED)) return part * BLOCK_N + eight * 8 + place;
         u32 eights = TRANSPOSED ? BLOCK_N / 16 : 1, up = eight / eights % 2;  // so many of gate before as many of up

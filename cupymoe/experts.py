@@ -14,6 +14,9 @@ from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts
 from cupymoe.parameters import DTYPES
 
+# Gemma 4's name for it, that of most models, and Aria's.
+_TOP_K = ("top_k_experts", "num_experts_per_tok", "moe_topk")
+
 
 def experts_per_token(part: Any) -> int:
     """How many experts a token goes to, of a router or experts, ours or transformers'.
@@ -28,9 +31,13 @@ def experts_per_token(part: Any) -> int:
                 "MoEExperts top_k="
             )
         return part.top_k
-    config = part.config  # Gemma 4's name for it, or that of most other models
-    count: int = config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok
-    return count
+    for name in _TOP_K:
+        count = getattr(part.config, name, None)
+        if count is not None:
+            return int(count)
+    raise ValueError(
+        f"{path_of(part)} must say how many experts a token goes to: its config has none of {', '.join(_TOP_K)}"
+    )
 
 
 class MoEExperts(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, ops, reference
-from cupymoe.backends import expert_rows, registry, select
+from cupymoe.backends import DIFFERENTIABLE, ExpertsTensors, expert_rows, registry, select
 from cupymoe.backends.expert_rows import GroupedRows, LoopRows
 from cupymoe.ops import experts_call
 from tests.helpers import (
@@ -157,6 +157,20 @@ def test_each_gradient_alone_is_the_same(wanted, adapted):
         *(tensors[name] for name in case._fields), activation="gelu_tanh", **{n: tensors[n] for n in biases}
     ).backward(grad)
     assert torch.equal(leaf.grad, among_all)
+
+
+def test_the_gradient_of_the_down_bias_alone_costs_no_product_with_a_weight(monkeypatch):
+    case = random_case((False, False), True, dtype=torch.float64)
+    biases = random_biases(case)
+    rows = LoopRows(case.top_k_index, case.down_proj.shape[0])
+    tensors = ExpertsTensors(*case, **biases)
+    grad = torch.randn_like(case.hidden_states)
+    needed = [[name == "down_bias" for name in DIFFERENTIABLE], [True] * len(DIFFERENTIABLE)]
+    *_, expected = expert_rows.backward(rows, tensors, MoEActivation.GELU_TANH, grad, needed[1])
+    monkeypatch.setattr(LoopRows, "linear", None)
+    *others, found = expert_rows.backward(rows, tensors, MoEActivation.GELU_TANH, grad, needed[0])
+    assert torch.equal(found, expected)
+    assert others == [None] * len(others)
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")

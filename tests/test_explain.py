@@ -42,7 +42,7 @@ def test_both_directions_of_every_number_of_tokens(hopper):
     ]
     assert [each.backend for each in found] == ["fused", "grouped"] * 2
     assert found[0].way == "weight stream, chunks of up to 8 tokens"
-    assert found[2].way == "tiles of up to 384 rows, clusters of 1"
+    assert found[2].way == "tiles of up to 384 rows, clusters of 1 in the gate_up projection"
     assert not found[0].reasons
     assert found[1].reasons == {"fused": "it has no kernels of the backward"}
 
@@ -115,6 +115,22 @@ def test_kinds_of_experts(hopper):
     assert (call.gate_up_transposed, call.down_transposed, call.has_bias) == (True, True, True)
     assert call.activation is MoEActivation.SWIGLUOAI
     assert explain(experts, 7)[1].backend == "grouped"
+
+
+def test_choices_of_a_token_by_aria_s_name(hopper):
+    """Its config calls moe_topk what others call num_experts_per_tok."""
+    aria = pytest.importorskip("transformers.models.aria.modeling_aria")
+    if not hasattr(aria, "AriaExperts"):
+        pytest.skip("this transformers' Aria has no class of experts")
+    pytest.importorskip("cupymoe.integrations.transformers")
+    config = aria.AriaTextConfig(moe_num_experts=4, moe_topk=3, hidden_size=64, intermediate_size=32)
+    config._experts_implementation = "cupymoe"
+    with torch.device("meta"):
+        experts = aria.AriaExperts(config).to(torch.bfloat16)
+    assert [each.backend for each in explain(experts, 7)] == ["fused", "grouped"]
+    config.moe_topk = None
+    with pytest.raises(ValueError, match="must say how many experts a token goes to: its config has none of top_k_exp"):
+        explain(experts, 7)
 
 
 def test_adapters(hopper):

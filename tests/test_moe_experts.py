@@ -196,7 +196,7 @@ def test_dtype_device_and_backend():
         randomize(make(GPT_OSS, backend="grouped"))(torch.ones(2, H), torch.zeros(2, 1).long(), torch.ones(2, 1))
 
 
-def test_gemma_4_s_are_some_of_them():
+def test_gemma_4_s_experts_are_a_subclass():
     experts = Gemma4Experts(Gemma4MoEConfig(H, I, E, K, "gelu_tanh_no_mul"))
     assert isinstance(experts, MoEExperts)
     assert experts.top_k == K

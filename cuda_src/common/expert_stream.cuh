@@ -39,12 +39,13 @@
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
-#define K_ROW_BYTES (TILE_ROWS * 2)                               // this and the next two: of TRANSPOSED weights
-#define PACKS_PER_K_ROW (TILE_ROWS / 8)
-#define K_ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_K_ROW)
 #define PREFETCH_BYTES 65536                                      // of a block: what memory gives in a few microseconds
 #define SUMS_PITCH (TILE_ROWS + 4)                               // no bank conflict between a warp's four token pairs
 #define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)      // after the ring
+// Of TRANSPOSED weights:
+#define K_ROW_BYTES (TILE_ROWS * 2)
+#define PACKS_PER_K_ROW (TILE_ROWS / 8)
+#define K_ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_K_ROW)
 
 static_assert(HAS_BULK_COPY || !WHOLE_ROWS, "WHOLE_ROWS needs bulk copies, which begin with sm_90");
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
@@ -60,8 +61,8 @@ template <class Gemm> __device__ __forceinline__ const scalar_t* weight_row(cons
 
 // A tile and the k of the next stage; walks this block's tiles. Whole rounds of tiles are dealt to the blocks in turn, so
 // that each block meets all experts and not one with more tokens than most; the rest of the line is cut evenly. With
-// TRANSPOSED a dealt tile may cross from one expert to the next, and is then two: what neighbouring blocks read at a time
-// shall lie side by side in memory.
+// TRANSPOSED tiles are dealt even where an expert is no whole number of them, because neighbouring blocks then read
+// neighbouring bytes of each k; a tile that crosses into the next expert is done as two.
 template <class Gemm> struct Cursor {
     u32 position, end;  // of the piece
     u32 next_tile, dealt_end, last_position, last_end;

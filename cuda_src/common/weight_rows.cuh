@@ -1,7 +1,8 @@
 // Where the rows of a stream's tile lie in an expert's weight. A unit is two rows whose sums one thread stores together.
 //
 // kUnits        of an expert: its weight has 2 * kUnits rows
-// kSecondRows   from the first rows of two neighbouring units in a tile to the rows that are stored with them
+// kSecondRows   a thread stores two neighbouring units: first_row_of_unit(unit) and the row after it, and the two rows that are
+//               kSecondRows further
 // kUnitsOfPack  units of 8 neighbouring rows, which are 16 bytes of a transposed weight; kUnits is a multiple of it there
 // row_of        where a tile's row is among the rows of all experts' weights. Of a + b it is row_of(expert, first_unit, a) +
 //               row_of(0, 0, b) where a and b have no binary digit in common.

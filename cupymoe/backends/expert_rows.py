@@ -269,9 +269,10 @@ def backward(
     up, down = _projections(rows, tensors)
     weights = tensors.top_k_weights
     weight_of_slot = rows.of_slots(weights)
-    states = rows.gather(tensors.hidden_states)
-    gate_up = up(states)
     grad_output = rows.gather(grad)  # not yet weighted
+    if of_weights or of_gate_up or of_down or any(of_adapters[2:]):
+        states = rows.gather(tensors.hidden_states)
+        gate_up = up(states)
     grads: dict[str, torch.Tensor | None] = {}
     if of_weights or of_down or any(of_adapters[2:]):
         intermediate = rows.activate(gate_up, activation)
@@ -281,7 +282,7 @@ def backward(
             grad_output, weighted, (of_down, *of_adapters[2:])
         )
     if of_down_bias:
-        grads["down_bias"] = rows.sums(grad_output, weight_of_slot.to(gate_up.dtype), tensors.down_proj.dtype)
+        grads["down_bias"] = rows.sums(grad_output, weight_of_slot.to(grad_output.dtype), tensors.down_proj.dtype)
     if of_weights or of_gate_up:
         back = down.transposed()(grad_output)
     if of_weights:

@@ -57,7 +57,7 @@ class FusedBackend:
         """See :class:`cupymoe.backends.Backend`."""
         if takes_tiles(call.load, call.hidden_size):
             blocks, products = cut(call.load, call.intermediate_size)
-            return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks}"
+            return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,6 +90,7 @@ def stream_reason(load: Load) -> str | None:
 def tiles_reason(load: Load, hidden_size: int) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if hidden_size % 16:
+        # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
     return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 

@@ -64,8 +64,8 @@ def _hidden_act(fields: _Fields) -> MoEActivation:
 
 
 def _clamped_swiglu(fields: _Fields) -> MoEActivation:
-    """GPT-OSS's, whatever its ``hidden_act``, which transformers reads neither; published files have no
-    ``swiglu_alpha``."""
+    """GPT-OSS's activation. Its ``hidden_act`` is ignored, as in transformers; ``swiglu_alpha`` is read if it is there,
+    which in published files it is not."""
     alpha = {"alpha": fields["swiglu_alpha"]} if "swiglu_alpha" in fields else {}
     return MoEActivation.SWIGLUOAI.with_parameters(limit=fields["swiglu_limit"], **alpha)
 

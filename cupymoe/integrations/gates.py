@@ -33,8 +33,6 @@ Names = tuple[str, ...]
 Recognised = tuple[MoEActivation | None, Names, Names]
 """An activation, its parameters that experts give, and the attributes of theirs that they are."""
 
-_GIVEN: dict[tuple[Any, ...], MoEActivation] = {}
-
 
 def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation:
     """The activation that experts compute by their class's ``_apply_gate``, with the parameters that they have now.
@@ -48,7 +46,9 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
             a parameter has a value that the activation can't have.
     """
     if "_apply_gate" in vars(experts):
-        raise ValueError("it gates in its own way: its _apply_gate is not its class's")
+        raise ValueError(
+            "its _apply_gate was set on this module, and cupymoe computes only those that transformers' classes define"
+        )
     function = type(experts)._apply_gate
     if torch.compiler.is_compiling():
         spelling, parameters, attributes = _spelled(function, None if act is None else act.value)
@@ -71,6 +71,9 @@ def with_values(activation: MoEActivation, names: tuple[str, ...], values: tuple
     Raises:
         ValueError: it can't have them.
     """
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+            raise ValueError(f"{name} of {activation.member.value} must be a number, got {value!r}")
     if torch.compiler.is_compiling():
         # Only spelled can an activation that is not there yet be made while torch.compile traces; and of a number that
         # has changed since the last trace, which is a symbol, only the integer ratio can be spelled.
@@ -82,14 +85,15 @@ def with_values(activation: MoEActivation, names: tuple[str, ...], values: tuple
         return MoEActivation.from_str(
             f"{activation.member.value}({','.join([f'{name}={value}' for name, value in exact.items()])})"
         )
-    key = (activation, names, values)
     try:
-        known = _GIVEN.get(key)
-        if known is None:
-            known = _GIVEN[key] = activation.with_parameters(**dict(zip(names, values, strict=True)))
+        return _given(activation, names, values)
     except TypeError as error:
         raise ValueError(str(error)) from None
-    return known
+
+
+@functools.lru_cache(maxsize=4096)
+def _given(activation: MoEActivation, names: tuple[str, ...], values: tuple[Any, ...]) -> MoEActivation:
+    return activation.with_parameters(**dict(zip(names, values, strict=True)))
 
 
 @functools.cache
@@ -98,7 +102,8 @@ def _recognised(gate: Callable[..., Any], act: MoEActivation | None) -> Recognis
     return found
 
 
-# Constants for torch.compile, which calls them instead of tracing them; so their arguments are strings and functions.
+# torch.compile calls these two instead of tracing them, and takes the result for a constant. Their arguments are
+# strings and functions because only such can be constants there.
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -45,14 +45,16 @@ _FORWARDS = {cls: as_written(cls.__module__.partition(".")[0], cls, "forward")["
 # Some models have a function for one.
 _FUNCTIONS = {nn.functional.silu: MoEActivation.SILU, nn.functional.gelu: MoEActivation.GELU}
 
-# What transformers says of a class of experts and cupymoe computes at one value only: that, and what another means.
+# Properties of a class of experts, which transformers' decorator sets, that cupymoe serves at one value only: that
+# value, and what the other one means.
 _PROPERTIES = {"has_post_expert_norm": (False, "its experts' outputs are normalised")}
-# And what it computes at both.
+# Properties that it serves at either value.
 _KINDS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def _properties(decorator: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
-    """Those, and the ones that a newer transformers has: served at the default, at which older models are."""
+    """``_PROPERTIES``, and every property that only a newer transformers has: served at its default, which experts that
+    were written before it have."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(decorator).parameters.items()}
     newer = {
         name: (default, f"its {name} is {not default}, of which cupymoe knows nothing")
@@ -207,6 +209,8 @@ def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
             raise ValueError(f"its {name} is {parameter.dtype}, not one of {DTYPES}")
         if is_wrapper(type(parameter)):
             raise ValueError(f"its {name} is a {type(parameter).__name__}, not a plain tensor")
+        if parameter.dtype != parameters[0].dtype:
+            raise ValueError(f"its {name} is {parameter.dtype}, but its {names[0]} {parameters[0].dtype}")
     gate_up_proj, down_proj, *biases = parameters
     if getattr(experts, "is_transposed", False):
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
@@ -223,8 +227,9 @@ def experts_forward(
     Computed in the dtype of the weights, as ``grouped_mm`` does where autocast left other hidden states.
 
     Raises:
-        ValueError: the module has a property that cupymoe can't serve, or its ``act_fn`` is none that it has; the
-            message names the module's path and says what.
+        ValueError: the module has a property that cupymoe can't serve, its ``act_fn`` is none that it has, or its
+            gating function (``_apply_gate``) computes none of cupymoe's activations; the message names the module's
+            path and says what.
     """
     try:
         gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(self)

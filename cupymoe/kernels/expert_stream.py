@@ -130,7 +130,8 @@ def _inline_regime(intermediate_size: int) -> Regime:
 
 @functools.lru_cache(maxsize=4096)
 def regime(load: Load, intermediate_size: int) -> Regime:
-    """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes (benchmarks/NOTES.md)."""
+    """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
+    (benchmarks/NOTES.md)."""
     pairs = load.pairs_per_expert
     if load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT:
         return _inline_regime(intermediate_size)

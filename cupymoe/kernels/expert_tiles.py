@@ -38,10 +38,12 @@ _TILES_FROM = 32
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
-# The depth of the down projection is the intermediate size. Below the first bound its stores take the time, and two
-# blocks store wider rows; from the second to the third one block is faster than two with many slots an expert.
-_SHALLOW, _LONE_FROM, _LONE_UP_TO = 512, 1024, 8192
-# Weight rows of its products where 128 are the fastest.
+# Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
+# and two blocks store wider rows.
+_SHALLOW = 512
+# From the first of these to the second, one block is faster than two where an expert has many slots.
+_LONE_FROM, _LONE_UP_TO = 1024, 8192
+# Weight rows of the down projection's products, by its cut; of a cut that is not here, best_width chooses.
 _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
 
 
@@ -51,7 +53,10 @@ def prefers_tiles(load: Load) -> bool:
 
 
 def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
-    """Blocks of a cluster and products of a warpgroup, those that were the fastest for the gate_up projection."""
+    """Blocks of a cluster and products of a warpgroup for the gate_up projection; the fastest that were measured.
+
+    Waves are counted for two weight rows of each output, also where experts are not gated.
+    """
     chosen = next((blocks, products) for slots, blocks, products in _CUTS_FROM if load.pairs_per_expert >= slots)
     if chosen == (1, 3):
         waves = load.num_experts * -(-2 * intermediate_size // 128) / _MULTIPROCESSORS
@@ -61,7 +66,7 @@ def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
 
 
 def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int) -> tuple[int, int]:
-    """The same for the down projection of a call."""
+    """The same for the down projection, given the gate_up projection's."""
     if gate_up_cut == (1, 2):
         return 1, 2
     if intermediate_size < _SHALLOW:

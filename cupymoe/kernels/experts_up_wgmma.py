@@ -48,9 +48,10 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _gate_up_map(address: int, shape: TileShape) -> tuple[int, ...]:
-    """Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ..., or of 8 rows, the next 8, ...
+    """Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...
 
-    Of a transposed weight boxes of 64 of its columns, or of 64 gate columns and the 64 up columns for the same outputs.
+    Of an ungated weight a box is simply the rows in their order; of a transposed weight 64 of its columns, or 64 gate
+    columns and the 64 up columns for the same outputs.
     """
     hidden, rows, halves = shape.hidden_size, shape.gate_up_rows, shape.gate_up_halves
     if shape.gate_up_transposed:

@@ -193,6 +193,17 @@ def test_foreign_experts_contribute_nothing():
     assert not output[4].any()
 
 
+def test_a_bias_of_another_dtype_is_named():
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    config = gpt_oss.GptOssConfig(num_local_experts=4, hidden_size=32, intermediate_size=16)
+    config._experts_implementation = "cupymoe"
+    experts = gpt_oss.GptOssExperts(config)
+    experts.down_proj_bias.data = experts.down_proj_bias.data.bfloat16()
+    match = "does not serve GptOssExperts: its down_proj_bias is torch.bfloat16, but its gate_up_proj torch.float32"
+    with pytest.raises(ValueError, match=match):
+        experts(torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2))
+
+
 def test_autocast_hidden_states_meet_bfloat16_weights():
     experts = randomize(gemma4().model.layers[0].experts).to(torch.bfloat16)
     output = integration.experts_forward(experts, torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2))
@@ -216,7 +227,7 @@ def test_autocast_hidden_states_meet_bfloat16_weights():
             {"act_fn": functools.partial(torch.nn.functional.gelu, approximate="tanh")},
             r"cupymoe has no activation like functools.partial\(.*approximate='tanh'\) of Gemma4TextExperts",
         ),
-        ({"_apply_gate": lambda gate_up: gate_up.chunk(2, -1)[0]}, "it gates in its own way"),
+        ({"_apply_gate": lambda gate_up: gate_up.chunk(2, -1)[0]}, "its _apply_gate was set on this module"),
     ],
 )
 def test_what_it_can_t_serve_is_named(change, reason):
