@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_choices_of_a_token_by_aria_s_name(hopper):
     with torch.device("meta"):
         experts = aria.AriaExperts(config).to(torch.bfloat16)
     assert [each.backend for each in explain(experts, 7)] == ["fused", "grouped"]
-    config.moe_topk = None
+    experts.config = SimpleNamespace(_experts_implementation="cupymoe")
     with pytest.raises(ValueError, match="must say how many experts a token goes to: its config has none of top_k_exp"):
         explain(experts, 7)
 

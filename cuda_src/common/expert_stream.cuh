@@ -39,13 +39,12 @@
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
+#define K_ROW_BYTES (TILE_ROWS * 2)                               // of TRANSPOSED weights
+#define PACKS_PER_K_ROW (TILE_ROWS / 8)                          // of TRANSPOSED weights
+#define K_ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_K_ROW)     // of TRANSPOSED weights
 #define PREFETCH_BYTES 65536                                      // of a block: what memory gives in a few microseconds
 #define SUMS_PITCH (TILE_ROWS + 4)                               // no bank conflict between a warp's four token pairs
 #define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)      // after the ring
-// Of TRANSPOSED weights:
-#define K_ROW_BYTES (TILE_ROWS * 2)
-#define PACKS_PER_K_ROW (TILE_ROWS / 8)
-#define K_ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_K_ROW)
 
 static_assert(HAS_BULK_COPY || !WHOLE_ROWS, "WHOLE_ROWS needs bulk copies, which begin with sm_90");
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
