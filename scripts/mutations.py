@@ -121,14 +121,20 @@ MUTATIONS = (
         "slot_of_pair[token * TOP_K]",
         GATHER,
     ),
-    cuda("slot 0 taken for masked in combine", "combine.cu", "if (slots[i] < 0)", "if (slots[i] <= 0)", COMBINE),
+    cuda(
+        "slot 0 taken for masked in combine",
+        "combine.cu",
+        "choices.slots[group + i] < 0",
+        "choices.slots[group + i] <= 0",
+        COMBINE,
+    ),
     cuda(
         "the first choices for all",
         "combine.cu",
-        "k < TOP_K ? slot_of_pair[k] : -1",
-        "k < TOP_K ? slot_of_pair[i] : -1",
+        "load_from_l2(slot_of_pair + first + i)",
+        "load_from_l2(slot_of_pair + i % ROWS_IN_FLIGHT)",
         COMBINE,
-        define="ROWS_IN_FLIGHT=4",
+        define="ROWS_IN_FLIGHT=2",
     ),
     cuda(
         "a wait dropped: combine before the experts have ended",
@@ -274,8 +280,8 @@ MUTATIONS = (
     cuda(
         "gate for up in the tiles",
         "experts_up_wgmma.cu",
-        "activate<ACTIVATION, false>(gate[0], gate[4])",
-        "activate<ACTIVATION, false>(gate[4], gate[0])",
+        "(gate[0], gate[TRANSPOSED ? BLOCK_N / 4 : 4])",
+        "(gate[TRANSPOSED ? BLOCK_N / 4 : 4], gate[0])",
         TILES,
     ),
     cuda(
