@@ -21,6 +21,8 @@ EXPERTS = (
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
 TILES = ("tests/kernels/test_experts_wgmma.py",)
+BIASED_TILES = ("tests/kernels/test_experts_wgmma.py::test_one_transposed_weight_one_bias_and_float16",)
+TRANSPOSED_TILES = ("tests/kernels/test_experts_wgmma.py::test_a_transposed_weight_gives_the_same_bits",)
 PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
 STREAMS = (
@@ -40,8 +42,8 @@ class Mutation(NamedTuple):
     """That have to see it."""
     source: str = ""
     """Of what is CUDA: a source that holds it,"""
-    define: str = ""
-    """and a define of the compilations in which it makes a difference."""
+    defines: tuple[str, ...] = ()
+    """and what the compilations in which it makes a difference define."""
     hangs: bool = False
     """Whether it shows in tests that never end; of another, a test that runs out of time says nothing."""
 
@@ -58,10 +60,17 @@ class Mutation(NamedTuple):
 
 
 def cuda(
-    fault: str, file: str, old: str, new: str, tests: tuple[str, ...], source: str = "", define: str = "", **more: bool
+    fault: str,
+    file: str,
+    old: str,
+    new: str,
+    tests: tuple[str, ...],
+    source: str = "",
+    defines: tuple[str, ...] = (),
+    **more: bool,
 ) -> Mutation:
     """A fault in a CUDA source or header."""
-    return Mutation(fault, f"cuda_src/{file}", old, new, tests, source or Path(file).stem, define, **more)
+    return Mutation(fault, f"cuda_src/{file}", old, new, tests, source or Path(file).stem, defines, **more)
 
 
 def launcher(fault: str, file: str, old: str, new: str, tests: tuple[str, ...]) -> Mutation:
@@ -78,7 +87,7 @@ def activation(fault: str, old: str, new: str, function: str) -> Mutation:
         new,
         ACTIVATION,
         source="gated_activation",
-        define=f"ACTIVATION={function}",
+        defines=(f"ACTIVATION={function}",),
     )
 
 
@@ -103,7 +112,7 @@ MUTATIONS = (
         "cvt.rz.bf16.f32",
         ACTIVATION,
         source="gated_activation",
-        define="SCALAR=bf16",
+        defines=("SCALAR=bf16",),
     ),
     cuda(
         "the gate read as the up",
@@ -134,7 +143,7 @@ MUTATIONS = (
         "load_from_l2(slot_of_pair + first + i)",
         "load_from_l2(slot_of_pair + i % ROWS_IN_FLIGHT)",
         COMBINE,
-        define="ROWS_IN_FLIGHT=2",
+        defines=("ROWS_IN_FLIGHT=2",),
     ),
     cuda(
         "a wait dropped: combine before the experts have ended",
@@ -195,7 +204,7 @@ MUTATIONS = (
         "int expert = (int)load_from_l2(top_k_index + pair);",
         SORT,
         source="sort_by_expert",
-        define="INDEX=long long",
+        defines=("INDEX=long long",),
     ),
     cuda(
         "the first expert's weight for all",
@@ -234,7 +243,7 @@ MUTATIONS = (
         "(gate_up.values[0], gate_up.values[1])",
         "(gate_up.values[1], gate_up.values[0])",
         KINDS,
-        define="INTERLEAVED=1",
+        defines=("INTERLEAVED=1",),
     ),
     cuda(
         "the bias of the first expert for all",
@@ -243,7 +252,7 @@ MUTATIONS = (
         "gemm.bias + Gemm::row_of(0,",
         KINDS,
         source="experts_up",
-        define="HAS_BIAS=1",
+        defines=("HAS_BIAS=1",),
     ),
     cuda(
         "matrix rows in another order than the tokens' elements",
@@ -252,7 +261,7 @@ MUTATIONS = (
         "lane % 8 / 2 * 8 + lane % 2 * 2 + lane / 16",
         KINDS,
         source="experts_down",
-        define="TRANSPOSED=1",
+        defines=("TRANSPOSED=1",),
     ),
     cuda(
         "a row stored twice",
@@ -268,7 +277,7 @@ MUTATIONS = (
         "rank == 0;",
         EXPERTS,
         source="experts_up",
-        define="INLINE_PAIRS=128",
+        defines=("INLINE_PAIRS=128",),
     ),
     cuda(
         "the last, unfilled chunk forgotten",
@@ -291,7 +300,7 @@ MUTATIONS = (
         "wait_barrier(pipeline.emptied(turn.stage), turn.parity); if (step >= ahead) {",
         TILES,
         source="experts_down_wgmma",
-        define="BLOCKS=2",
+        defines=("BLOCKS=2",),
         hangs=True,
     ),
     cuda(
@@ -300,6 +309,57 @@ MUTATIONS = (
         "i / 2 * 4 + half * 2 + i % 2",
         "i / 2 * 4 + i % 2",
         TILES,
+    ),
+    cuda(
+        "the bias of the first expert for all in the tiles",
+        "common/expert_tiles.cuh",
+        "const SCALAR* bias = gemm.bias + (u64)expert * Gemm::kRows;",
+        "const SCALAR* bias = gemm.bias;",
+        BIASED_TILES,
+        source="experts_down_wgmma",
+        defines=("HAS_BIAS=1",),
+    ),
+    cuda(
+        "the bias of gate for that of up in the tiles",
+        "experts_up_wgmma.cu",
+        "column + up * INTERMEDIATE",
+        "column",
+        BIASED_TILES,
+        defines=("GATED=1", "INTERLEAVED=0", "HAS_BIAS=1"),
+    ),
+    cuda(
+        "the next pack of transposed weights for the next 16 k",
+        "common/wgmma.cuh",
+        "#define NEXT_16_K_OF_B (16 * ROW_BYTES / 16)",
+        "#define NEXT_16_K_OF_B 1",
+        TRANSPOSED_TILES,
+        source="experts_down_wgmma",
+        defines=("TRANSPOSED=1",),
+    ),
+    cuda(
+        "the up columns of transposed weights in the place of the gate columns",
+        "experts_up_wgmma.cu",
+        "box * 64, k, 0, expert}",
+        "box * 64, k, kHalves, expert}",
+        TRANSPOSED_TILES,
+        defines=("GATED=1", "INTERLEAVED=0", "TRANSPOSED=1"),
+    ),
+    cuda(
+        "each of two lanes stores the columns of the other",
+        "experts_up_wgmma.cu",
+        "threadIdx.x % 2 ? __byte_perm(got, own, 0x7632) : __byte_perm(own, got, 0x5410)",
+        "threadIdx.x % 2 ? __byte_perm(own, got, 0x5410) : __byte_perm(got, own, 0x7632)",
+        TRANSPOSED_TILES,
+        defines=("INTERLEAVED=1", "TRANSPOSED=1"),
+    ),
+    cuda(
+        "a block's rank in the distance of its groups of transposed weights",
+        "common/wgmma.cuh",
+        "(address & 0x3ffff) >> 4",
+        "address >> 4",
+        TRANSPOSED_TILES,
+        source="experts_down_wgmma",
+        defines=("BLOCKS=2", "TRANSPOSED=1"),
     ),
     cuda(
         "tickets not set to zero",

@@ -33,10 +33,13 @@ KINDS = [
     ((False, True), (True, False)),
 ]
 # (experts, hidden, intermediate, top_k), dtype and numbers of tokens. Sizes that fit no tile and no stage, with a
-# number of tokens for each regime; and fewer units than blocks.
+# number of tokens for each regime; fewer units than blocks; and more choices of a token than combine loads together,
+# where the experts' outputs are float32 and where they have the dtype.
 CASES = [
     ((6, 264, 200, 3), torch.bfloat16, (2, 7, 20, 45, 100)),
     ((16, 72, 8, 4), torch.float16, (5, 45)),
+    ((32, 72, 8, 9), torch.bfloat16, (5, 45)),
+    ((32, 72, 8, 10), torch.float16, (5, 45)),
 ]
 
 

@@ -38,6 +38,7 @@ def copying_variants() -> Iterator[Variant]:
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
+    yield from (each for each in catalog.variants() if each.source == "experts_up_wgmma")  # every kind of experts
 
 
 def first_of_each_source(variants: Iterable[Variant]):
