@@ -125,6 +125,7 @@ def test_gradients_are_autograd_s_through_the_reference(device, activation, bias
         assert not ours[name][4].any()  # of an expert without tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_gradients_by_finite_differences(activation):
     case = random_case((True, True), True, 5, (7, 6, 5, 2), dtype=torch.float64, activation=activation)

@@ -167,7 +167,7 @@ def random_adapters(weights, adapted, **kwargs):
 
 @slow_on_cuda
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapted", [(False, False), (True, True), (True, False)])
 @pytest.mark.parametrize("as_gpt_oss", [False, True], ids=["plain", "biased and transposed"])
 def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
@@ -377,6 +377,7 @@ def test_compiled_module_backward(device):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, such as its advice on TF32
 def test_compiled_by_inductor(device):
     skip_without_inductor()

@@ -180,6 +180,7 @@ def on_cpu(models, small, monkeypatch):
     monkeypatch.setenv("CUPYMOE_ON_SLOW", "error")  # measure_models sets it; this gives it back
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 def test_rows_of_a_run(models, small, capsys):
     found, failures = models.measure_models(tuple(small), (1, 40), torch.device("cpu"))
@@ -204,6 +205,7 @@ def test_rows_of_a_run(models, small, capsys):
     assert lines[1].startswith("gated, ep 1, T=1: floor 0.0000 ms, cupymoe 1.0000 ms, ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
 def test_a_wrong_output_fails_the_run(models, monkeypatch):
     kept = models.fused_experts
@@ -213,6 +215,7 @@ def test_a_wrong_output_fails_the_run(models, monkeypatch):
     assert failures[0].startswith("gated, ep 1, T=40: cupymoe has a relative error of 0.0")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
 def test_a_cell_that_fails_does_not_end_the_run(models, monkeypatch):
     kept = models.fused_experts
@@ -228,6 +231,7 @@ def test_a_cell_that_fails_does_not_end_the_run(models, monkeypatch):
     assert failures == ["gpt-oss, ep 1, T=1 failed: RuntimeError: no kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
 def test_how_many_experts_there_are_is_said_where_ranks_share_them(models, monkeypatch):
     said = []
