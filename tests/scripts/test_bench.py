@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.kernels import jit
 from cupymoe.reports import kernel_hashes
+from tests.scripts.replayed import Replayed
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
 
@@ -69,18 +70,6 @@ def test_says_that_it_needs_a_gpu(bench):
     result = CliRunner().invoke(bench.main, [])
     assert result.exit_code == 1
     assert "measures a CUDA GPU, and torch sees none" in result.output
-
-
-class Replayed:
-    """Stands for the CUDA graph of some calls."""
-
-    def __init__(self, calls):
-        self.calls, self.graph = calls, self
-        self.outputs = [call() for call in calls]
-
-    def replay(self):
-        for output, call in zip(self.outputs, self.calls, strict=True):
-            output.copy_(call())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe import Gemma4MoEConfig, reference
+from tests.scripts.replayed import Replayed
 
 pytest.importorskip("transformers")
 
@@ -152,18 +153,6 @@ def test_every_model_has_a_peer(models):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to compile for")
 def test_a_cell_that_can_t_be_compiled_ahead_says_why(models, small):
     assert models.compile_cell(models.Cell("gated", 1, 1)) is not None
-
-
-class Replayed:
-    """Stands for the CUDA graph of some calls."""
-
-    def __init__(self, calls):
-        self.calls, self.graph = calls, self
-        self.outputs = [call() for call in calls]
-
-    def replay(self):
-        for output, call in zip(self.outputs, self.calls, strict=True):
-            output.copy_(call())
 
 
 TIMES = {name: {"p20": 0.9, "p50": 1.0, "p80": 1.1} for name in ("cupymoe", "grouped_mm")}
