@@ -1,8 +1,8 @@
-// combine: each token's expert outputs, weighted and summed over k = 0, 1, ... in fp32: a fixed order, no atomics.
+// combine: each token's rows in expert order, weighted and summed over k = 0, 1, ... in fp32: a fixed order, no atomics.
 //
 // Reads  expert_output [T * TOP_K, COLS] SLOT_SCALAR   rows in expert order, written by the grid before this one
 //        slot_of_pair  [T, TOP_K] i32             row of each pair; -1: masked, contributes nothing and is not read
-//        top_k_weights [T, TOP_K] fp32
+//        top_k_weights [T, TOP_K] fp32           only with WEIGHTED; else every weight is 1
 // Writes output        [T, COLS] SCALAR           zeros where every pair of a token is masked
 // Grid   (T, ceil(COLS / VEC / BLOCK_THREADS)). One thread owns VEC neighbouring outputs of one token.
 // Needs  COLS % VEC == 0, pointers aligned to VEC elements; OLD_CHOICES: the grid before this one wrote neither slot_of_pair
@@ -11,8 +11,8 @@
 #include "common/async_copy.cuh"
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(COLS) || !defined(VEC) || !defined(TOP_K) || \
-    !defined(ROWS_IN_FLIGHT) || !defined(OLD_CHOICES) || !defined(BLOCK_THREADS)
-#error "define SCALAR, SLOT_SCALAR, COLS, VEC, TOP_K, ROWS_IN_FLIGHT, OLD_CHOICES and BLOCK_THREADS"
+    !defined(ROWS_IN_FLIGHT) || !defined(OLD_CHOICES) || !defined(WEIGHTED) || !defined(BLOCK_THREADS)
+#error "define SCALAR, SLOT_SCALAR, COLS, VEC, TOP_K, ROWS_IN_FLIGHT, OLD_CHOICES, WEIGHTED and BLOCK_THREADS"
 #endif
 #define CHOICES (TOP_K < 8 ? TOP_K : 8)  // loaded together
 static_assert(ROWS_IN_FLIGHT <= CHOICES, "ROWS_IN_FLIGHT");
@@ -26,7 +26,9 @@ struct Choices {
 #pragma unroll
         for (int i = 0; i < CHOICES; i++) {
             slots[i] = -1;
-            if (first + i < TOP_K) slots[i] = load_from_l2(slot_of_pair + first + i), weights[i] = load_from_l2(top_k_weights + first + i);
+            if (first + i >= TOP_K) continue;
+            slots[i] = load_from_l2(slot_of_pair + first + i);
+            weights[i] = WEIGHTED ? load_from_l2(top_k_weights + first + i) : 1.0f;
         }
     }
 };

@@ -6,18 +6,20 @@
 //        expert_offsets   [NUM_EXPERTS + 1] i32
 //        ticket           u32                      0; counts the tiles that are taken after each cluster's first
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
+//        low_map          TensorMap of low [slots, LOW_RANK] SCALAR; only with LOW_RANK
+//        factor_map       the same as down_map, with LOW_RANK in the place of INTERMEDIATE; only with LOW_RANK
 // Writes expert_output    [slots, HIDDEN] SCALAR
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k, rounded to SCALAR.
+// Maths  fp32 sums over ascending k, then over an adapter's; rounded to SCALAR.
 // Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
 #include "common/dtypes.cuh"
 
-#if !defined(SCALAR) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || \
-    !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || \
-    !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, \
-BLOCK_K and STAGES"
+#if !defined(SCALAR) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(LOW_RANK) || !defined(NUM_EXPERTS) || \
+    !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) ||  \
+    !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCKS, PRODUCTS, \
+BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/store_pairs.cuh"
@@ -39,6 +41,10 @@ struct DownGemm {
         return {k, 0, 0, expert * (HIDDEN / 16) + (int)part * (BLOCK_N / 16)};
     }
 
+    __device__ __forceinline__ void prefetch_inputs(const Tile& tile, u32, u32 part) const {
+        if (HAS_BIAS) prefetch_bias(*this, tile.expert, part);
+    }
+
     // The weight row that is row 8 * eight + place of a part.
     static __device__ __forceinline__ u32 weight_row(u32 part, u32 eight, u32 place) {
         if (TRANSPOSED) return part * BLOCK_N + eight * 8 + place;
@@ -48,7 +54,7 @@ struct DownGemm {
     // Columns [part * BLOCK_N, ...) of rows slot and slot + 8.
     __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
         if constexpr (TRANSPOSED) {
-            store_pairs<HIDDEN, BLOCK_N / 8, 1>(expert_output, tile, slot, part * BLOCK_N, [&](int eight, int half) {
+            store_pairs<HIDDEN, HIDDEN, BLOCK_N / 8, 1>(expert_output, tile, slot, part * BLOCK_N, [&](int eight, int half) {
                 const float* columns = sums + 4 * eight + 2 * half;
                 Pack<scalar_t, 2> outputs = {from_float<scalar_t>(columns[0]), from_float<scalar_t>(columns[1])};
                 return *reinterpret_cast<u32*>(&outputs);
@@ -99,6 +105,6 @@ struct DownGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
-                   const int* expert_offsets, u32* ticket, scalar_t* expert_output, const scalar_t* bias) {
-    multiply_experts(DownGemm{intermediate_map, expert_output, bias}, down_map, Schedule{expert_offsets, ticket});
+                   ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output, const scalar_t* bias) {
+    multiply_experts(DownGemm{intermediate_map, expert_output, bias}, down_map, ADAPTER_MAPS, Schedule{expert_offsets, ticket});
 }

@@ -8,6 +8,8 @@
 //        top_k_index   [T * TOP_K] INDEX           only with INLINE_PAIRS
 //        chunks        [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes intermediate  [slots, INTERMEDIATE] SCALAR   rows in slot order (common/expert_plan.cuh)
+//        gate_up       [slots, rows of gate_up_proj] SCALAR   what the activation is applied to, in the order of the
+//                      weight's rows, for a backward; only with KEEPS_GATE_UP
 //        slot_of_pair  [T * TOP_K] i32             only with INLINE_PAIRS; -1: masked
 // Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_80; T * TOP_K <= INLINE_PAIRS <= BLOCK_THREADS, or
@@ -20,8 +22,8 @@
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
     !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
-    !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || !defined(HAS_BIAS)
-#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP)
+#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -38,6 +40,7 @@ struct UpGemm : UpRows {
     const scalar_t* weights;
     const scalar_t* bias;
     scalar_t* intermediate;
+    scalar_t* gate_up;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan& plan, u32 slot) const {
         return hidden_states + (u64)(plan.pair_of_slot[slot] / TOP_K) * HIDDEN;
@@ -60,6 +63,23 @@ struct UpGemm : UpRows {
 #endif
         }
         store_pack(intermediate + (u64)slot * INTERMEDIATE + unit * (kOutputs / 2), outputs);
+        if (KEEPS_GATE_UP) keep_gate_up(slot, unit, one, other);
+    }
+
+    // The sums themselves, rounded. Without INTERLEAVED halves, four neighbouring rows of the weight.
+    __device__ __forceinline__ void keep_gate_up(u32 slot, u32 unit, Pack<float, 2> one, Pack<float, 2> other) const {
+        scalar_t* row = gate_up + (u64)slot * ((GATED ? 2 : 1) * INTERMEDIATE);
+#if GATED && !INTERLEAVED
+        store_pack(row + unit, rounded(one));
+        store_pack(row + INTERMEDIATE + unit, rounded(other));
+#else
+        store_pack(row + 2 * unit, rounded(one));
+        store_pack(row + 2 * unit + 2, rounded(other));
+#endif
+    }
+
+    static __device__ __forceinline__ Pack<scalar_t, 2> rounded(Pack<float, 2> sums) {
+        return {from_float<scalar_t>(sums.values[0]), from_float<scalar_t>(sums.values[1])};
     }
 };
 
@@ -67,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restrict__ gate_up_proj,
            const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
-           const scalar_t* __restrict__ bias) {
-    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate};
+           const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up) {
+    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up};
 #if !INLINE_PAIRS && !TRANSPOSED
     prefetch_first_tile(gemm);
 #endif

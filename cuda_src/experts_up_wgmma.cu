@@ -7,10 +7,14 @@
 //        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
 //        ticket         u32                      0; counts the tiles that are taken after each cluster's first
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
+//        low_map        TensorMap of low [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
+//        factor_map     the same as gate_up_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
+//        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
+//                       backward; not written without KEEPS_GATE_UP
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k; activation in fp32; one rounding at the store.
+// Maths  fp32 sums over ascending k, then over an adapter's; activation in fp32, of the unrounded sums; one rounding at the store.
 // Why    Gate and up of a column are sums of the same thread, so the activation costs no exchange: the map takes gate rows and
 //        up rows in turn, 8 of each. Of transposed weights it brings 64 gate columns and then the 64 up columns; interleaved
 //        ones are neighbours in memory already. Tokens are gathered on their way into shared memory: a copy in expert order
@@ -18,10 +22,11 @@
 #include "common/activations.cuh"
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) ||          \
-    !defined(HAS_BIAS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || \
-    !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) || !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, \
-BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
+    !defined(HAS_BIAS) || !defined(LOW_RANK) || !defined(KEEPS_GATE_UP) || !defined(NUM_EXPERTS) || !defined(HIDDEN) ||      \
+    !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || !defined(BLOCKS) || !defined(PRODUCTS) || !defined(BLOCK_N) ||      \
+    !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, HIDDEN, INTERMEDIATE, \
+BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/store_pairs.cuh"
@@ -38,6 +43,7 @@ struct UpGemm {
     const int* token_of_slot;
     scalar_t* intermediate;
     const scalar_t* bias;
+    scalar_t* gate_up;
 
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
@@ -54,6 +60,10 @@ struct UpGemm {
         return {k, 0, (int)part * (int)(kColumns / 8), expert};
     }
 
+    __device__ __forceinline__ void prefetch_inputs(const Tile& tile, u32, u32 part) const {
+        if (HAS_BIAS) prefetch_bias(*this, tile.expert, part);
+    }
+
     // The weight row that is row 8 * eight + place of a part; past the last column it may be a row of the other half, whose
     // sum is not stored.
     static __device__ __forceinline__ u32 weight_row(u32 part, u32 eight, u32 place) {
@@ -66,8 +76,40 @@ struct UpGemm {
     // Columns [part * kColumns, ...) of rows slot and slot + 8.
     __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
         constexpr int kPartner = TRANSPOSED && INTERLEAVED ? 2 : 1;
-        store_pairs<INTERMEDIATE, kColumns / 8, kPartner>(intermediate, tile, slot, part * kColumns,
+        if (KEEPS_GATE_UP) keep_gate_up(tile, slot, part, sums);
+        store_pairs<INTERMEDIATE, INTERMEDIATE, kColumns / 8, kPartner>(intermediate, tile, slot, part * kColumns,
                                                           [&](int eight, int half) { return activated(sums, eight, half); });
+    }
+
+    // The sums themselves, rounded.
+    __device__ __forceinline__ void keep_gate_up(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
+        auto rounded = [&](int eight, int half) {
+            Pack<scalar_t, 2> pair = {from_float<scalar_t>(sums[4 * eight + 2 * half]), from_float<scalar_t>(sums[4 * eight + 2 * half + 1])};
+            return *reinterpret_cast<u32*>(&pair);
+        };
+        if constexpr (!GATED || (TRANSPOSED && INTERLEAVED)) {
+            store_pairs<kRows, kRows, BLOCK_N / 8, 1, true>(gate_up, tile, slot, part * BLOCK_N, rounded);
+        } else if constexpr (INTERLEAVED) {
+            // An eight of gates and the next eight, their ups: of a column the lane has both, which are neighbours in a row.
+            scalar_t* to = gate_up + (u64)(tile.first_slot + slot) * kRows + part * BLOCK_N + threadIdx.x % 4 * 4;
+#pragma unroll
+            for (int half = 0; half < 2; half++, to += 8 * kRows) {
+#pragma unroll
+                for (int eight = 0; eight < BLOCK_N / 8; eight += 2) {
+                    if (slot + half * 8 >= tile.slots || part * BLOCK_N + eight * 8 >= kRows) continue;
+                    const float *gates = sums + 4 * eight + 2 * half, *ups = gates + 4;
+                    store_pack(to + eight * 8, Pack<scalar_t, 4>{from_float<scalar_t>(gates[0]), from_float<scalar_t>(ups[0]),
+                                                                from_float<scalar_t>(gates[1]), from_float<scalar_t>(ups[1])});
+                }
+            }
+        } else {
+#pragma unroll
+            for (int up = 0; up < 2; up++) {
+                store_pairs<kRows, INTERMEDIATE, kColumns / 8, 1, true>(gate_up + up * INTERMEDIATE, tile, slot, part * kColumns, [&](int eight, int half) {
+                    return rounded(TRANSPOSED ? eight + up * (kColumns / 8) : eight * 2 + up, half);
+                });
+            }
+        }
     }
 
     // Two neighbouring columns of a row, as one word.
@@ -99,7 +141,9 @@ struct UpGemm {
 };
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
-experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, const scalar_t* hidden_states, const int* expert_offsets,
-                 const int* token_of_slot, u32* ticket, scalar_t* intermediate, const scalar_t* bias) {
-    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate, bias}, gate_up_map, Schedule{expert_offsets, ticket});
+experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, ADAPTER_PARAMETERS const scalar_t* hidden_states,
+                 const int* expert_offsets, const int* token_of_slot, u32* ticket, scalar_t* intermediate, const scalar_t* bias,
+                 scalar_t* gate_up) {
+    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate, bias, gate_up}, gate_up_map, ADAPTER_MAPS,
+                     Schedule{expert_offsets, ticket});
 }

@@ -1,10 +1,12 @@
 // sort_by_expert: a stable counting sort of the (token, k) pairs by expert, without atomics on the result.
 //
 // Reads  top_k_index    [P] INDEX         P = T * TOP_K pairs; an index outside [0, NUM_EXPERTS) is masked
+//        top_k_weights  [P] fp32          only with HAS_WEIGHTS
 // Writes expert_offsets [NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of pairs kept
 //        token_of_slot  [P] i32           token of each slot; slots past the last offset stay as they are
 //        slot_of_pair   [P] i32           slot of each pair; -1: masked
-//        tickets        [2] u32           zeros: counters for two kernels that hand out work
+//        tickets        [TICKETS] u32     zeros: counters for later kernels that hand out work
+//        weight_of_slot [P] fp32          weight of each slot's pair; only with HAS_WEIGHTS
 // Uses   block_counts   [blocks, NUM_EXPERTS] i32   only with more than one block
 // Grid   ceil(P / PAIRS_PER_BLOCK). One block owns PAIRS_PER_BLOCK neighbouring pairs, each of its warps a neighbouring part.
 //        One block is one launch of sort_by_expert; more need count_by_expert before it, over the same grid. While that still
@@ -12,8 +14,9 @@
 // Smem   WARPS * NUM_EXPERTS counters.
 // Why    A slot is (pairs of lower experts) + (the expert's pairs in earlier blocks, warps and lanes): sums of counts, so
 //        the same bits every run. A token may name an expert twice; both pairs get a slot.
-#if !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(WARPS) || !defined(PAIRS_PER_BLOCK)
-#error "define INDEX, NUM_EXPERTS, TOP_K, WARPS and PAIRS_PER_BLOCK"
+#if !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(WARPS) || !defined(PAIRS_PER_BLOCK) || \
+    !defined(TICKETS) || !defined(HAS_WEIGHTS)
+#error "define INDEX, NUM_EXPERTS, TOP_K, WARPS, PAIRS_PER_BLOCK, TICKETS and HAS_WEIGHTS"
 #endif
 #include "common/async_copy.cuh"
 #include "common/pairs.cuh"
@@ -49,14 +52,14 @@ count_by_expert(const INDEX* top_k_index, int* __restrict__ block_counts, u64 nu
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, int* expert_offsets, int* token_of_slot,
-               int* slot_of_pair, u32* tickets, u64 num_pairs) {
+               int* slot_of_pair, u32* tickets, u64 num_pairs, const float* __restrict__ top_k_weights, float* weight_of_slot) {
     __shared__ int counts[WARPS][NUM_EXPERTS];  // then the next slot of each warp and expert
     __shared__ int offsets[NUM_EXPERTS];        // pairs of each expert, then of all lower ones
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     count_pairs(top_k_index, num_pairs, counts);
     wait_for_previous_grid();
     release_next_grid();
-    if (blockIdx.x == 0 && threadIdx.x < 2) tickets[threadIdx.x] = 0;
+    if (blockIdx.x == 0 && threadIdx.x < TICKETS) tickets[threadIdx.x] = 0;
 
     // Each warp's pairs come after those of earlier blocks and warps.
     for (int expert = threadIdx.x; expert < NUM_EXPERTS; expert += BLOCK_THREADS) {
@@ -96,5 +99,6 @@ sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, i
         __syncwarp();
         if (pair < num_pairs) slot_of_pair[pair] = slot;
         if (slot >= 0) token_of_slot[slot] = pair / TOP_K;
+        if (HAS_WEIGHTS && slot >= 0) weight_of_slot[slot] = top_k_weights[pair];
     }
 }

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from cupymoe import functional
+from cupymoe.ops import experts as experts_ops
+
 SEED = int(os.environ.get("CUPYMOE_TEST_SEED", "0"))
 
 
@@ -40,3 +43,30 @@ def mesh():
 def device(request):
     """For tests that hold on every device."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def gate_up_kept_on_the_cpu_too(monkeypatch):
+    """As it is on CUDA in bfloat16, in which such tests compute there."""
+    keeps_on_cuda = functional._keeps_gate_up
+
+    def keeps(keep, backend, hidden_states, *others):
+        if hidden_states.is_cuda:
+            return keeps_on_cuda(keep, backend, hidden_states, *others)
+        tensors = (hidden_states, *others)
+        return keep == "gate_up" and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    monkeypatch.setattr(functional, "_keeps_gate_up", keeps)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Directions in which a backend has computed experts, in order."""
+    directions, select = [], experts_ops.select
+
+    def spy(name, call, direction="forward"):
+        directions.append(direction)
+        return select(name, call, direction)
+
+    monkeypatch.setattr(experts_ops, "select", spy)
+    return directions

@@ -171,6 +171,19 @@ def poison_free_memory(byte=0xFF):
     del blocks
 
 
+def shapes_saved(call):
+    """Shapes of the tensors that autograd saves in a call."""
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return shapes
+
+
 @contextmanager
 def no_host_sync():
     """An error for every operation that waits for the GPU and that torch can see."""

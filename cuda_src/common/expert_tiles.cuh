@@ -23,10 +23,14 @@
 // Part   A block's part of a tile's weights is BLOCK_N rows. They come in the order in which the tensor map brings them, in one
 //        box or, where the weight is TRANSPOSED ([k, rows] for each expert), in boxes of 64 columns.
 // Bias   Where there is one, it is added to the sums of a tile: each element is loaded once, whatever the number of products.
+// Rank   With LOW_RANK the sums go on over so many more k, those of an adapter: low [slots, LOW_RANK] times a factor that lies as
+//        the weight does, with LOW_RANK in the place of k. They come through the ring like k's own steps, so that what an adapter
+//        adds is not rounded by itself; of their last step only the k that there are, are multiplied.
 //
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
-// where a slot's token row is, kBoxes and box_start() of a part, weight_row(), which says what the map brings where, bias, and
-// store(), which gets the sums of 16 slots a warp.
+// where a slot's token row is, kBoxes and box_start() of a part, prefetch_inputs(), which brings near what the store of a tile will
+// load, and store(), which gets the sums of 16 slots a warp. Where there is a bias, also bias and weight_row(), which says what the
+// map brings where.
 #pragma once
 #include "cluster.cuh"
 #include "ring.cuh"
@@ -53,6 +57,7 @@
 #define PASSES (BLOCK_SLOTS / ROWS_PER_PASS)
 static_assert(BLOCKS == 1 || BLOCKS == 2, "a cluster is one block or two");
 static_assert(PRODUCTS == 2 || PRODUCTS == 3, "PRODUCTS");
+static_assert(!TRANSPOSED || BLOCK_N % 64 == 0, "transposed weights come in boxes of 64 rows");
 static_assert(BLOCK_THREADS == CONSUMER_THREADS + PRODUCER_THREADS && BLOCK_K * 2 == ROW_BYTES, "BLOCK_THREADS, BLOCK_K");
 
 // What a block has of a tile.
@@ -62,6 +67,25 @@ struct alignas(16) Tile {
     int slots;       // none, where the tile has too few for two blocks
     int column;      // times TILE_ROWS: the first weight row
 };
+
+// Of an adapter, where there is one.
+struct AdapterMaps {
+    const TensorMap* low;
+    const TensorMap* factor;
+};
+
+#if LOW_RANK
+#define ADAPTER_PARAMETERS const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap factor_map,
+#define ADAPTER_MAPS AdapterMaps{&low_map, &factor_map}
+#else
+#define ADAPTER_PARAMETERS
+#define ADAPTER_MAPS AdapterMaps{nullptr, nullptr}
+#endif
+static_assert(LOW_RANK % 16 == 0, "the rank is padded to whole products");
+
+// The steps of a tile: those over k, and with the adapter's.
+template <class Gemm> constexpr u32 kDepthSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
+template <class Gemm> constexpr u32 kSteps = kDepthSteps<Gemm> + (LOW_RANK + BLOCK_K - 1) / BLOCK_K;
 
 struct Schedule {
     const int* expert_offsets;  // [NUM_EXPERTS + 1]
@@ -209,8 +233,8 @@ template <class Gemm> struct RowLoader {
 
 // Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
 template <class Gemm>
-__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule, const Pipeline& pipeline) {
-    constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const AdapterMaps& adapter,
+                                          const Schedule& schedule, const Pipeline& pipeline) {
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
     u64 weights_policy = evict_unchanged_policy(), tokens_policy = weights_policy;
     if (!Gemm::kDenseTokens) {
@@ -219,14 +243,23 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
         else if (mean_slots < TOKENS_KEPT_BELOW) tokens_policy = evict_last_policy();
     }
     bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
+    auto of_adapter = [](u32 step) { return LOW_RANK > 0 && step >= kDepthSteps<Gemm>; };
+    // Weights; or of an adapter the factor, and low for all slots that a tile may have: registers spill where fewer are counted.
     auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
-        u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
+        u32 token_bytes = of_adapter(step) ? TOKEN_BYTES : Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
+        const TensorMap& map = of_adapter(step) ? *adapter.factor : weights;
         arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
         u32 to = pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), part = tile.column * BLOCKS + rank;
 #pragma unroll
         for (int box = 0; box < Gemm::kBoxes; box++, to += BLOCK_N * ROW_BYTES / Gemm::kBoxes) {
-            BoxStart start = gemm.box_start(tile.expert, part, box, step * BLOCK_K);
-            copy_box_to_blocks<BLOCKS>(to, weights, start, pipeline.filled(stage), weights_policy);
+            BoxStart start = gemm.box_start(tile.expert, part, box, (of_adapter(step) ? step - kDepthSteps<Gemm> : step) * BLOCK_K);
+            copy_box_to_blocks<BLOCKS>(to, map, start, pipeline.filled(stage), weights_policy);
+        }
+        if (!of_adapter(step)) return;
+#pragma unroll 1
+        for (int slot = 0; slot < BLOCK_SLOTS; slot += 64) {
+            copy_box(pipeline.tokens(stage) + slot * ROW_BYTES, *adapter.low, (step - kDepthSteps<Gemm>) * BLOCK_K,
+                     tile.first_slot + slot, pipeline.filled(stage));
         }
     };
     u32 ticket = 0;
@@ -242,7 +275,7 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
         Tile tile = pipeline.tile(index);
         if (Gemm::kDenseTokens && index == 0) {
             if (leader && tile.expert >= 0) {
-                for (; ahead < min((u32)STAGES, kSteps); ahead++) load_weights(tile, ahead, ahead);
+                for (; ahead < min((u32)STAGES, kDepthSteps<Gemm>); ahead++) load_weights(tile, ahead, ahead);
             }
             wait_for_previous_grid();
             order_writes_before_bulk_copies();
@@ -250,13 +283,14 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
         if (tile.expert < 0) break;
         if (scheduler) take_tile(gemm, schedule, pipeline, index + 1, ticket);
         if constexpr (Gemm::kDenseTokens) {
-            for (u32 step = 0; leader && step < kSteps; step++, turn.next()) {
+            for (u32 step = 0; leader && step < kSteps<Gemm>; step++, turn.next()) {
                 // Not for those ahead: a block without slots adds nothing to them, so they may be filled and emptied already,
                 // and the wait would be for the round after.
                 if (step >= ahead) {
                     wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                     load_weights(tile, step, turn.stage);
                 }
+                if (of_adapter(step)) continue;
                 for (int slot = 0; slot < tile.slots; slot += 64) {
                     copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K, tile.first_slot + slot,
                              pipeline.filled(turn.stage));
@@ -266,10 +300,10 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
         } else {
             RowLoader<Gemm> loader(gemm, tile, thread);
 #pragma unroll 1  // of four unrolled steps ptxas made copies that tests/kernels/test_machine_code.py calls broken
-            for (u32 step = 0; step < kSteps; step++, turn.next()) {
+            for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
                 wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                 if (leader) load_weights(tile, step, turn.stage);
-                loader.load(pipeline.tokens(turn.stage), step, tokens_policy);
+                if (!of_adapter(step)) loader.load(pipeline.tokens(turn.stage), step, tokens_policy);
                 arrive_after_copies(pipeline.filled(turn.stage));
             }
         }
@@ -306,30 +340,50 @@ template <class Gemm> __device__ __forceinline__ void add_bias(const Gemm& gemm,
     }
 }
 
-// sums = kProducts times 64 slots of this warpgroup x its weight rows, over all k; a stage is free as soon as it is multiplied.
+// A descriptor so many 16 bytes further: only its low word changes. With LOW_RANK ptxas would add both words, one after the other and
+// with a carry, and the products would wait for that: experts_up took 20% longer with tiles of 128 weight rows.
+__device__ __forceinline__ u64 ahead(u64 descriptor, u32 packs) {
+    return LOW_RANK ? (descriptor & ~0xffffffffull) | (u32)((u32)descriptor + packs) : descriptor + packs;
+}
+
+// sums = (add ? sums : 0) + kProducts times 64 slots of this warpgroup x its weight rows, over kDepth k of a stage, which is free as
+// soon as it is multiplied.
+template <int kProducts, int kDepth, class Gemm>
+__device__ __forceinline__ void multiply_stage(TileSums& sums, bool add, const Pipeline& pipeline, const Turn& turn, u32 slot_group,
+                                               u32 row_group) {
+    u32 lane = threadIdx.x % 32;
+    wait_barrier(pipeline.filled(turn.stage), turn.parity);
+    if (kProducts > 0) {
+        if (!Gemm::kDenseTokens) order_copies_before_products();
+        u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
+        u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < kDepth / 16; k++) {
+#pragma unroll
+            for (int i = 0; i < kProducts; i++) {
+                u32 of_slots = k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16);
+                multiply_tiles(sums[i], ahead(a, of_slots), ahead(b, k * NEXT_16_K_OF_B), k > 0 || add, SCALAR());
+            }
+        }
+        commit_products();
+        wait_for_products();
+    }
+    if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
+}
+
+// sums = the products of a tile over all k, and over an adapter's.
 template <int kProducts, class Gemm>
 __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pipeline, Turn& turn, u32 slot_group, u32 row_group) {
-    constexpr u32 kSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
-    u32 lane = threadIdx.x % 32;
-    for (u32 step = 0; step < kSteps; step++, turn.next()) {
-        wait_barrier(pipeline.filled(turn.stage), turn.parity);
-        if (kProducts > 0) {
-            if (!Gemm::kDenseTokens) order_copies_before_products();
-            u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
-            u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
-            begin_products();
-#pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; k++) {
-#pragma unroll
-                for (int i = 0; i < kProducts; i++) {
-                    multiply_tiles(sums[i], a + k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16), b + k * NEXT_16_K_OF_B,
-                                   k > 0 || step > 0, SCALAR());
-                }
-            }
-            commit_products();
-            wait_for_products();
-        }
-        if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
+    for (u32 step = 0; step < kDepthSteps<Gemm>; step++, turn.next()) {
+        multiply_stage<kProducts, BLOCK_K, Gemm>(sums, step > 0, pipeline, turn, slot_group, row_group);
+    }
+    for (int step = 0; step < LOW_RANK / BLOCK_K; step++, turn.next()) {
+        multiply_stage<kProducts, BLOCK_K, Gemm>(sums, true, pipeline, turn, slot_group, row_group);
+    }
+    if constexpr (LOW_RANK % BLOCK_K != 0) {
+        multiply_stage<kProducts, LOW_RANK % BLOCK_K, Gemm>(sums, true, pipeline, turn, slot_group, row_group);
+        turn.next();
     }
 }
 
@@ -344,12 +398,14 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
         if (tile.expert < 0) return;
         int products = ((tile.slots + 63) / 64 + SLOT_GROUPS - 1 - (int)slot_group) / SLOT_GROUPS;
         if ((tile.column * BLOCKS + row_group) * BLOCK_N >= Gemm::kRows) products = 0;
-        if (HAS_BIAS && products > 0) prefetch_bias(gemm, tile.expert, tile.column * BLOCKS + row_group);
+        if (products > 0) gemm.prefetch_inputs(tile, slot_group, tile.column * BLOCKS + row_group);
         if (PRODUCTS == 3 && products == 3) multiply_tile<PRODUCTS, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 1) multiply_tile<1, Gemm>(sums, pipeline, turn, slot_group, row_group);
         else multiply_tile<0, Gemm>(sums, pipeline, turn, slot_group, row_group);
-        if (HAS_BIAS && products > 0) add_bias(gemm, sums, tile.expert, tile.column * BLOCKS + row_group);
+        if constexpr (HAS_BIAS) {
+            if (products > 0) add_bias(gemm, sums, tile.expert, tile.column * BLOCKS + row_group);
+        }
 #pragma unroll
         for (int i = 0; i < PRODUCTS; i++) {
             if (i >= products) continue;
@@ -360,7 +416,8 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
 }
 
 template <class Gemm>
-__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const Schedule& schedule) {
+__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const AdapterMaps& adapter,
+                                                 const Schedule& schedule) {
     Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
     Pipeline pipeline = {shared, shared_address(block_memory)};
     if (threadIdx.x == 0) {
@@ -378,6 +435,7 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
     }
     if (!Gemm::kDenseTokens) {
         wait_for_previous_grid();
+        if (LOW_RANK > 0) order_writes_before_bulk_copies();  // which low may be
         release_next_grid();
     }
     if (threadIdx.x / 32 == CONSUMER_THREADS / 32) count_tiles(schedule.expert_offsets, shared);
@@ -391,7 +449,7 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
         consume_ring(gemm, pipeline);
     } else {
         shrink_registers<PRODUCER_REGISTERS>();
-        fill_ring(gemm, weights, schedule, pipeline);
+        fill_ring(gemm, weights, adapter, schedule, pipeline);
     }
     sync_cluster();  // a block's memory must not go while the other may write there
 }

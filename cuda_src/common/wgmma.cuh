@@ -1,9 +1,10 @@
 // Hopper's warpgroup products (sm_90a): a warpgroup multiplies 64 rows of A with BLOCK_N rows of B, 16 k at a time, both
-// operands in shared memory, sums in registers. Includers define SCALAR, BLOCK_N, BLOCK_K and TRANSPOSED.
+// operands in shared memory, sums in registers. Includers define SCALAR, BLOCK_N, BLOCK_K, TRANSPOSED, which is of B, and
+// where A is transposed TRANSPOSED_A.
 //
 // A tile in shared memory: rows of 128 bytes (64 k), the eight 16-byte packs of row r at pack ^ (r % 8); starts on 1024 bytes.
-// A TRANSPOSED tile of B: groups of 64 rows of B. A group has a line of 128 bytes for each of BLOCK_K k: its 64 rows at that k,
-// the eight packs of line k at pack ^ (k % 8).
+// A transposed tile: groups of 64 rows. A group has a line of 128 bytes for each of BLOCK_K k: its 64 rows at that k, the eight
+// packs of line k at pack ^ (k % 8). The last group of B may be needed, and be there, in part.
 // sums[4 j + i] of lane l of warp w: row 16 w + l / 4 (+ 8 for i >= 2) of A, row 8 j + l % 4 * 2 + i % 2 of B.
 #pragma once
 #include "arch.cuh"
@@ -17,17 +18,30 @@ static_assert(HAS_WGMMA, "wgmma needs sm_90a: no other architecture has its inst
 // Address, 1024 bytes from a group of eight rows to the next, 128-byte swizzle; the other fields don't matter to it.
 __device__ __forceinline__ u64 tile_descriptor(u32 address) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | address >> 4; }
 
+#define GROUP_BYTES (BLOCK_K * ROW_BYTES)    // of a transposed tile
+#define NEXT_16_LINES (16 * ROW_BYTES / 16)  // what leads to its next 16 k
+
+// Of a transposed tile: address, 1024 bytes from eight lines to the next, GROUP_BYTES from a group to the next, 128-byte swizzle.
+// The address in a block of a cluster has the block's rank above its 18 bits, which would change the distance of the groups.
+__device__ __forceinline__ u64 transposed_descriptor(u32 address) {
+    return (1ull << 62) | (64ull << 32) | ((u64)(GROUP_BYTES / 16) << 16) | (address & 0x3ffff) >> 4;
+}
+
+#ifndef TRANSPOSED_A
+#define TRANSPOSED_A 0
+#endif
+#if TRANSPOSED_A
+#define TRANSPOSE_A "1"
+#else
+#define TRANSPOSE_A "0"
+#endif
+
 // Of a tile of B, and what leads to its next 16 k.
 #if TRANSPOSED
 #define TRANSPOSE_B "1"
-#define NEXT_16_K_OF_B (16 * ROW_BYTES / 16)
-static_assert(BLOCK_N % 64 == 0, "transposed weights come in groups of 64 rows");
+#define NEXT_16_K_OF_B NEXT_16_LINES
 
-// Address, 1024 bytes from eight lines to the next, BLOCK_K lines from a group to the next, 128-byte swizzle. The address in a
-// block of a cluster has the block's rank above its 18 bits, which would change the distance of the groups.
-__device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) {
-    return (1ull << 62) | (64ull << 32) | ((u64)(BLOCK_K * ROW_BYTES / 16) << 16) | (address & 0x3ffff) >> 4;
-}
+__device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return transposed_descriptor(address); }
 #else
 #define TRANSPOSE_B "0"
 #define NEXT_16_K_OF_B 2
@@ -69,7 +83,7 @@ template <int kRegisters> __device__ __forceinline__ void grow_registers() {
 #define NAMES_96 NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define PRODUCT(SHAPE, TYPE, OUTPUTS, NAMES, A, B, ADD)                                                              \
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, " ADD ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, 0, " TRANSPOSE_B ";\n}" \
+                 "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, " TRANSPOSE_A ", " TRANSPOSE_B ";\n}" \
                  : OUTPUTS : "l"(a), "l"(b), "r"((u32)add) : "memory")
 #if BLOCK_N == 128
 #define WGMMA(TYPE) PRODUCT("m64n128k16", TYPE, SUMS_64, NAMES_64, "%64", "%65", "%66")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -12,18 +13,24 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import (
     combine,
     experts_down,
+    experts_down_back_wgmma,
     experts_down_wgmma,
+    experts_outer_wgmma,
     experts_up,
     experts_up_wgmma,
     gated_activation,
     gather,
     grouped_linear,
     grouped_outer,
+    lora_outer,
+    lora_shrink,
+    pack_adapter,
     plan_experts,
     raw_read,
     route,
     router_logits,
     sort_by_expert,
+    sum_parts,
 )
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
@@ -32,7 +39,18 @@ from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
 
-HOPPER_ONLY = ("plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma")
+HOPPER_ONLY = (
+    "plan_experts",
+    "experts_up",
+    "experts_down",
+    "experts_up_wgmma",
+    "experts_down_wgmma",
+    "experts_down_back_wgmma",
+    "sum_parts",
+    "experts_outer_wgmma",
+    "lora_shrink",
+    "lora_outer",
+)
 """The sources of the fused backend, which serves no other architecture (cupymoe/backends/fused.py)."""
 
 
@@ -62,11 +80,15 @@ def _variants() -> Iterator[Variant]:
             for activation in MoEActivation:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
-            yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
+            for weighted in (False, True):
+                yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, weighted)
         for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             yield grouped_linear.variant(row_dtype, dtype, output_dtype)
         for row_dtype in (dtype, torch.float32):
             yield grouped_outer.variant(row_dtype, row_dtype, dtype)
+        for given in (dtype, torch.float32):
+            for tiling in pack_adapter.TILINGS:
+                yield pack_adapter.variant(given, dtype, tiling)
         yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
@@ -74,7 +96,8 @@ def _variants() -> Iterator[Variant]:
         for num_experts in (sizes.num_experts, sort_by_expert.MAX_EXPERTS):
             for num_pairs in (sort_by_expert.PAIRS_PER_BLOCK, sort_by_expert.FEW_PAIRS):
                 block = sort_by_expert.block_of(num_pairs, num_experts)
-                yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block)
+                for has_weights in (False, True):
+                    yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block, has_weights)
     yield raw_read.variant()
     for shape in _fused_shapes():
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
@@ -82,10 +105,24 @@ def _variants() -> Iterator[Variant]:
                 yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
             yield combine.workspace_variant(shape)
         yield experts_up.variant(shape)
+        yield experts_up.variant(replace(shape, keeps_gate_up=True))
         yield experts_down.variant(shape)
     for tile_shape in _tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
+        yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
         yield experts_down_wgmma.variant(tile_shape)
+        yield experts_down_wgmma.variant(tile_shape.up_back)
+        for stores_weighted in (False, True):
+            yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
+    yield sum_parts.variant(6)
+    for dtype in (torch.bfloat16, torch.float16):
+        for left_gathered in (False, True):
+            yield experts_outer_wgmma.variant(dtype, left_gathered)
+    for dtype, rank in product((torch.bfloat16, torch.float16), (lora_shrink.RANK_MULTIPLE, lora_shrink.MAX_RANK)):
+        for gathered, other in product((False, True), repeat=2):
+            yield lora_shrink.variant(dtype, rank, gathered=gathered, transposed=other)
+            for output_dtype in (dtype, torch.float32):
+                yield lora_outer.variant(dtype, output_dtype, rank, gathered=gathered, weighted=other)
 
 
 def _fused_shapes() -> Iterator[Shape]:
@@ -127,8 +164,23 @@ def _fused_shapes() -> Iterator[Shape]:
 
 
 def _tile_shapes() -> Iterator[TileShape]:
-    """Each cut at Gemma 4's sizes, whole and in four tensor-parallel slices; each other kind of experts at one cut."""
+    """Each cut at Gemma 4's sizes, whole, in four tensor-parallel slices, and with adapters on weights of both layouts;
+    each other kind of experts at one cut."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+    for (blocks, products), transposed in product(CUTS, (False, True)):
+        yield tile_shape_of(
+            blocks,
+            products,
+            torch.bfloat16,
+            sizes.activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            transposed,
+            transposed,
+            gate_up_rank=lora_shrink.RANK_MULTIPLE,
+            down_rank=lora_shrink.RANK_MULTIPLE,
+        )
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
         for blocks, products in CUTS:
             for dtype in (torch.bfloat16, torch.float16):

@@ -27,6 +27,7 @@ def variant(
     tuning: tuple[int, int],
     *,
     old_choices: bool,
+    weighted: bool = True,
 ) -> Variant:
     """The compilation for two dtypes, row width, number of choices, and rows in flight with threads of a block.
 
@@ -36,13 +37,13 @@ def variant(
     rows, threads = tuning
     defines = row_defines(dtype, columns, width, top_k, threads)
     rows_in_flight = f"ROWS_IN_FLIGHT={min(rows, top_k)}"
-    options = f"SLOT_SCALAR={SCALARS[slot_dtype]}", rows_in_flight, f"OLD_CHOICES={int(old_choices)}"
-    return Variant("combine", (*defines, *options))
+    choices = f"OLD_CHOICES={int(old_choices)}", f"WEIGHTED={int(weighted)}"
+    return Variant("combine", (*defines, f"SLOT_SCALAR={SCALARS[slot_dtype]}", rows_in_flight, *choices))
 
 
-def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant:
+def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int, weighted: bool = True) -> Variant:
     """The compilation behind rows of the output's own dtype, for many tokens."""
-    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS, old_choices=False)
+    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS, old_choices=False, weighted=weighted)
 
 
 def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
@@ -51,17 +52,19 @@ def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int]:
+def _plan(
+    dtype: torch.dtype, columns: int, aligned: bool, top_k: int, weighted: bool, device: int
+) -> tuple[Kernel, int]:
     """The kernel, and the blocks of a row."""
     width = vector_width(dtype, columns, aligned)
-    run = kernel(rows_variant(dtype, columns, width, top_k), "combine", device, dependent=True)
+    run = kernel(rows_variant(dtype, columns, width, top_k, weighted), "combine", device, dependent=True)
     return run, _blocks(columns, width, _MANY_TOKENS)
 
 
 def combine(
     expert_output: torch.Tensor,
     slot_of_pair: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    top_k_weights: torch.Tensor | None,
     output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``output[t] = sum over k of top_k_weights[t, k] * expert_output[slot_of_pair[t, k]]``, ``[T, H]``.
@@ -69,7 +72,7 @@ def combine(
     Args:
         expert_output: ``[T * K, H]`` in expert order, contiguous.
         slot_of_pair: ``[T, K]`` int32 of :class:`SortedPairs`, at least one token.
-        top_k_weights: ``[T, K]`` float32, contiguous.
+        top_k_weights: ``[T, K]`` float32, contiguous; None: all of them 1.
         output: ``[T, H]``, contiguous, the dtype of ``expert_output``; None: a new tensor.
     """
     num_tokens, top_k = slot_of_pair.shape
@@ -77,14 +80,15 @@ def combine(
     if output is None:
         output = expert_output.new_empty((num_tokens, columns))
     device, address = output.device.index, expert_output.data_ptr()
-    run, blocks = _plan(output.dtype, columns, (address | output.data_ptr()) % 16 == 0, top_k, device)
+    aligned, weighted = (address | output.data_ptr()) % 16 == 0, top_k_weights is not None
+    run, blocks = _plan(output.dtype, columns, aligned, top_k, weighted, device)
     run(
         (num_tokens, blocks),
         _MANY_TOKENS[1],
         current_stream(device),
         address,
         slot_of_pair.data_ptr(),
-        top_k_weights.data_ptr(),
+        0 if top_k_weights is None else top_k_weights.data_ptr(),
         output.data_ptr(),
     )
     return output

@@ -160,6 +160,8 @@ class Shape:
     """Whether down_proj is ``[E, I, H]`` in memory, and not ``[E, H, I]``."""
     has_gate_up_bias: bool = False
     has_down_bias: bool = False
+    keeps_gate_up: bool = False
+    """Whether the gate_up projection also stores what the activation is applied to."""
 
     @property
     def up(self) -> Tile:

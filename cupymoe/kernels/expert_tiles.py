@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.tensor_map import tensor_map
 
 THREADS = 384
 BLOCK_K = 64
@@ -36,14 +38,20 @@ _TILES_FROM = 32
 # for (1, 2), (1, 3) and (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and
 # 1248; 384 take 1340, 1360 and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
+# Of the gate_up projection with an adapter: at Gemma 4's sizes and rank 16 on an H200 (2, 2) takes 609 us at 4096
+# tokens where (1, 3) takes 800 and (1, 2) 789, and 1911 at 16384 where these take 2326 and 2264.
+_ADAPTER_CUT = 2, 2
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
 # Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
 # and two blocks store wider rows.
 _SHALLOW = 512
-# From the first of these to the second, one block is faster than two where an expert has many slots.
+# From the first of these to the second, one block is faster than two where an expert has many slots. Of a transposed
+# weight two blocks with three products are: on an H200 the way back through gate_up at Gemma 4's sizes and 16384 tokens
+# takes 1694 to 1740 us, with one block 1804 to 1880.
 _LONE_FROM, _LONE_UP_TO = 1024, 8192
 # Weight rows of the down projection's products, by its cut; of a cut that is not here, best_width chooses.
+_DOWN_BACK_WIDTH = 128  # leaves the registers that its epilogue loads gate_up into
 _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
 
 
@@ -65,14 +73,21 @@ def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
     return chosen
 
 
-def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int) -> tuple[int, int]:
+def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int, transposed: bool) -> tuple[int, int]:
     """The same for the down projection, given the gate_up projection's."""
     if gate_up_cut == (1, 2):
         return 1, 2
     if intermediate_size < _SHALLOW:
         return 2, 3
     is_lone = gate_up_cut == (2, 2) and _LONE_FROM <= intermediate_size <= _LONE_UP_TO
-    return (1, 2) if is_lone else gate_up_cut
+    if is_lone:
+        return (2, 3) if transposed else (1, 2)
+    return gate_up_cut
+
+
+def down_back_cut(gate_up_cut: tuple[int, int]) -> tuple[int, int]:
+    """The same for the way back through the down projection, whose epilogue needs the registers of a third product."""
+    return (2, 2) if gate_up_cut == (1, 3) else gate_up_cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +158,11 @@ class TileShape:
     """Whether down_proj is ``[E, I, H]`` in memory, and not ``[E, H, I]``."""
     has_gate_up_bias: bool = False
     has_down_bias: bool = False
+    keeps_gate_up: bool = False
+    """Whether the gate_up projection also stores what the activation is applied to."""
+    gate_up_rank: int = 0
+    """Of an adapter of gate_up_proj, a multiple of 16; 0 without one."""
+    down_rank: int = 0
 
     @property
     def gate_up_rows(self) -> int:
@@ -157,20 +177,41 @@ class TileShape:
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        cut = self.blocks, self.products
+        cut = _ADAPTER_CUT if self.gate_up_rank else (self.blocks, self.products)
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
         return tiling(*cut, best_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
-        cut = down_cut((self.blocks, self.products), self.intermediate_size)
+        cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
         width = _DOWN_WIDTHS.get(cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts)
 
+    @property
+    def up_back(self) -> TileShape:
+        """Of the way back through the gate_up projection: a down projection as deep as gate_up has rows, on the
+        transposed weight."""
+        return tile_shape_of(
+            self.blocks,
+            self.products,
+            self.dtype,
+            self.activation,
+            self.num_experts,
+            self.hidden_size,
+            self.gate_up_rows,
+            down_transposed=not self.gate_up_transposed,
+            down_rank=self.gate_up_rank,
+        )
+
+    @property
+    def down_back(self) -> Tiling:
+        """Of the way back through the down projection."""
+        return tiling(*down_back_cut((self.blocks, self.products)), _DOWN_BACK_WIDTH, self.num_experts)
+
     def defines(self) -> tuple[str, ...]:
-        """The macros that both GEMMs share."""
+        """The macros that the GEMMs share."""
         return (
             f"SCALAR={SCALARS[self.dtype]}",
             f"NUM_EXPERTS={self.num_experts}",
@@ -180,6 +221,22 @@ class TileShape:
 
 
 tile_shape_of = functools.cache(TileShape)
+
+
+class AdapterStep(NamedTuple):
+    """What the tiles add to a product for an adapter: ``low @ factor[e].T``, before anything is rounded."""
+
+    low: torch.Tensor
+    """``[T * K, R]`` of ``lora_shrink``, in expert order."""
+    factor: torch.Tensor
+    """``[E, rows, R]``, 16-byte aligned; contiguous or transposed, as the weight is."""
+
+
+def slot_map(rows: torch.Tensor) -> tuple[int, ...]:
+    """Of rows in expert order; boxes of 64 of them and ``BLOCK_K`` columns."""
+    slots, columns = rows.shape
+    row = columns * rows.element_size()
+    return tensor_map(rows.data_ptr(), rows.dtype, (columns, slots), (row,), (BLOCK_K, 64))
 
 
 def transposed_boxes(

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid, transposed_boxes
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -23,6 +23,7 @@ def variant(shape: TileShape) -> Variant:
             *shape.down.defines(),
             f"TRANSPOSED={int(shape.down_transposed)}",
             f"HAS_BIAS={int(shape.has_down_bias)}",
+            f"LOW_RANK={shape.down_rank}",
         ),
     )
 
@@ -36,34 +37,30 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.down.shared_bytes,
         dependent=True,
-        tensor_maps=2,
+        tensor_maps=4 if shape.down_rank else 2,
     )
     return run, grid(shape.down, device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _down_map(address: int, shape: TileShape) -> tuple[int, ...]:
-    """Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source.
+def _down_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
+    """Of down_proj, or of an adapter's factor, whose ``depth`` is its rank.
+
+    Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source.
 
     Of a transposed weight boxes of 64 of its columns.
     """
     if shape.down_transposed:
-        sizes = (shape.num_experts, shape.intermediate_size, shape.hidden_size)
+        sizes = (shape.num_experts, depth, shape.hidden_size)
         return tensor_map(address, shape.dtype, *transposed_boxes(*sizes, halves=1, itemsize=shape.dtype.itemsize))
-    row = shape.intermediate_size * shape.dtype.itemsize
+    row = depth * shape.dtype.itemsize
     return tensor_map(
         address,
         shape.dtype,
-        sizes=(shape.intermediate_size, 2, 4, 2, shape.num_experts * shape.hidden_size // 16),
+        sizes=(depth, 2, 4, 2, shape.num_experts * shape.hidden_size // 16),
         strides=(row, 4 * row, 2 * row, 16 * row),
         box=(BLOCK_K, 2, 4, 2, shape.down.block_n // 16),
     )
-
-
-def _intermediate_map(intermediate: torch.Tensor) -> tuple[int, ...]:
-    slots, columns = intermediate.shape
-    row = columns * intermediate.element_size()
-    return tensor_map(intermediate.data_ptr(), intermediate.dtype, (columns, slots), (row,), (BLOCK_K, 64))
 
 
 def experts_down_wgmma(
@@ -72,15 +69,20 @@ def experts_down_wgmma(
     pairs: SortedPairs,
     shape: TileShape,
     bias: torch.Tensor | None = None,
+    adapter: AdapterStep | None = None,
+    ticket: int = 1,
 ) -> torch.Tensor:
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
     Args:
-        intermediate: ``[T * K, I]`` that ``experts_up_wgmma`` gave, in the launch just before this one.
+        intermediate: ``[T * K, I]`` that ``experts_up_wgmma`` gave, in the launch just before this one, or before
+            ``lora_shrink``.
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
             ``transpose(1, 2)`` of a contiguous tensor.
-        pairs: the sorted pairs; takes its second ticket counter.
+        pairs: the sorted pairs.
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
+        adapter: of down_proj, where ``shape.down_rank``, else None.
+        ticket: which of the ticket counters of ``pairs`` it takes.
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
@@ -89,10 +91,12 @@ def experts_down_wgmma(
         blocks,
         THREADS,
         current_stream(device),
-        *_down_map(down_proj.data_ptr(), shape),
-        *_intermediate_map(intermediate),
+        *_down_map(down_proj.data_ptr(), shape, shape.intermediate_size),
+        *slot_map(intermediate),
+        *(() if adapter is None else slot_map(adapter.low)),
+        *(() if adapter is None else _down_map(adapter.factor.data_ptr(), shape, shape.down_rank)),
         pairs.expert_offsets.data_ptr(),
-        pairs.tickets.data_ptr() + 4,
+        pairs.tickets.data_ptr() + 4 * ticket,
         expert_output.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )

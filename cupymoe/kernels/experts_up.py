@@ -25,6 +25,7 @@ def variant(shape: Shape) -> Variant:
             f"INTERLEAVED={int(shape.activation.is_interleaved)}",
             f"TRANSPOSED={int(shape.gate_up_transposed)}",
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
+            f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
         ),
     )
 
@@ -45,6 +46,7 @@ def experts_up(
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
+    gate_up: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -56,6 +58,7 @@ def experts_up(
         shape: of the call.
         workspace: of the call; after :func:`plan_experts` unless ``shape.regime.inline_pairs``.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
+        gate_up: ``[T * K, 2 I]`` or ``[T * K, I]``, written in expert order where ``shape.keeps_gate_up``, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -73,4 +76,5 @@ def experts_up(
         workspace.intermediate,
         top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
+        0 if gate_up is None else gate_up.data_ptr(),
     )

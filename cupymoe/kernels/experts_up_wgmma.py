@@ -8,7 +8,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, TileShape, grid, transposed_boxes
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -28,6 +28,8 @@ def variant(shape: TileShape) -> Variant:
             f"INTERLEAVED={int(activation.is_interleaved)}",
             f"TRANSPOSED={int(shape.gate_up_transposed)}",
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
+            f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
+            f"LOW_RANK={shape.gate_up_rank}",
         ),
     )
 
@@ -41,29 +43,31 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.up.shared_bytes,
         dependent=True,
-        tensor_maps=1,
+        tensor_maps=3 if shape.gate_up_rank else 1,
     )
     return run, grid(shape.up, device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _gate_up_map(address: int, shape: TileShape) -> tuple[int, ...]:
-    """Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...
+def _gate_up_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
+    """Of gate_up_proj, or of an adapter's factor, whose ``depth`` is its rank.
+
+    Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...
 
     Of an ungated weight a box is simply the rows in their order; of a transposed weight 64 of its columns, or 64 gate
     columns and the 64 up columns for the same outputs.
     """
-    hidden, rows, halves = shape.hidden_size, shape.gate_up_rows, shape.gate_up_halves
+    rows, halves = shape.gate_up_rows, shape.gate_up_halves
     if shape.gate_up_transposed:
-        boxes = transposed_boxes(shape.num_experts, hidden, rows, halves, shape.dtype.itemsize)
+        boxes = transposed_boxes(shape.num_experts, depth, rows, halves, shape.dtype.itemsize)
         return tensor_map(address, shape.dtype, *boxes)
-    row = hidden * shape.dtype.itemsize
+    row = depth * shape.dtype.itemsize
     inputs = rows // shape.intermediate_size  # gate and up, or one
     next_column, next_input = (inputs * row, row) if shape.activation.is_interleaved else (row, rows // inputs * row)
     return tensor_map(
         address,
         shape.dtype,
-        sizes=(hidden, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
+        sizes=(depth, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
         strides=(next_column, next_input, 8 * next_column, rows * row),
         box=(BLOCK_K, 8, inputs, shape.up.block_n // (8 * inputs), 1),
     )
@@ -75,6 +79,8 @@ def experts_up_wgmma(
     pairs: SortedPairs,
     shape: TileShape,
     bias: torch.Tensor | None = None,
+    gate_up: torch.Tensor | None = None,
+    adapter: AdapterStep | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -84,6 +90,8 @@ def experts_up_wgmma(
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
         pairs: the sorted pairs; takes its first ticket counter.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
+        gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
+        adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
@@ -92,12 +100,15 @@ def experts_up_wgmma(
         blocks,
         THREADS,
         current_stream(device),
-        *_gate_up_map(gate_up_proj.data_ptr(), shape),
+        *_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),
+        *(() if adapter is None else slot_map(adapter.low)),
+        *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
         hidden_states.data_ptr(),
         pairs.expert_offsets.data_ptr(),
         pairs.token_of_slot.data_ptr(),
         pairs.tickets.data_ptr(),
         intermediate.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if gate_up is None else gate_up.data_ptr(),
     )
     return intermediate

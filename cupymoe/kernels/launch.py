@@ -12,12 +12,17 @@ import torch
 
 from cupymoe.kernels.cupy_import import import_cupy
 
-_MAX_WORDS = 48
+_MAX_WORDS = 80
 MAP_BYTES = 128
 _PACK = [struct.Struct(f"{count}Q").pack_into for count in range(_MAX_WORDS + 1)]
 # enum values of cuda.h
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
+
+
+def word_of(value: float) -> int:
+    """A float32 as a parameter of a kernel: its bits, which ``__uint_as_float`` takes."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 class _Attribute(ctypes.Structure):

@@ -15,6 +15,7 @@ from cupymoe.kernels.launch import Kernel
 PAIRS_PER_BLOCK = 1024
 FEW_PAIRS = 8192
 MAX_EXPERTS = 1024
+TICKETS = 3
 MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
 
 
@@ -37,7 +38,9 @@ class SortedPairs(NamedTuple):
     slot_of_pair: torch.Tensor
     """``[T, K]`` int32; -1 for a masked pair."""
     tickets: torch.Tensor
-    """``[2]`` int32 zeros, from which two later kernels count the work that they hand out."""
+    """``[TICKETS]`` int32 zeros, from each of which a later kernel counts the work that it hands out."""
+    weight_of_slot: torch.Tensor | None
+    """``[T * K]`` float32; undefined from ``expert_offsets[E]`` on. None where no weights were given."""
 
 
 class Block(NamedTuple):
@@ -56,7 +59,7 @@ def block_of(num_pairs: int, num_experts: int) -> Block:
     return Block(PAIRS_PER_BLOCK // 2 if few else PAIRS_PER_BLOCK, 16)
 
 
-def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block) -> Variant:
+def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block, has_weights: bool = False) -> Variant:
     """The compilation for one number of experts and of choices, and one size of a block."""
     return Variant(
         "sort_by_expert",
@@ -66,40 +69,54 @@ def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block
             f"TOP_K={top_k}",
             f"WARPS={block.warps}",
             f"PAIRS_PER_BLOCK={block.pairs}",
+            f"TICKETS={TICKETS}",
+            f"HAS_WEIGHTS={int(has_weights)}",
         ),
     )
 
 
 @functools.cache
 def _kernel(
-    entry: str, index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block, device: int, dependent: bool
+    entry: str,
+    index_dtype: torch.dtype,
+    num_experts: int,
+    top_k: int,
+    block: Block,
+    has_weights: bool,
+    device: int,
+    dependent: bool,
 ) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, top_k, block), entry, device, dependent=dependent)
+    return kernel(variant(index_dtype, num_experts, top_k, block, has_weights), entry, device, dependent=dependent)
 
 
-def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
+def sort_by_expert(
+    top_k_index: torch.Tensor, num_experts: int, top_k_weights: torch.Tensor | None = None
+) -> SortedPairs:
     """Stable order of the pairs by expert. One launch up to 1024 pairs, two beyond.
 
     Args:
         top_k_index: ``[T, K]`` int32 or int64, contiguous, at least one pair; an index outside ``[0, num_experts)``
             is masked.
+        top_k_weights: ``[T, K]`` float32, contiguous, where each slot's is wanted.
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
     # One allocation for the four: they live and die together.
-    sizes = [num_experts + 1, num_pairs, num_pairs, 2]
+    sizes = [num_experts + 1, num_pairs, num_pairs, TICKETS]
     buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
     expert_offsets, token_of_slot, slot_of_pair, tickets = buffer.split_with_sizes(sizes)
     block = block_of(num_pairs, num_experts)
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
     block_counts = 0
+    has_weights = top_k_weights is not None
+    weight_of_slot = None if top_k_weights is None else top_k_weights.new_empty(num_pairs)
     if blocks > 1:
         counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, device, True)(
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, True)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, device, blocks > 1)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, blocks > 1)(
         (blocks, 1),
         threads,
         stream,
@@ -110,5 +127,7 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> SortedPairs:
         slot_of_pair.data_ptr(),
         tickets.data_ptr(),
         num_pairs,
+        0 if top_k_weights is None else top_k_weights.data_ptr(),
+        0 if weight_of_slot is None else weight_of_slot.data_ptr(),
     )
-    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets)
+    return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets, weight_of_slot)

@@ -1,5 +1,6 @@
 """The tiles without a GPU: rings, bounds, and the order in which the maps bring weight rows."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.kernels import expert_tiles, experts_down_wgmma, experts_up_wgmma
+from cupymoe.kernels import expert_tiles, experts_down_back_wgmma, experts_down_wgmma, experts_up_wgmma
 from cupymoe.kernels.expert_tiles import CUTS, prefers_tiles, tile_shape_of
 from cupymoe.kernels.load import Load
 from tests.helpers import compiled
@@ -64,8 +65,14 @@ def test_rings_fit_a_multiprocessor(cut, sizes):
 
 def assert_compiles(its_shape):
     """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
-    for source in (experts_up_wgmma, experts_down_wgmma):
-        report = compiled(source.variant(its_shape), "sm_90a")
+    for variant in (
+        experts_up_wgmma.variant(its_shape),
+        experts_up_wgmma.variant(replace(its_shape, keeps_gate_up=True)),
+        experts_down_wgmma.variant(its_shape),
+        experts_down_wgmma.variant(its_shape.up_back),
+        experts_down_back_wgmma.variant(its_shape, stores_weighted=True),
+    ):
+        report = compiled(variant, "sm_90a")
         assert report.spill_bytes <= 64, report.log
         assert "warning" not in report.log, report.log
         assert "C75" not in report.log, report.log
@@ -114,7 +121,7 @@ def test_few_experts_get_tiles_that_fill_their_waves():
 
 def test_the_down_projection_has_a_cut_of_its_own():
     """By its depth: a tensor-parallel slice, Gemma 4, GLM 4.5 Air, Mixtral."""
-    cuts = {cut: [expert_tiles.down_cut(cut, size) for size in (352, 704, 1408, 14336)] for cut in CUTS}
+    cuts = {cut: [expert_tiles.down_cut(cut, size, False) for size in (352, 704, 1408, 14336)] for cut in CUTS}
     assert cuts == {
         (2, 2): [(2, 3), (2, 2), (1, 2), (2, 2)],
         (1, 3): [(2, 3), (1, 3), (1, 3), (1, 3)],
@@ -171,7 +178,7 @@ def test_gate_and_up_rows_come_in_turn(maps, activation, cut, sizes):
     _, hidden, intermediate = sizes
     block_n, expert = its_shape.up.block_n, sizes[0] - 1
     for part in range(-(-2 * intermediate // block_n)):
-        rows = rows_of_box(maps["up"](0, its_shape), (0, 0, part * (block_n // 16), expert), 2 * hidden)
+        rows = rows_of_box(maps["up"](0, its_shape, hidden), (0, 0, part * (block_n // 16), expert), 2 * hidden)
         expected = []
         for eight in range(part * (block_n // 16), (part + 1) * (block_n // 16)):
             for half in range(2):
@@ -188,7 +195,7 @@ def test_rows_of_ungated_experts_come_as_they_lie(maps, cut, sizes):
     _, hidden, intermediate = sizes
     block_n, expert = its_shape.up.block_n, sizes[0] - 1
     for part in range(-(-intermediate // block_n)):
-        rows = rows_of_box(maps["up"](0, its_shape), (0, 0, part * (block_n // 8), expert), 2 * hidden)
+        rows = rows_of_box(maps["up"](0, its_shape, hidden), (0, 0, part * (block_n // 8), expert), 2 * hidden)
         columns = range(part * block_n, (part + 1) * block_n)
         assert rows == [expert * intermediate + column if column < intermediate else None for column in columns]
 
@@ -216,8 +223,8 @@ def test_boxes_of_transposed_weights(maps, activation, cut, sizes):
     num_experts, hidden, intermediate = sizes
     halves = 2 if activation is SILU else 1
     columns = activation.input_size(intermediate) // halves
-    check_transposed_box(maps["up"](0, its_shape), columns, hidden, halves, num_experts)
-    check_transposed_box(maps["down"](0, its_shape), hidden, intermediate, 1, num_experts)
+    check_transposed_box(maps["up"](0, its_shape, hidden), columns, hidden, halves, num_experts)
+    check_transposed_box(maps["down"](0, its_shape, intermediate), hidden, intermediate, 1, num_experts)
     assert its_shape.up.block_n % (64 * halves) == 0
     assert its_shape.down.block_n % 64 == 0
 
@@ -231,7 +238,7 @@ def test_down_rows_come_so_that_a_lane_has_four_neighbours(maps, cut, sizes):
     block_n, expert = its_shape.down.block_n, num_experts - 1
     for part in range(-(-hidden // block_n)):
         start = (0, 0, 0, expert * (hidden // 16) + part * (block_n // 16))
-        rows = rows_of_box(maps["down"](0, its_shape), start, 2 * intermediate)
+        rows = rows_of_box(maps["down"](0, its_shape, intermediate), start, 2 * intermediate)
         for sixteen in range(block_n // 16):
             first = expert * hidden + part * block_n + 16 * sixteen
             for quad in range(4):

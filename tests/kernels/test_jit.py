@@ -13,7 +13,7 @@ from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.arch import ARCHITECTURES
-from cupymoe.kernels.expert_tiles import CUTS, down_cut
+from cupymoe.kernels.expert_tiles import CUTS, down_back_cut, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
 from tests.helpers import WITH_PARAMETERS, compiled, run_python
@@ -53,17 +53,20 @@ def defines_in_catalog(source, *names):
 
 
 def test_catalog_holds_every_cut():
-    for source, cut_of in (
-        ("experts_up_wgmma", lambda cut, intermediate: cut),
-        ("experts_down_wgmma", lambda cut, intermediate: down_cut(cut, intermediate)),
-    ):
-        cuts = {
-            (scalar, str(intermediate), *map(str, cut_of(cut, intermediate)))
-            for scalar in ("bf16", "fp16")
-            for intermediate in (704, 176)
-            for cut in CUTS
-        }
-        assert defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS") == cuts
+    """The way back through gate_up is a down projection as deep as gate_up has rows, of the transposed weight."""
+    sizes = [*product(("bf16", "fp16"), (704, 176), CUTS)]
+    expected = {
+        "experts_up_wgmma": {(scalar, size, *cut) for scalar, size, cut in sizes},
+        "experts_down_wgmma": {
+            (scalar, depth, *down_cut(cut, depth, transposed))
+            for scalar, size, cut in sizes
+            for depth, transposed in ((size, False), (2 * size, True))
+        },
+        "experts_down_back_wgmma": {(scalar, size, *down_back_cut(cut)) for scalar, size, cut in sizes},
+    }
+    for source, cuts in expected.items():
+        held = defines_in_catalog(source, "SCALAR", "INTERMEDIATE", "BLOCKS", "PRODUCTS")
+        assert held >= {tuple(map(str, each)) for each in cuts}, source
 
 
 @pytest.mark.parametrize("suffix", ["", "_wgmma"])
@@ -121,7 +124,9 @@ def test_a_limit_beyond_float32_is_no_define():
 def test_hopper_alone_has_the_experts():
     everywhere = tuple(arch.name for arch in ARCHITECTURES)
     hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != everywhere}
-    assert hopper == {"plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma"}
+    training = {"experts_down_back_wgmma", "experts_outer_wgmma", "sum_parts", "lora_shrink", "lora_outer"}
+    forward = {"plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma"}
+    assert hopper == forward | training
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
 
 

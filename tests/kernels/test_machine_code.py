@@ -38,7 +38,9 @@ def copying_variants() -> Iterator[Variant]:
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
-    yield from (each for each in catalog.variants() if each.source == "experts_up_wgmma")  # every kind of experts
+    # Of the first, every kind of experts.
+    sources = ("experts_up_wgmma", "experts_down_back_wgmma", "experts_outer_wgmma", "lora_shrink", "lora_outer")
+    yield from (each for each in catalog.variants() if each.source in sources)
 
 
 def first_of_each_source(variants: Iterable[Variant]):
@@ -66,8 +68,12 @@ FRESH_FROM = {
     "count_by_expert": "ACQBULK",
     "experts_down": "CCTL.IVALL",
     "experts_down_wgmma": "CCTL.IVALL",
+    "experts_outer_wgmma": "ACQBULK",
     "experts_up": "ACQBULK",
     "experts_up_wgmma": "ACQBULK",
+    "lora_outer": "ACQBULK",
+    "lora_shrink": "ACQBULK",
+    "pack_adapter": "ACQBULK",
     "plan_experts": "ACQBULK",
     "route": "ACQBULK",
     "router_logits": "ACQBULK",

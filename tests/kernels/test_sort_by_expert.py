@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cupymoe.kernels.sort_by_expert import FEW_PAIRS, PAIRS_PER_BLOCK, sort_by_expert
+from cupymoe.kernels.sort_by_expert import FEW_PAIRS, PAIRS_PER_BLOCK, TICKETS, sort_by_expert
 from tests.helpers import poison_free_memory
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,8 @@ INDEX_DTYPES = [torch.int32, torch.int64]
 
 
 def check(index, num_experts):
-    pairs = sort_by_expert(index, num_experts)
+    weights = torch.rand(index.shape, device=index.device)
+    pairs = sort_by_expert(index, num_experts, weights)
     flat = index.flatten().long()
     valid = (flat >= 0) & (flat < num_experts)
     key = torch.where(valid, flat, num_experts)
@@ -29,7 +30,11 @@ def check(index, num_experts):
     slot_of_pair[order[:kept]] = torch.arange(kept, device=index.device)
     assert torch.equal(pairs.slot_of_pair.long(), slot_of_pair.view(index.shape))
     assert torch.equal(pairs.token_of_slot[:kept].long(), order[:kept] // index.shape[1])
-    assert all(tensor.dtype == torch.int32 for tensor in pairs)
+    assert torch.equal(pairs.weight_of_slot[:kept], weights.flatten()[order[:kept]])
+    assert pairs.tickets.tolist() == [0] * TICKETS
+    without_weights = sort_by_expert(index, num_experts)
+    assert without_weights.weight_of_slot is None
+    assert torch.equal(without_weights.slot_of_pair, pairs.slot_of_pair)
 
 
 def random_index(num_pairs, num_experts, top_k, dtype):
@@ -71,9 +76,10 @@ def test_empty_experts(num_tokens):
 def test_same_bits_every_time(num_pairs):
     """Whatever lay in the memory that the results are written to."""
     index = random_index(num_pairs, 128, 8, torch.int64)
-    first = sort_by_expert(index, 128)
+    weights = torch.rand(index.shape, device="cuda")
+    first = sort_by_expert(index, 128, weights)
     for byte in (0x00, 0x7F, 0xFF):
         poison_free_memory(byte)
-        again = sort_by_expert(index, 128)
+        again = sort_by_expert(index, 128, weights)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     check(index, 128)
