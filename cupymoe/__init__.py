@@ -17,6 +17,7 @@ from cupymoe.functional import (
 from cupymoe.kernels.bridge import as_cupy, as_torch
 from cupymoe.lora import LowRank
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
+from cupymoe.training import accumulate_in_float32, selective_checkpoint_contexts, set_keep
 from cupymoe.warmup import warmup
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "MoEActivation",
     "MoEExperts",
     "SlowWarning",
+    "accumulate_in_float32",
     "apply_moe_activation",
     "as_cupy",
     "as_torch",
@@ -42,5 +44,7 @@ __all__ = [
     "lora_experts",
     "moe_activation",
     "route",
+    "selective_checkpoint_contexts",
+    "set_keep",
     "warmup",
 ]

@@ -108,21 +108,23 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check_settings(expert_map: object, numerics: str, keep: str) -> None:
     """What a call of the experts asks for is served, or refused by name."""
-    if expert_map is None and numerics == "fast" and keep == "input":
+    if expert_map is None and numerics == "fast" and (keep == "gate_up" or keep == "input"):
         return  # what most calls ask for, at a tenth of what the loop costs
     if expert_map is not None:
         raise ValueError(
             "expert_map is not served yet: give top_k_index in local experts, with -1 for those of other devices"
         )
-    for name, given, served, coming in (
-        ("numerics", numerics, "fast", "invariant"),
-        ("keep", keep, "input", "gate_up"),
-    ):
-        if given == served:
-            continue
-        if given == coming:
-            raise ValueError(f"{name}={coming!r} is not served yet: {name}={served!r} is")
-        raise ValueError(f"{name} must be {served!r} or {coming!r}, got {given!r}")
+    if numerics == "invariant":
+        raise ValueError("numerics='invariant' is not served yet: numerics='fast' is")
+    if numerics != "fast":
+        raise ValueError(f"numerics must be 'fast' or 'invariant', got {numerics!r}")
+    check_keep(keep)
+
+
+def check_keep(keep: object) -> None:
+    """What a call that will be differentiated keeps is one of the two that it can."""
+    if keep not in ("gate_up", "input"):
+        raise ValueError(f"keep must be 'gate_up' or 'input', got {keep!r}")
 
 
 def check_global_num_experts(given: int, num_experts: int) -> None:
@@ -149,7 +151,7 @@ def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
 
 
 def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
-    """The factors of an adapter of ``weight``: shapes, device and dtype of it, and plain tensors."""
+    """An adapter of ``weight``: a number, and plain tensors of its shapes and device, each of its dtype or float32."""
     if not isinstance(adapter, LowRank):
         raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
     a, b, base = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b), describe("weight", weight)
@@ -158,7 +160,9 @@ def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
     check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
     for part, given in (("a", a), ("b", b)):
         _check_plain(f"{name}.{part}", given)
-        check_same(f"{name}.{part}", given, "hidden_states", base, dtype=True)
+        check_same(f"{name}.{part}", given, "hidden_states", base, dtype=given.dtype != torch.float32)
+    if not isinstance(adapter.scaling, int | float | torch.SymFloat) or isinstance(adapter.scaling, bool):
+        raise TypeError(f"{name}.scaling must be a number, got {type(adapter.scaling).__name__}")
 
 
 def check_experts(

@@ -9,6 +9,7 @@ from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
+from cupymoe.checks import check_keep
 from cupymoe.config import check_size
 from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts
@@ -62,13 +63,14 @@ class MoEExperts(nn.Module):
         top_k: how many experts a token goes to. Calls have as many as their indices say; :func:`cupymoe.warmup` and
             :func:`cupymoe.explain` need to know it.
         backend: who computes; see :func:`cupymoe.fused_experts`.
+        keep: what a call keeps for its gradients; see :func:`cupymoe.fused_experts`.
         dtype: bfloat16, float16, float32 or float64; None: torch's default.
         device: of the parameters; None: torch's default.
 
     Raises:
         TypeError: ``activation`` is neither a member nor a string, or ``bias`` or ``transposed`` is no bool.
         ValueError: a size is not a positive integer, ``top_k`` is more than ``num_experts``, ``dtype`` is none of the
-            four, or there is no such activation or backend.
+            four, ``keep`` neither ``"gate_up"`` nor ``"input"``, or there is no such activation or backend.
     """
 
     gate_up_proj: nn.Parameter
@@ -92,6 +94,7 @@ class MoEExperts(nn.Module):
         transposed: bool = False,
         top_k: int | None = None,
         backend: str = "auto",
+        keep: str = "gate_up",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -109,9 +112,11 @@ class MoEExperts(nn.Module):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {[*DTYPES]} or None, got {dtype}")
         check_name(backend)
+        check_keep(keep)
         self.activation = activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
         self.top_k = top_k
         self.backend = backend
+        self.keep = keep
         self.has_bias = bias
         self.is_transposed = transposed
         """Transformers' name: PEFT asks for it."""
@@ -162,4 +167,5 @@ class MoEExperts(nn.Module):
             backend=self.backend,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            keep=self.keep,
         )

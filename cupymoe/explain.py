@@ -89,7 +89,7 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, top_k: int
             break
         reason = backend.unsupported_reason(call, direction)
         reasons[other] = f"backend={name!r} was asked for" if reason is None else reason
-    return Explanation(path, tokens, direction, taken.name, taken.way(call), "plain", reasons)
+    return Explanation(path, tokens, direction, taken.name, taken.way(call, direction), "plain", reasons)
 
 
 def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[str, ExpertsCall]:
@@ -114,7 +114,7 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
         intermediate_size=intermediate_size,
         aligned_hidden_states=True,
         aligned_weights=all(_is_aligned(weight) for weight in (gate_up_proj, down_proj)),
-        adapters=caller is not experts and _is_low_rank(caller),
+        adapter_rank=0 if caller is experts else _low_rank(caller),
         gate_up_transposed=not gate_up_proj.is_contiguous(),
         down_transposed=not down_proj.is_contiguous(),
         has_bias=gate_up_bias is not None,
@@ -125,10 +125,10 @@ def _is_aligned(weight: torch.Tensor) -> bool:
     return weight.is_meta or weight.data_ptr() % 16 == 0
 
 
-def _is_low_rank(caller: nn.Module) -> bool:
-    """Whether a wrapper of PEFT computes its adapters unmerged."""
+def _low_rank(caller: nn.Module) -> int:
+    """The largest rank of the adapters that a wrapper of PEFT computes unmerged; 0 if it merges them."""
     try:
         from cupymoe.integrations.peft import ParamWrapper
     except ImportError:
-        return False
-    return isinstance(caller, ParamWrapper)
+        return 0
+    return caller.largest_rank() if isinstance(caller, ParamWrapper) else 0

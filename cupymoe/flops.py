@@ -92,6 +92,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "router_logits": _router_logits,
     "router_logits_backward": _router_logits_backward,
     "fused_experts": _fused_experts,
+    "fused_experts_keeping": _fused_experts,
     "fused_experts_out": _fused_experts,
     "fused_experts_backward": _fused_experts_backward,
 }

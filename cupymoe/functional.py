@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cupymoe import ops
@@ -155,7 +157,7 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     numerics: str = "fast",
-    keep: str = "input",
+    keep: str = "gate_up",
 ) -> torch.Tensor:
     """``output[t] = sum over k of w[t, k] * down[e] @ act(gate_up[e] @ x[t])`` with ``e = top_k_index[t, k]``.
 
@@ -187,8 +189,10 @@ def fused_experts(
         global_num_experts: how many experts ``top_k_index`` chooses from where only E of them are here, and most pairs
             are masked; None: E. It changes no result, only what the kernels are chosen for.
         numerics: ``"fast"``; ``"invariant"`` is not served yet.
-        keep: what a call that will be differentiated keeps for it: ``"input"``, its arguments alone, from which the
-            backward computes the rest again; ``"gate_up"`` is not served yet.
+        keep: what a call that will be differentiated keeps for it beside its arguments: ``"gate_up"``, what the
+            activation is applied to, ``[T * K, 2I]`` in the dtype of ``hidden_states``; or ``"input"``, nothing, and
+            the backward computes gate_up again. Off CUDA, in other dtypes than bfloat16 and float16, and by the
+            reference nothing is kept. The output has the same bits.
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
@@ -221,22 +225,50 @@ def fused_experts(
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
         biases = (gate_up_bias, down_bias)
         check_out(out, *tensors, *(bias for bias in biases if bias is not None))
-        settings = (member.value, "plain", numerics, global_num_experts, backend)
+        settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_NOT_SERVED, *settings, out)
         return out
+    if torch.is_grad_enabled() and _keeps_gate_up(
+        keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
+    ):
+        settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
+        tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+        return _output_of_keeping(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_NOT_SERVED, *settings)
     # Each None by itself: to unpack tuples of them would take 0.2 us.
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights,
         None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None,
-        member.value, "plain", numerics, global_num_experts, backend,
+        member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
     )  # fmt: skip
     return output
 
 
-# Of the op's tensors: the factors of both adapters; and scales and zeros of both weights, and the map of experts.
+# Of the op's arguments: the factors of both adapters, and what these are multiplied with; and scales and zeros of both
+# weights, and the map of experts.
 _NO_ADAPTERS = (None,) * 4
+_UNSCALED = (1.0, 1.0)
 _NOT_SERVED = (None,) * 5
+
+
+_KEPT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _keeps_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a call keeps gate_up: a gradient will be asked for, and a backend computes that can use it."""
+    return (
+        keep == "gate_up"
+        and not torch.compiler.is_exporting()  # whoever runs an exported graph asks for no gradient
+        and backend != "reference"
+        and hidden_states.is_cuda
+        and hidden_states.dtype in _KEPT_DTYPES
+        and (hidden_states.requires_grad or any(other is not None and other.requires_grad for other in others))
+    )
+
+
+def _output_of_keeping(*arguments: Any) -> torch.Tensor:
+    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts_keeping.default, *arguments)[0]
+    return output
 
 
 def lora_experts(
@@ -254,19 +286,20 @@ def lora_experts(
     expert_map: torch.Tensor | None = None,
     global_num_experts: int | None = None,
     numerics: str = "fast",
-    keep: str = "input",
+    keep: str = "gate_up",
 ) -> torch.Tensor:
-    """:func:`fused_experts` on ``gate_up_proj + b @ a`` and ``down_proj + b @ a``, which are never formed.
+    """:func:`fused_experts` on weights with ``scaling * b @ a`` added to each, which are never formed.
 
     Args:
-        gate_up_adapter: ``a`` ``[E, r, H]`` and ``b`` ``[E, 2I, r]`` of :class:`cupymoe.LowRank`, any rank and strides,
-            dtype and device of ``hidden_states``; None: no adapter. A rank that is no multiple of 8 is padded to one
-            in every call.
+        gate_up_adapter: ``a`` ``[E, r, H]``, ``b`` ``[E, 2I, r]`` and ``scaling`` of :class:`cupymoe.LowRank`; None: no
+            adapter. Both factors of any rank and strides, on the device of ``hidden_states``, and each of its dtype or
+            of float32. Every call copies them, rounded to the dtype of ``hidden_states``, and so does its backward:
+            autograd keeps only the factors themselves.
         down_adapter: the same for ``down_proj``: ``[E, r, I]`` and ``[E, H, r]``.
 
-    Other arguments, result and errors are as of :func:`fused_experts` with ``backend="auto"``; ``fused`` has no
-    adapters yet. Differentiable with respect to the adapters too; the gradients of the weights are computed only where
-    they are asked for.
+    Other arguments, result and errors are as of :func:`fused_experts` with ``backend="auto"``; ``fused`` has adapters
+    of ranks up to 128. Differentiable with respect to the factors too, whose gradients have their dtypes and strides;
+    the gradients of the weights are computed only where they are asked for.
 
     Raises:
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
@@ -278,17 +311,20 @@ def lora_experts(
     if global_num_experts is not None:
         check_global_num_experts(global_num_experts, down_proj.shape[0])
     adapters: list[torch.Tensor | None] = []
+    scalings: list[float] = []
     for name, adapter, weight in (
         ("gate_up_adapter", gate_up_adapter, gate_up_proj),
         ("down_adapter", down_adapter, down_proj),
     ):
         if adapter is not None:
             check_adapter(name, adapter, weight)
-        # Not +=: torch.compile of torch 2.11 does not add a NamedTuple to a list.
-        adapters.extend((None, None) if adapter is None else adapter.prepared())
+        adapters += (None, None) if adapter is None else (adapter.a, adapter.b)
+        scalings.append(1.0 if adapter is None else adapter.scaling)
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
-    settings = (member.value, "plain", numerics, global_num_experts, "auto")
-    op = torch.ops.cupymoe.fused_experts.default
+    settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
     biases = (gate_up_bias, down_bias)
-    output: torch.Tensor = ops.dispatch(op, *experts[:4], weights, *adapters, *biases, *_NOT_SERVED, *settings)
+    arguments = (*experts[:4], weights, *adapters, *biases, *_NOT_SERVED, *settings)
+    if torch.is_grad_enabled() and _keeps_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
+        return _output_of_keeping(*arguments)
+    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
     return output

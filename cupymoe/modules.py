@@ -193,14 +193,15 @@ class Gemma4Experts(MoEExperts):
     Args:
         config: sizes and activation.
         backend: who computes; see :func:`cupymoe.fused_experts`.
+        keep: what a call keeps for its gradients; see :func:`cupymoe.fused_experts`.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or ``keep`` is neither ``"gate_up"`` nor ``"input"``.
     """
 
     _ungated_name = "gate_up_proj"  # [E, I, H]: Gemma 4's names do not depend on the activation
 
-    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto") -> None:
+    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up") -> None:
         super().__init__(
             config.num_experts,
             config.hidden_size,
@@ -208,6 +209,7 @@ class Gemma4Experts(MoEExperts):
             config.activation,
             top_k=config.top_k_experts,
             backend=backend,
+            keep=keep,
         )
         self.config = config
 
@@ -216,20 +218,21 @@ class Gemma4MoE(nn.Module):
     """Router and experts together.
 
     Parameters: ``router.*`` and ``experts.*`` as above; these are the keys of a Gemma 4 decoder layer's state_dict, and
-    :meth:`load_decoder_layer` takes them out of one.
+    :meth:`load_decoder_layer` takes them out of one. Arguments and errors are as of :class:`Gemma4Experts`.
     """
 
-    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto") -> None:
+    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up") -> None:
         super().__init__()
         self.config = config
         self.router = Gemma4Router(config)
-        self.experts = Gemma4Experts(config, backend)
+        self.experts = Gemma4Experts(config, backend, keep=keep)
 
     @classmethod
-    def from_transformers(cls, decoder_layer: Any, backend: str = "auto") -> Gemma4MoE:
+    def from_transformers(cls, decoder_layer: Any, backend: str = "auto", *, keep: str = "gate_up") -> Gemma4MoE:
         """A module that shares the parameters of a ``Gemma4TextDecoderLayer`` with experts; nothing is copied.
 
-        The activation is the experts' own ``act_fn``, the sizes are those of the parameters.
+        The activation is the experts' own ``act_fn``, the sizes are those of the parameters. ``backend`` and ``keep``
+        are as of :class:`Gemma4Experts`.
 
         Raises:
             ValueError: the layer has no mixture of experts, or an activation that no member means; its router or its
@@ -259,7 +262,7 @@ class Gemma4MoE(nn.Module):
         if activation is not config.activation:
             config = replace(config, hidden_activation=activation.value)
         with torch.device("meta"):
-            module = cls(config, backend)
+            module = cls(config, backend, keep=keep)
         module.router = Gemma4Router._sharing(router, config)
         module.experts.gate_up_proj = experts.gate_up_proj
         module.experts.down_proj = experts.down_proj

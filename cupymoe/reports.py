@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
         **(cupy_import.installed_cupys() or {"cupy": "not installed"}),
         "transformers": "not installed",
     }
-    for package in ("transformers", "vllm", "sglang", "sonic-moe"):
+    for package in ("transformers", "peft", "vllm", "sglang", "sonic-moe"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -16,7 +16,7 @@ from cupymoe.backends.fused import stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
+from cupymoe.integrations import are_experts_set_to_cupymoe, keep_of, sizes_of
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
@@ -27,20 +27,27 @@ from cupymoe.modules import Gemma4MoE, Gemma4Router
 _MAX_TOKENS = 32768
 
 
-def _way(num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[Any, ...]:
+def _way(
+    num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, training: bool
+) -> tuple[Any, ...]:
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     load = Load.of(num_tokens, top_k, num_experts)
+    by_tiles = *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
     if takes_tiles(load, hidden_size):
-        return *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
+        return by_tiles
     if stream_reason(load) is not None:
         return ()  # another backend's
     chosen = regime(load, intermediate_size)
-    return chosen, None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)
+    streamed = chosen, None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)
+    return (*streamed, *by_tiles) if training else streamed  # however few the tokens are, gradients go by tiles
 
 
-def one_of_each_way(num_experts: int, top_k: int, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:
-    """The first number of tokens of every range that kernels are compiled for."""
-    sizes = num_experts, top_k, hidden_size, intermediate_size
+def one_of_each_way(
+    num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, training: bool = False
+) -> tuple[int, ...]:
+    """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
+    too."""
+    sizes = num_experts, top_k, hidden_size, intermediate_size, training
     counts: list[int] = []
 
     def stretch(num_tokens: int) -> tuple[Any, ...]:
@@ -69,10 +76,16 @@ def warmup(
     target: nn.Module | Gemma4MoEConfig,
     num_tokens: Iterable[int] | None = None,
     *,
+    training: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
 ) -> None:
     """Compile and load the kernels that calls of these numbers of tokens will use, by making such calls.
+
+    With ``training`` the gradients of such calls are computed too, and dropped: those of hidden states and routing
+    weights, and of the parameters that require one, PEFT's adapters among them. So a CUDA-graph capture of a whole
+    training step compiles nothing either. It is an argument, because a model that is to be trained can't be told from
+    one that was just made: both are in training mode, and all their parameters require gradients.
 
     Every pair of a call is masked, so no expert's weight is read; layers of one kind on one device are called once.
     Experts with PEFT's adapters are called through them. Weights that accelerate has offloaded are loaded by its hooks
@@ -86,6 +99,8 @@ def warmup(
             uninitialised ones are allocated meanwhile (1.5 GB for Gemma 4 26B-A4B).
         num_tokens: each at least 1. None: one of every range that kernels are compiled for at the sizes of a layer,
             up to 32768.
+        training: whether gradients will be asked for. Those of one layer at a time take memory meanwhile: 1.5 GB for
+            Gemma 4 26B-A4B, unless its experts are frozen.
         dtype, device: of the future weights, where ``target`` gives sizes.
 
     Raises:
@@ -108,12 +123,12 @@ def warmup(
             "target must hold a Gemma4Router, a Gemma4Experts, a MoEExperts or experts set to cupymoe; "
             f"{type(target).__name__} holds none"
         )
-    # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
-    with torch.no_grad():
-        for each in found.values():
-            with _shards_as_tensors(each.module):
-                for count in counts or one_of_each_way(*_sizes(each.module)):
-                    _call(each, count)
+    for each in found.values():
+        with _shards_as_tensors(each.module):
+            for count in counts or one_of_each_way(*_sizes(each.module), training):
+                _call(each, count)
+                if training:
+                    _call(each, count, differentiates=True)
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
@@ -207,7 +222,9 @@ def _is_called_with_shards(module: Any) -> bool:
 @contextmanager
 def _shards_as_tensors(module: Any) -> Iterator[None]:
     shards = {name: p for name, p in module.named_parameters(recurse=False) if hasattr(p, "device_mesh")}
-    module._parameters.update({name: parameter.to_local() for name, parameter in shards.items()})
+    module._parameters.update(
+        {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in shards.items()}
+    )
     try:
         yield
     finally:
@@ -270,29 +287,39 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     if isinstance(part, Gemma4Router):
         settings: tuple[Any, ...] = (part._eps,)
     elif isinstance(part, MoEExperts):
-        settings = part.activation, part.backend, part.is_transposed
+        settings = part.activation, part.backend, part.is_transposed, part.keep
     else:
         from cupymoe.integrations.transformers import activation_of
 
         try:
-            settings = (activation_of(part),)
+            settings = activation_of(part), keep_of(part)
         except ValueError:
             settings = ()  # its call says where it is and what is in the way
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
-    parameters = ((name, p.shape, p.dtype) for name, p in caller.named_parameters())
+    parameters = ((name, p.shape, p.dtype, p.requires_grad) for name, p in caller.named_parameters())
     return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters)
 
 
-def _call(each: _Part, num_tokens: int) -> None:
+def _call(each: _Part, num_tokens: int, *, differentiates: bool = False) -> None:
     num_experts, top_k, hidden_size, _ = _sizes(each.module)
     device, call = each.device, each.caller
     if _is_called_with_shards(each.module):
         call = partial(type(each.module).forward, each.module)  # the other processes need not call warmup at once
-    with _loaded(each.loader):
-        hidden_states = torch.zeros(num_tokens, hidden_size, dtype=_first(each.module).dtype, device=device)
-        if isinstance(each.module, Gemma4Router):
-            call(hidden_states)
-            return
-        index = torch.full((num_tokens, top_k), num_experts, device=device)
-        call(hidden_states, index, torch.zeros(index.shape, device=device))
+    # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
+    with _loaded(each.loader), torch.set_grad_enabled(differentiates):
+        dtype = _first(each.module).dtype
+        arguments = [torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device, requires_grad=differentiates)]
+        if not isinstance(each.module, Gemma4Router):
+            arguments.append(torch.full((num_tokens, top_k), num_experts, device=device))
+            arguments.append(torch.zeros(num_tokens, top_k, device=device, requires_grad=differentiates))
+        outputs = call(*arguments)
+        if differentiates:
+            _differentiate(outputs, [*arguments, *each.caller.parameters()])
+
+
+def _differentiate(outputs: torch.Tensor | tuple[torch.Tensor, ...], tensors: list[torch.Tensor]) -> None:
+    """Compute the gradients of those of the tensors that require one; they stay without."""
+    found = [each for each in (outputs if isinstance(outputs, tuple) else (outputs,)) if each.requires_grad]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    torch.autograd.grad(found, wanted, [torch.zeros_like(each) for each in found], allow_unused=True)

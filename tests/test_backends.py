@@ -55,14 +55,14 @@ def test_grouped_serves_gemma_4(hopper):
 
 @pytest.mark.parametrize("name", ["grouped", "simt"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapter_rank", [0, 16])
 @pytest.mark.parametrize(
     "activation", [MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL], ids=str
 )
-def test_grouped_and_simt_serve_biases_and_transposed_weights(hopper, name, direction, adapters, activation):
+def test_grouped_and_simt_serve_biases_and_transposed_weights(hopper, name, direction, adapter_rank, activation):
     for transposed in itertools.product([False, True], repeat=2):
         kind = dict(zip(("gate_up_transposed", "down_transposed"), transposed, strict=True))
-        call = CALL._replace(**kind, has_bias=True, adapters=adapters, activation=activation)
+        call = CALL._replace(**kind, has_bias=True, adapter_rank=adapter_rank, activation=activation)
         assert registry()[name].unsupported_reason(call, direction) is None
 
 
@@ -159,6 +159,27 @@ def test_fused_streams_every_kind_of_experts(hopper, activation, num_tokens):
         )
         assert registry()["fused"].unsupported_reason(call) is None
         assert registry()["fused"].way(call).startswith("weight stream")
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 4096])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_fused_adds_adapters_by_tiles(hopper, direction, num_tokens):
+    call = CALL._replace(num_tokens=num_tokens, adapter_rank=128)
+    assert registry()["fused"].unsupported_reason(call, direction) is None
+    assert registry()["fused"].way(call).startswith("tiles")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"adapter_rank": 144}, "tiles take adapters of ranks up to 128, not 144"),
+        ({"hidden_size": 2824}, "its tiles want a hidden size that is a multiple of 16, not 2824"),
+    ],
+)
+def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, reason):
+    found = registry()["fused"].unsupported_reason(CALL._replace(**{"adapter_rank": 16, **change}), direction)
+    assert reason in found
 
 
 @pytest.mark.parametrize(

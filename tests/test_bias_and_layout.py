@@ -8,6 +8,7 @@ import torch
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
 from cupymoe.backends import DIFFERENTIABLE, ExpertsTensors, expert_rows
 from cupymoe.backends.expert_rows import LoopRows
+from cupymoe.ops import experts_call
 from tests.bias_and_layout import (
     ACTIVATIONS,
     EITHER,
@@ -99,12 +100,12 @@ def test_the_gradient_of_the_down_bias_alone_costs_no_product_with_a_weight(monk
     case = random_case((False, False), True, dtype=torch.float64)
     biases = random_biases(case)
     rows = LoopRows(case.top_k_index, case.down_proj.shape[0])
-    tensors = ExpertsTensors(*case, **biases)
+    tensors, call = ExpertsTensors(*case, **biases), experts_call(*case[:4], MoEActivation.GELU_TANH, has_bias=True)
     grad = torch.randn_like(case.hidden_states)
     needed = [[name == "down_bias" for name in DIFFERENTIABLE], [True] * len(DIFFERENTIABLE)]
-    *_, expected = expert_rows.backward(rows, tensors, MoEActivation.GELU_TANH, grad, needed[1])
+    *_, expected = expert_rows.backward(rows, call, tensors, None, grad, needed[1])
     monkeypatch.setattr(LoopRows, "linear", None)
-    *others, found = expert_rows.backward(rows, tensors, MoEActivation.GELU_TANH, grad, needed[0])
+    *others, found = expert_rows.backward(rows, call, tensors, None, grad, needed[0])
     assert torch.equal(found, expected)
     assert others == [None] * len(others)
 
@@ -188,7 +189,7 @@ def test_lora_is_the_experts_on_merged_weights(device, activation, layout, dtype
         LowRank(*(torch.randn(7, *shape, device=device).to(dtype) / 8 for shape in ((8, size[1]), (size[0], 8))))
         for size in (case.gate_up_proj.shape[1:], case.down_proj.shape[1:])
     ]
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*case[:3], *biases.values(), *adapters[0])]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*case[:3], *biases.values(), *adapters[0][:2])]
     states, gate_up, down, gate_up_bias, down_bias, a, b = leaves
     output = lora_experts(
         states, gate_up, down, *case[3:], LowRank(a, b), adapters[1],

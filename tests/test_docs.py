@@ -1,10 +1,11 @@
 """The docs name what there is: every source, activation and spelling; and their links lead somewhere."""
 
+import math
 import re
 
 import pytest
 
-from cupymoe import MoEActivation
+from cupymoe import Gemma4MoEConfig, MoEActivation
 from cupymoe.activation import _ALIASES
 from cupymoe.kernels import cuda_sources
 from tests.helpers import ROOT
@@ -40,6 +41,22 @@ def test_every_spelling_is_described():
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert all((path.parent / target).exists() for target in targets), targets
+
+
+def test_what_is_kept_is_what_the_formulas_say():
+    """KB a token and layer, and GB over 30 layers of Gemma 4 26B-A4B."""
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    sizes = {"H": config.hidden_size, "I": config.moe_intermediate_size, "K": config.top_k_experts}
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| .* \| `([0-9HIK+ ]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    assert len(rows) == 6
+    for formula, *cells in rows:
+        terms = [re.fullmatch(r"(\d+)(\w+)", term).groups() for term in formula.split(" + ")]
+        size = sum(int(factor) * math.prod(sizes[name] for name in names) for factor, names in terms)
+        gigabytes = [f"{30 * size * tokens / 1e9:.2f}" for tokens in (4096, 8192, 16384)]
+        assert cells == [f"{size / 1e3:.1f}", *gigabytes], formula
 
 
 def test_every_promise_names_a_test():

@@ -27,7 +27,9 @@ def run(device, monkeypatch, capsys):
 
 
 def test_every_example_is_run_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"layer", "experts", "transformers_model", "lora", "compiled"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        *("layer", "experts", "transformers_model", "lora", "training", "compiled")
+    }
 
 
 def test_layer(run):
@@ -55,6 +57,14 @@ def test_lora(run):
     assert last < 0.9 * first
     assert reloaded == "reloaded equals trained True"
     assert float(merged.removeprefix("merged differs by ")) < 0.02
+
+
+def test_training(run):
+    transformers_gemma4()
+    experts, loss = run("training")
+    assert experts == "experts set 2"
+    first, last = (float(part) for part in loss.removeprefix("loss ").split(" -> "))
+    assert last < 0.8 * first
 
 
 def test_compiled(run, device):

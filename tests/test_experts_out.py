@@ -119,8 +119,8 @@ def test_out_is_refused_where_a_gradient_is_asked_for():
         ),
         ({"numerics": "invariant"}, ValueError, "numerics='invariant' is not served yet: numerics='fast' is"),
         ({"numerics": "exact"}, ValueError, "numerics must be 'fast' or 'invariant', got 'exact'"),
-        ({"keep": "gate_up"}, ValueError, "keep='gate_up' is not served yet: keep='input' is"),
-        ({"keep": None}, ValueError, "keep must be 'input' or 'gate_up', got None"),
+        ({"keep": "output"}, ValueError, "keep must be 'gate_up' or 'input', got 'output'"),
+        ({"keep": None}, ValueError, "keep must be 'gate_up' or 'input', got None"),
         (
             {"global_num_experts": 5},
             ValueError,

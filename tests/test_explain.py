@@ -41,11 +41,12 @@ def test_both_directions_of_every_number_of_tokens(hopper):
     assert [(each.path, each.tokens, each.direction) for each in found] == [
         ("experts", tokens, direction) for tokens in (1, 4096) for direction in ("forward", "backward")
     ]
-    assert [each.backend for each in found] == ["fused", "grouped"] * 2
+    assert [each.backend for each in found] == ["fused"] * 4
     assert found[0].way == "weight stream, chunks of up to 8 tokens"
     assert found[2].way == "tiles of up to 384 rows, clusters of 1 in the gate_up projection"
     assert not found[0].reasons
-    assert found[1].reasons == {"fused": "it has no kernels of the backward"}
+    assert not found[1].reasons
+    assert found[1].way == "tiles of up to 256 rows, clusters of 1 in the gate_up projection"
 
 
 def test_why_not_a_faster_one(hopper):
@@ -80,7 +81,7 @@ def test_transposed_weights(hopper):
     moe = meta()
     moe.experts.down_proj.data = transposed(moe.experts.down_proj.data)
     forward, backward = explain(moe, 4)
-    assert (forward.backend, backward.backend) == ("fused", "grouped")
+    assert (forward.backend, backward.backend) == ("fused", "fused")
     assert forward.reasons == {}
 
 
@@ -115,7 +116,7 @@ def test_kinds_of_experts(hopper):
     assert (call.num_experts, call.hidden_size, call.intermediate_size, call.num_tokens) == (4, 64, 32, 7)
     assert (call.gate_up_transposed, call.down_transposed, call.has_bias) == (True, True, True)
     assert call.activation is MoEActivation.SWIGLUOAI
-    assert explain(experts, 7)[1].backend == "grouped"
+    assert explain(experts, 7)[1].backend == "fused"
 
 
 def test_choices_of_a_token_by_aria_s_name(hopper):
@@ -128,7 +129,7 @@ def test_choices_of_a_token_by_aria_s_name(hopper):
     config._experts_implementation = "cupymoe"
     with torch.device("meta"):
         experts = aria.AriaExperts(config).to(torch.bfloat16)
-    assert [each.backend for each in explain(experts, 7)] == ["fused", "grouped"]
+    assert [each.backend for each in explain(experts, 7)] == ["fused", "fused"]
     experts.config = SimpleNamespace(_experts_implementation="cupymoe")
     with pytest.raises(ValueError, match="must say how many experts a token goes to: its config has none of top_k_exp"):
         explain(experts, 7)
@@ -139,13 +140,16 @@ def test_adapters(hopper):
     integration = pytest.importorskip("cupymoe.integrations.peft")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     model = peft.get_peft_model(
-        Gemma4MoE(SMALL).to(torch.bfloat16), peft.LoraConfig(target_modules=[], target_parameters=targets, r=4)
+        Gemma4MoE(SMALL).to(torch.bfloat16), peft.LoraConfig(target_modules=[], target_parameters=targets, r=100)
     )
-    assert {each.backend for each in explain(model, 4) if each.direction == "forward"} == {"fused"}  # PEFT merges
+    assert explain(model, 4)[0].way.startswith("weight stream")  # PEFT merges
     integration.use_low_rank(model)
-    forward = explain(model, 4)[0]
-    assert forward.backend == "grouped"
-    assert forward.reasons == {"fused": "its kernels add no low-rank products"}
+    assert [(each.backend, each.way[:5]) for each in explain(model, 4)] == [("fused", "tiles")] * 2
+    model.add_adapter("second", peft.LoraConfig(target_modules=[], target_parameters=targets, r=40))
+    model.base_model.set_adapter(["default", "second"])
+    for each in explain(model, 4):
+        assert each.backend == "grouped"
+        assert "its tiles take adapters of ranks up to 128, not 140" in each.reasons["fused"]
 
 
 @pytest.mark.parametrize("tokens", [0, [], [1, -1], [True], "1", [1.0]])

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from cupymoe import MoEActivation, flops, fused_experts, lora_experts, reference
+from cupymoe import MoEActivation, flops, functional, fused_experts, lora_experts, reference
 from tests.helpers import random_biases, random_experts, run_python
 from tests.test_lora import random_case
 
@@ -69,7 +69,7 @@ def test_experts(activation, trained):
 @pytest.mark.parametrize("adapted", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("trained", ["adapters", "a", "b", "hidden_states", "everything"])
 def test_lora_experts(adapted, trained):
-    case, *adapters = random_case(3, masked=False, rank=8, dtype=torch.float64)
+    case, *adapters = random_case(3, masked=False, rank=16, dtype=torch.float64)
     case = case._replace(top_k_weights=case.top_k_weights.double())
     gate_up, down = (adapter if wanted else None for adapter, wanted in zip(adapters, adapted, strict=True))
     present = [adapter for adapter in (gate_up, down) if adapter is not None]
@@ -108,6 +108,18 @@ def test_router_logits():
         lambda: linear(reference.router_input(states, scale, 1e-6), projection),
         [states, scale, projection],
     )
+
+
+def test_keeping_counts_as_computing_again(monkeypatch):
+    case = random_experts(3)
+    case.hidden_states.requires_grad_()
+    counts = []
+    for keeps in (False, True):
+        monkeypatch.setattr(functional, "_keeps_gate_up", lambda *_, keeps=keeps: keeps)
+        forward, output = counted(lambda: fused_experts(*case, activation="gelu_tanh"))
+        counts.append((forward, counted(lambda output=output: output.sum().backward())[0]))
+    assert counts[0] == counts[1]
+    assert all(counts[0])
 
 
 def test_masked_pairs_count_as_every_other():

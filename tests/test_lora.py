@@ -6,10 +6,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
-from cupymoe.backends import expert_rows
+from cupymoe.backends import expert_rows, fused_adapters
 from cupymoe.backends.expert_rows import GroupedRows, LoopRows
-from cupymoe.kernels.gated_activation import gated_activation
-from tests.helpers import GATED, no_host_sync, random_experts, relative_error, slow_on_cuda
+from cupymoe.kernels.lora_shrink import lora_shrink
+from tests.helpers import GATED, no_host_sync, random_experts, relative_error, slow_on_cuda, transposed
 
 # Adapters in other dtypes than bfloat16 are slow on CUDA, and say so.
 pytestmark = slow_on_cuda
@@ -18,13 +18,19 @@ NAMES = ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights", "gate_up
 EXPERTS, RANK = 6, 5
 
 
-def random_adapter(weight, rank=RANK):
-    """As large as the weight's own part, so that a missing term shows."""
+def random_adapter(weight, rank=RANK, dtypes=(None, None), scaling=1.0):
+    """As large as the weight's own part, so that a missing term shows; of the dtypes of a and b, or the weight's."""
     num_experts, out_size, in_size = weight.shape
     return LowRank(
-        weight.new_empty(num_experts, rank, in_size).normal_(std=in_size**-0.5),
-        weight.new_empty(num_experts, out_size, rank).normal_(std=rank**-0.5),
+        weight.new_empty(num_experts, rank, in_size, dtype=dtypes[0]).normal_(std=in_size**-0.5),
+        weight.new_empty(num_experts, out_size, rank, dtype=dtypes[1]).normal_(std=rank**-0.5 / abs(scaling)),
+        scaling,
     )
+
+
+def as_peft(adapter):
+    """The same, b as a view of [out, r, E]."""
+    return adapter._replace(b=adapter.b.permute(1, 2, 0).contiguous().permute(2, 0, 1))
 
 
 def random_case(num_tokens=16, activation=MoEActivation.GELU_TANH, masked=True, rank=RANK, **kwargs):
@@ -39,7 +45,9 @@ def random_case(num_tokens=16, activation=MoEActivation.GELU_TANH, masked=True, 
 def merged_oracle(case, gate_up, down, activation=MoEActivation.GELU_TANH):
     """float64 on merged weights; differentiable with respect to every float64 argument."""
     weights = [
-        weight.double() if adapter is None else weight.double() + adapter.b.double() @ adapter.a.double()
+        weight.double()
+        if adapter is None
+        else weight.double() + adapter.scaling * adapter.b.double() @ adapter.a.double()
         for weight, adapter in ((case.gate_up_proj, gate_up), (case.down_proj, down))
     ]
     return reference.experts(
@@ -49,17 +57,18 @@ def merged_oracle(case, gate_up, down, activation=MoEActivation.GELU_TANH):
 
 def differentiable(case, gate_up, down):
     """The arguments as leaves, in the order of NAMES, and the case and adapters made of them."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*case[:3], case.top_k_weights, *gate_up, *down)]
+    tensors = (*case[:3], case.top_k_weights, *gate_up[:2], *down[:2])
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     hidden_states, gate_up_proj, down_proj, weights, *adapters = leaves
     case = case._replace(
         hidden_states=hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj, top_k_weights=weights
     )
-    return leaves, case, LowRank(*adapters[:2]), LowRank(*adapters[2:])
+    return leaves, case, LowRank(*adapters[:2], gate_up.scaling), LowRank(*adapters[2:], down.scaling)
 
 
-# bfloat16 and float16 are computed in float32 on the CPU and rounded once; CUDA's bfloat16 rounds after every product.
+# bfloat16 and float16 are computed in float32 on the CPU and rounded once; CUDA's bfloat16 rounds low-rank rows too.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
-CUDA_BFLOAT16 = 1.2e-2
+CUDA_BFLOAT16 = 6e-3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -110,20 +119,28 @@ def test_ranks(device, rank):
     assert relative_error(output, merged_oracle(case, gate_up, down)) < CUDA_BFLOAT16
 
 
-@pytest.mark.parametrize(("rank", "padded"), [(1, 8), (8, 8), (12, 16)])
-def test_the_grouped_gemm_gets_contiguous_factors_of_a_rank_that_it_takes(rank, padded):
-    given = LowRank(torch.randn(3, 6, rank).mT, torch.randn(3, rank, 5).mT)
-    prepared = given.prepared()
-    assert (prepared.a.shape, prepared.b.shape) == ((3, padded, 6), (3, 5, padded))
-    assert prepared.a.is_contiguous()
-    assert prepared.b.is_contiguous()
-    torch.testing.assert_close(prepared.b @ prepared.a, given.b @ given.a)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("rank", "padded"), [(0, 16), (1, 16), (16, 16), (17, 32)])
+def test_the_kernels_get_factors_that_lie_as_the_weight_of_a_rank_that_they_take(rank, padded, is_transposed):
+    given = LowRank(torch.randn(3, 6, rank).mT, torch.randn(3, rank, 5).mT, 1.25)
+    packed = given.packed(transposed(torch.empty(3, 5, 6)) if is_transposed else torch.empty(3, 5, 6))
+    assert (packed.a.shape, packed.b.shape) == ((3, padded, 6), (3, 5, padded))
+    for factor in (packed.a, packed.b):
+        assert (factor.mT if is_transposed else factor).is_contiguous()
+    torch.testing.assert_close(packed.b @ packed.a, 1.25 * given.b @ given.a)
+
+
+def test_a_scaled_factor_is_rounded_once():
+    given = random_adapter(torch.empty(3, 32, 6), dtypes=(torch.float32, torch.float32), scaling=0.3)
+    packed = given.packed(torch.empty(3, 32, 6, dtype=torch.bfloat16))
+    assert torch.equal(packed.a[:, :RANK], given.a.bfloat16())
+    assert torch.equal(packed.b[..., :RANK], (given.b * 0.3).bfloat16())
 
 
 def test_adapters_of_any_strides(device):
     """PEFT keeps b as [out, r * E], rank before expert."""
     case, gate_up, down = random_case(dtype=torch.bfloat16, device=device)
-    rank_major = LowRank(down.a.mT.contiguous().mT, down.b.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    rank_major = as_peft(down._replace(a=down.a.mT.contiguous().mT))
     assert not rank_major.b.is_contiguous()
     expected = lora_experts(*case, gate_up, down, activation="gelu_tanh")
     assert torch.equal(lora_experts(*case, gate_up, rank_major, activation="gelu_tanh"), expected)
@@ -144,7 +161,7 @@ def test_gradients_are_autograd_s_through_the_oracle(activation):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients(device, dtype):
-    """On CUDA in bfloat16 by grouped GEMMs; masked pairs and an expert without tokens get zeros, not old memory."""
+    """Masked pairs and an expert without tokens get zeros, not old memory."""
     leaves, *ours = differentiable(*random_case(64, dtype=dtype, device=device))
     output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
     grad = torch.randn_like(output)
@@ -156,6 +173,49 @@ def test_gradients(device, dtype):
         assert relative_error(gradient, truth.double()) < limit, name
     assert not any(got[i][2].any() for i in (1, 2, 4, 5, 6, 7))
     assert not got[3][ours[0].top_k_index < 0].any()
+
+
+def test_factors_and_scaling_as_peft_has_them(device):
+    """Gradients in the factors' own dtypes and layouts."""
+    case, *_ = random_case(64, dtype=torch.bfloat16, device=device)
+    given = (
+        as_peft(random_adapter(case.gate_up_proj, dtypes=(torch.float32, torch.float32), scaling=0.25)),
+        as_peft(random_adapter(case.down_proj, dtypes=(torch.bfloat16, torch.float32), scaling=-3.0)),
+    )
+    leaves, *ours = differentiable(case, *given)
+    output = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+    truth = merged_oracle(*ours)
+    assert relative_error(output, truth) < CUDA_BFLOAT16
+    grad = torch.randn_like(output)
+    got, expected = torch.autograd.grad(output, leaves, grad), torch.autograd.grad(truth, leaves, grad.double())
+    for name, gradient, leaf, truth in zip(NAMES, got, leaves, expected, strict=True):
+        assert gradient.dtype == leaf.dtype, name
+        assert gradient.stride() == leaf.stride(), name
+        assert relative_error(gradient, truth.double()) < 2e-2, name
+
+
+def test_float32_factors_of_float64_weights():
+    case, *_ = random_case(dtype=torch.float64)
+    narrow = (torch.float32, torch.float32)
+    given = [random_adapter(weight, dtypes=narrow, scaling=1 / 3) for weight in case[1:3]]
+    leaves, *ours = differentiable(case, *given)
+    output, truth = lora_experts(*ours[0], *ours[1:], activation="gelu_tanh"), merged_oracle(*ours)
+    torch.testing.assert_close(output, truth, rtol=1e-12, atol=1e-12)
+    got, expected = (torch.autograd.grad(each.sum(), leaves) for each in (output, truth))
+    for name, gradient, wanted in zip(NAMES, got, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_autograd_keeps_the_factors_themselves():
+    """And no copy of them: what is saved beside the arguments is nothing, on the CPU."""
+    case, *_ = random_case(dtype=torch.bfloat16)
+    given = [as_peft(random_adapter(weight, dtypes=(torch.float32,) * 2, scaling=0.5)) for weight in case[1:3]]
+    leaves, *ours = differentiable(case, *given)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        lora_experts(*ours[0], *ours[1:], activation="gelu_tanh")
+    arguments = {tensor.data_ptr() for tensor in (*leaves, case.top_k_index)}
+    assert {tensor.data_ptr() for tensor in saved} == arguments
 
 
 def test_low_routing_weights_are_widened_first():
@@ -182,8 +242,8 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_gradients_do_not_form_the_weights(monkeypatch):
-    """Frozen weights cost the backward no product of their size; a's gradient takes two, of rank 8."""
-    case, gate_up, down = random_case(masked=False, rank=8)
+    """Frozen weights cost the backward no product of their size; a's gradient takes two, of rank 16."""
+    case, gate_up, down = random_case(masked=False, rank=16)
     gate_up.a.requires_grad_()
     flops = []
     kept = expert_rows.Projection.gradients
@@ -197,7 +257,7 @@ def test_gradients_do_not_form_the_weights(monkeypatch):
     monkeypatch.setattr(expert_rows.Projection, "gradients", counted)
     lora_experts(*case, gate_up, down, activation="gelu_tanh").sum().backward()
     _, out_size, in_size = case.gate_up_proj.shape
-    assert flops == [2 * case.top_k_index.numel() * 8 * (out_size + in_size)]
+    assert flops == [2 * case.top_k_index.numel() * 16 * (out_size + in_size)]
 
 
 def test_grouped_gemms_are_the_loop_s():
@@ -252,6 +312,8 @@ def test_everything_masked(device):
         (lambda a: LowRank(a.a[:-1], a.b), r"gate_up_adapter.a must have shape \[6, \*, 32\], got \[5, 5, 32\]"),
         (lambda a: LowRank(a.a, a.b[:, :-1]), r"gate_up_adapter.b must have shape \[6, 48, 5\], got \[6, 47, 5\]"),
         (lambda a: LowRank(a.a[:, 1:], a.b), r"gate_up_adapter.b must have shape \[6, 48, 4\], got \[6, 48, 5\]"),
+        (lambda a: a._replace(scaling="2"), "gate_up_adapter.scaling must be a number, got str"),
+        (lambda a: a._replace(scaling=torch.ones(())), "gate_up_adapter.scaling must be a number, got Tensor"),
         (lambda a: LowRank(a.a.double(), a.b), "gate_up_adapter.a must have hidden_states's dtype torch.float32"),
         (lambda a: LowRank(a.a, a.b.double()), "gate_up_adapter.b must have hidden_states's dtype torch.float32"),
         (lambda a: LowRank(TwoTensor(a.a, a.a), a.b), "gate_up_adapter.a must be a plain tensor, got TwoTensor"),
@@ -274,11 +336,9 @@ def test_wrong_experts_are_named():
 
 @pytest.mark.gpu
 def test_the_kernels_compute_it_without_waiting(monkeypatch):
-    """bfloat16 on CUDA, forward and backward."""
+    """bfloat16 on CUDA, forward and backward: each multiplies by both a's, and the backward by both b's too."""
     calls = []
-    import cupymoe.kernels.gated_activation as module
-
-    monkeypatch.setattr(module, "gated_activation", lambda *a, **k: calls.append(a) or gated_activation(*a, **k))
+    monkeypatch.setattr(fused_adapters, "lora_shrink", lambda *a: calls.append(a) or lora_shrink(*a))
     leaves, *ours = differentiable(*random_case(64, dtype=torch.bfloat16, device="cuda"))
 
     def step():
@@ -289,7 +349,7 @@ def test_the_kernels_compute_it_without_waiting(monkeypatch):
     calls.clear()
     with no_host_sync():
         second = step()
-    assert len(calls) == 2
+    assert len(calls) == 6
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -331,7 +391,7 @@ def merged_oracle_by_expert(case, gate_up, down):
             down_proj=case.down_proj[expert : expert + 1],
             top_k_index=torch.where(case.top_k_index == expert, 0, -1),
         )
-        adapters = [LowRank(a[expert : expert + 1], b[expert : expert + 1]) for a, b in (gate_up, down)]
+        adapters = [LowRank(a[expert : expert + 1], b[expert : expert + 1], s) for a, b, s in (gate_up, down)]
         output += merged_oracle(one, *adapters)
     return output
 
@@ -362,7 +422,7 @@ def test_sums_of_nothing(device, num_tokens, num_experts, hidden, intermediate):
     )
     assert torch.equal(output, torch.zeros_like(states))
     output.sum().backward()
-    for leaf in (states, gate_up, down, *adapters[0], *adapters[1]):
+    for leaf in (states, gate_up, down, *adapters[0][:2], *adapters[1][:2]):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
@@ -370,6 +430,7 @@ def test_sums_of_nothing(device, num_tokens, num_experts, hidden, intermediate):
 def test_second_derivatives(device):
     """They are computed by plain torch, since the kernels of the backward have no gradient of their own."""
     case, gate_up, down = random_case(dtype=torch.float64, device=device)
+    gate_up, down = gate_up._replace(scaling=0.5), as_peft(down)
 
     def twice(function):
         leaves, *arguments = differentiable(case, gate_up, down)

@@ -153,15 +153,17 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
 
 NOT_SERVED = (None,) * 5
 NO_BIASES = (None,) * 2
-SETTINGS = ("gelu_tanh", "plain", "fast", None, "auto")
+SETTINGS = ("gelu_tanh", 0.5, -1.5, "plain", "fast", None, "auto")
 
 
 def random_adapters(weights, adapted, **kwargs):
-    """The four factors, of rank 8; None for a weight that is not adapted."""
+    """The four factors, b as PEFT keeps it and in float32; None for a weight that is not adapted."""
     factors = []
     for weight, has_one in zip(weights, adapted, strict=True):
-        shapes = (weight.shape[0], 8, weight.shape[2]), (weight.shape[0], weight.shape[1], 8)
-        factors += [torch.randn(shape, **kwargs) if has_one else None for shape in shapes]
+        num_experts, out_size, in_size = weight.shape
+        a = torch.randn(num_experts, 8, in_size, **kwargs)
+        b = torch.randn(out_size, 8, num_experts, **{**kwargs, "dtype": torch.float32}).permute(2, 0, 1)
+        factors += (a, b) if has_one else (None, None)
     return factors
 
 
@@ -186,6 +188,10 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
         if tensor is not None:
             tensor.requires_grad_(requires_grad)
     opcheck("fused_experts", *tensors, *SETTINGS)
+    opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+    if not requires_grad:
+        _, gate_up = torch.ops.cupymoe.fused_experts_keeping(*tensors, *SETTINGS)
+        opcheck("fused_experts_backward", grad, *tensors, gate_up, *SETTINGS, needed)
 
 
 @slow_on_cuda
@@ -258,7 +264,7 @@ def test_batched_gradients_of_experts(device):
     def of_the_adapter(a, b):
         return lora_experts(*case, None, LowRank(a, b), activation="gelu_tanh")
 
-    assert_batched_gradients_are_each(of_the_adapter, *adapter)
+    assert_batched_gradients_are_each(of_the_adapter, *adapter[:2])
 
 
 @slow_on_cuda

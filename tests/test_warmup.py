@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 import cupymoe.integrations.transformers  # registers "cupymoe"
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, warmup
+from cupymoe.backends import DIFFERENTIABLE, registry
 from cupymoe.backends.fused import stream_reason, tiles_reason
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
@@ -18,7 +19,7 @@ from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import block_of
 from cupymoe.warmup import NUM_TOKENS, one_of_each_way
-from tests.helpers import randomize, slow_on_cuda, transformers_config, transformers_gemma4
+from tests.helpers import randomize, relative_error, slow_on_cuda, transformers_config, transformers_gemma4
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=64, moe_intermediate_size=32, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -105,6 +106,64 @@ def test_every_kind_of_experts():
     assert called == [layers[0], layers[1], layers[3]]
 
 
+# --- for training -----------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_back_through_every_call(computed):
+    """And without it none; nothing of that stays with the parameters."""
+    moe = randomize(Gemma4MoE(CONFIG))
+    warmup(moe, (1, 4))
+    assert computed == ["forward", "forward"]
+    warmup(moe, (1, 4), training=True)
+    assert computed[2:] == ["forward", "forward", "backward"] * 2
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in moe.parameters())
+
+
+@pytest.mark.parametrize("frozen", [(), ("gate_up_proj", "down_proj"), ("down_proj",)], ids=str)
+def test_the_gradients_are_those_that_a_step_needs(monkeypatch, frozen):
+    """Of hidden states and routing weights, through which others may be asked for, and of what is not frozen."""
+    moe, needed = randomize(Gemma4MoE(CONFIG)), []
+    for name in frozen:
+        getattr(moe.experts, name).requires_grad_(False)
+    backward = type(registry()["reference"]).backward
+
+    def spy(self, call, tensors, gate_up, grad, wanted):
+        needed.append({name for name, each in zip(DIFFERENTIABLE, wanted, strict=True) if each})
+        return backward(self, call, tensors, gate_up, grad, wanted)
+
+    monkeypatch.setattr(type(registry()["reference"]), "backward", spy)
+    warmup(moe, (2,), training=True)
+    assert needed == [{"hidden_states", "gate_up_proj", "down_proj", "top_k_weights"} - {*frozen}]
+
+
+def test_training_of_the_router():
+    router, grads = randomize(Gemma4MoE(CONFIG)).router, []
+    for parameter in router.parameters():
+        parameter.register_hook(lambda grad: grads.append(grad.shape))
+    warmup(router, (2,), training=True)
+    assert {*grads} == {parameter.shape for parameter in router.parameters()}
+
+
+def test_what_is_kept_and_what_is_frozen_make_other_kinds():
+    layers = torch.nn.ModuleList([Gemma4MoE(CONFIG, keep=keep).experts for keep in ("gate_up", "input", "input")])
+    layers.append(Gemma4MoE(CONFIG).experts)
+    layers[3].down_proj.requires_grad_(False)
+    called = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: called.append(module))
+    warmup(layers, (3,), training=True)
+    assert called == [layers[index] for index in (0, 0, 1, 1, 3, 3)]
+
+
+def test_training_of_transformers_experts(computed):
+    """Weights that are read would make a NaN."""
+    experts, grads = transformers_gemma4().Gemma4TextExperts(transformers_config("cupymoe")), []
+    for parameter in experts.parameters():
+        torch.nn.init.constant_(parameter, torch.nan).register_hook(lambda grad: grads.append(grad.any().item()))
+    warmup(experts, (4,), training=True)
+    assert (computed, grads) == (["forward", "forward", "backward"], [False, False])
+
+
 def test_experts_that_are_refused_are_named():
     experts = transformers_gemma4().Gemma4TextExperts(transformers_config("cupymoe"))
     experts.act_fn = torch.nn.Mish()
@@ -112,8 +171,9 @@ def test_experts_that_are_refused_are_named():
         warmup(torch.nn.ModuleList([randomize(experts)]), (3,))
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("low_rank", [True, False])
-def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank):
+def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank, training):
     peft = pytest.importorskip("peft", minversion="0.21")
     integration = pytest.importorskip("cupymoe.integrations.peft")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
@@ -129,13 +189,19 @@ def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank)
         )
     experts = model.get_base_model().experts
     experts.register_forward_hook(lambda module, inputs, output: called.append(len(inputs[0])))
-    warmup(model, (3,))
-    assert called == (["GELU_TANH", 3] if low_rank else [3])
+    grads = []
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.register_hook(lambda grad: grads.append(grad.shape))
+    warmup(model, (3,), training=training)
+    assert called == (["GELU_TANH", 3] if low_rank else [3]) * (2 if training else 1)
+    assert len(grads) == (4 if training else 0)
 
 
 # --- which numbers of tokens ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "hidden_size", "intermediate_size"),
     [
@@ -148,21 +214,22 @@ def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank)
         (64, 4, 72, 64),  # no tiles
     ],
 )
-def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, intermediate_size):
+def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, intermediate_size, training):
     """As the backend chooses, at every number of tokens up to 20000; where it serves none, one call for the others."""
     ranges = {}
     for num_tokens in range(1, 20000):
         load = Load.of(num_tokens, top_k, num_experts)
         stream, tiles = stream_reason(load), tiles_reason(load, hidden_size)
+        by_tiles = cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
         if stream and tiles:
             compiled = ()
         elif tiles is None and (stream or prefers_tiles(load)):
-            compiled = cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
+            compiled = by_tiles
         else:
             its = regime(load, intermediate_size)
-            compiled = its, not its.inline_pairs and pairs_per_lane(load.num_pairs)
+            compiled = its, not its.inline_pairs and pairs_per_lane(load.num_pairs), by_tiles if training else ()
         ranges.setdefault(compiled, num_tokens)
-    assert one_of_each_way(num_experts, top_k, hidden_size, intermediate_size) == tuple(ranges.values())
+    assert one_of_each_way(num_experts, top_k, hidden_size, intermediate_size, training) == tuple(ranges.values())
 
 
 def test_numbers_of_tokens_up_to_32768():
@@ -449,6 +516,37 @@ def test_nothing_is_compiled_after_it():
         graph.replay()
         for each, output in zip(states, outputs, strict=True):
             assert torch.equal(moe(each), output)
+    assert jit.compiled_variants() == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["gate_up", "input"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_first_step_that_is_captured_compiles_nothing_after_it(frozen, keep):
+    """Of sizes that no other test compiles; its gradients are those of an eager step."""
+    config = dataclasses.replace(CONFIG, moe_intermediate_size=104 + 16 * frozen + 8 * (keep == "input"))
+    moe = randomize(Gemma4MoE(config, keep=keep)).to("cuda", torch.bfloat16)
+    moe.experts.requires_grad_(not frozen)
+    counts = (1, 64, 400, 2000)
+    compiled = jit.compiled_variants()
+    warmup(moe, counts, training=True)
+    assert jit.compiled_variants() > compiled
+    compiled = jit.compiled_variants()
+    inputs = [torch.randn(count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for count in counts]
+    wanted = [parameter for parameter in moe.experts.parameters() if parameter.requires_grad]
+
+    def step():
+        return [torch.autograd.grad(moe(each).float().square().sum(), [each, *wanted]) for each in inputs]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    assert jit.compiled_variants() == compiled
+    graph.replay()
+    for grads, expected in zip(captured, step(), strict=True):
+        for grad, each in zip(grads, expected, strict=True):
+            assert grad.any()
+            assert relative_error(grad, each.double()) < 1e-3
     assert jit.compiled_variants() == compiled
 
 

@@ -40,10 +40,12 @@ class ExpertsCall(NamedTuple):
     """Whether hidden_states, and the output's memory where the caller gave it, start on 16 bytes."""
     aligned_weights: bool
     """Whether both weights start on 16 bytes."""
-    adapters: bool = False
-    """Whether a weight has a low-rank adapter."""
-    aligned_adapters: bool = True
-    """Whether all factors of the adapters start on 16 bytes."""
+    adapter_rank: int = 0
+    """The largest rank of a weight's low-rank adapter, as it is padded; 0: no weight has one."""
+    gate_up_scaling: float = 1.0
+    """What the adapter of ``gate_up_proj`` is multiplied with."""
+    down_scaling: float = 1.0
+    """The same of ``down_proj``."""
     global_num_experts: int | None = None
     """How many experts ``top_k_index`` chooses from; None: those that are here."""
     gate_up_transposed: bool = False
@@ -74,7 +76,8 @@ class ExpertsTensors(NamedTuple):
     top_k_weights: torch.Tensor
     """``[T, K]`` float32, float64 where ``hidden_states`` is."""
     gate_up_a: torch.Tensor | None = None
-    """``[E, r, H]``: the adapter adds ``b @ a`` to ``gate_up_proj``."""
+    """``[E, r, H]``: the adapter adds ``scaling * b @ a`` to ``gate_up_proj``. Factors are as they were given: of any
+    strides, of the weight's dtype or of float32."""
     gate_up_b: torch.Tensor | None = None
     """``[E, 2I, r]``"""
     down_a: torch.Tensor | None = None
@@ -101,17 +104,34 @@ class Backend(Protocol):
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """Why this backend can't serve a direction of the call; None if it can."""
 
-    def way(self, call: ExpertsCall) -> str:
-        """How it computes a call that it serves, in a few words for a reader."""
+    def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
+        """How it computes a direction of a call that it serves, in a few words for a reader."""
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, H]`` in the dtype of ``hidden_states``; in ``out``, which is contiguous, where that is given."""
 
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output of :meth:`forward`, the same bits, and gate_up: what the activation is applied to.
+
+        gate_up is ``[T * K, 2I]``, or ``[T * K, I]`` for an ungated activation, in the dtype of ``hidden_states``: the
+        kept pairs by expert, and those of an expert by token and k. Rows past the last of them are undefined.
+        """
+
     def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+        self,
+        call: ExpertsCall,
+        tensors: ExpertsTensors,
+        gate_up: torch.Tensor | None,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients with respect to :data:`DIFFERENTIABLE`, from that of the output, ``[T, H]``; None where not
-        ``needed``, and then not computed. A weight's gradient is laid out as the weight, the others are contiguous."""
+        ``needed``, and then not computed. A weight's gradient is laid out as the weight; that of an adapter's factor
+        may have any layout and dtype; the others are contiguous.
+
+        Args:
+            gate_up: what :meth:`forward_keeping` gave, of whichever backend; None: it is computed again.
+        """
 
 
 def ampere_reason(call: ExpertsCall) -> str | None:
@@ -200,6 +220,6 @@ def _logged(chosen: Backend, call: ExpertsCall, direction: Direction) -> Backend
         call.dtype,
         call.device,
         chosen.name,
-        chosen.way(call),
+        chosen.way(call, direction),
     )
     return chosen

@@ -20,7 +20,9 @@ from torch.nn.functional import grouped_mm
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
+from cupymoe.backends.adapters import adapters_of, packed
 from cupymoe.gradients import activation_backward
+from cupymoe.lora import LowRank, Packed
 
 _BIASED_AT_ONCE = 8192
 """Rows that a bias is added to in one step."""
@@ -37,6 +39,10 @@ class ExpertRows(ABC):
 
     @abstractmethod
     def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None: ...
+
+    def packed(self, adapter: LowRank, weight: torch.Tensor) -> Packed:
+        """An adapter of a weight, for :meth:`linear`."""
+        return adapter.packed(weight)
 
     @abstractmethod
     def gather(self, states: torch.Tensor) -> torch.Tensor:
@@ -98,6 +104,10 @@ class KernelRows(ExpertRows):
                 output[some].add_(bias[self._expert_of_slot[some]])
         return output
 
+    def packed(self, adapter: LowRank, weight: torch.Tensor) -> Packed:
+        """See :class:`ExpertRows`."""
+        return packed(adapter, weight)
+
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """See :class:`ExpertRows`."""
         from cupymoe.kernels.gather import gather
@@ -127,7 +137,7 @@ class GroupedRows(KernelRows):
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`ExpertRows`."""
-        return grouped_mm(left.T, right, offs=self.offsets[1:]).to(dtype)
+        return grouped_mm(left.T, right.to(left.dtype), offs=self.offsets[1:]).to(dtype)
 
 
 class SimtRows(KernelRows):
@@ -195,38 +205,49 @@ class Projection(NamedTuple):
 
     rows: ExpertRows
     weight: torch.Tensor
-    a: torch.Tensor | None
-    b: torch.Tensor | None
+    adapter: Packed | None
     bias: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, rows: ExpertRows, weight: torch.Tensor, adapter: LowRank | None, bias: torch.Tensor | None
+    ) -> Projection:
+        """The adapter is packed here."""
+        return cls(rows, weight, None if adapter is None else rows.packed(adapter, weight), bias)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows @ (W + B A)^T + bias``."""
         output = self.rows.linear(rows, self.weight, self.bias)
-        if self.a is None or self.b is None:
+        if self.adapter is None:
             return output
-        return output + self.rows.linear(self.rows.linear(rows, self.a), self.b)
+        return output + self.rows.linear(self.rows.linear(rows, self.adapter.a), self.adapter.b)
 
     def transposed(self) -> Projection:
         """The projection back: its call is ``rows @ (W + B A)``."""
-        a, b = (None if part is None else part.transpose(1, 2) for part in (self.a, self.b))
-        return Projection(self.rows, self.weight.transpose(1, 2), b, a, None)
+        adapter = None if self.adapter is None else self.adapter.transposed()
+        return Projection(self.rows, self.weight.transpose(1, 2), adapter, None)
 
     def gradients(
         self, grad: torch.Tensor, rows: torch.Tensor, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients with respect to weight, a and b; None where not needed.
+        """Gradients with respect to the weight, and to the adapter's a and b as they were given; None where not needed.
 
         Args:
             grad: of the output, ``[T * K, out]`` in expert order.
             rows: the input, ``[T * K, in]`` in expert order.
             needed: which of the three.
         """
-        linear, outer, dtype = self.rows.linear, self.rows.outer, self.weight.dtype
-        return (
-            self._outer_as_weight(grad, rows) if needed[0] else None,
-            outer(linear(grad, self.b.transpose(1, 2)), rows, dtype) if needed[1] and self.b is not None else None,
-            outer(grad, linear(rows, self.a), dtype) if needed[2] and self.a is not None else None,
-        )
+        linear, outer, dtype = self.rows.linear, self.rows.outer, reference.work_dtype(self.weight.dtype)
+        of_weight = self._outer_as_weight(grad, rows) if needed[0] else None
+        of_a = of_b = None
+        if self.adapter is not None:
+            a, b, given = self.adapter
+            rank = given.a.shape[1]
+            if needed[1]:  # b is scaled, a is not
+                of_a = outer(linear(grad, b.transpose(1, 2)), rows, dtype)[:, :rank]
+            if needed[2]:
+                of_b = outer(grad, linear(rows, a), dtype)[..., :rank] * given.scaling
+        return of_weight, of_a, of_b
 
     def _outer_as_weight(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The weight's gradient in the layout of the weight, in which autograd can keep it without a copy."""
@@ -235,81 +256,94 @@ class Projection(NamedTuple):
         return self.rows.outer(rows, grad, self.weight.dtype).transpose(1, 2)
 
 
-def _projections(rows: ExpertRows, tensors: ExpertsTensors) -> tuple[Projection, Projection]:
+def _projections(rows: ExpertRows, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Projection, Projection]:
+    gate_up, down = adapters_of(call, tensors)
     return (
-        Projection(rows, tensors.gate_up_proj, tensors.gate_up_a, tensors.gate_up_b, tensors.gate_up_bias),
-        Projection(rows, tensors.down_proj, tensors.down_a, tensors.down_b, tensors.down_bias),
+        Projection.of(rows, tensors.gate_up_proj, gate_up, tensors.gate_up_bias),
+        Projection.of(rows, tensors.down_proj, down, tensors.down_bias),
     )
 
 
 def forward(
-    rows: ExpertRows, tensors: ExpertsTensors, activation: MoEActivation, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``[T, H]`` of the op's tensors, in the dtype of ``hidden_states``; into ``out`` if it is given."""
-    up, down = _projections(rows, tensors)
-    intermediate = rows.activate(up(rows.gather(tensors.hidden_states)), activation)
-    output = rows.combine(down(intermediate), tensors.top_k_weights, out)
-    return output.to(tensors.hidden_states.dtype)
+    rows: ExpertRows, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[T, H]`` of the op's tensors, in the dtype of ``hidden_states``, into ``out`` if it is given; and gate_up."""
+    up, down = _projections(rows, call, tensors)
+    gate_up = up(rows.gather(tensors.hidden_states))
+    output = rows.combine(down(rows.activate(gate_up, call.activation)), tensors.top_k_weights, out)
+    return output.to(tensors.hidden_states.dtype), gate_up
 
 
 def backward(
-    rows: ExpertRows, tensors: ExpertsTensors, activation: MoEActivation, grad: torch.Tensor, needed: Sequence[bool]
+    rows: ExpertRows,
+    call: ExpertsCall,
+    tensors: ExpertsTensors,
+    gate_up: torch.Tensor | None,
+    grad: torch.Tensor,
+    needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients with respect to :data:`cupymoe.backends.DIFFERENTIABLE`; None where not needed, and then not computed.
 
     Args:
         rows: of the op's ``top_k_index``.
+        call: what is computed.
         tensors: the op's.
-        activation: between the projections.
+        gate_up: what a forward kept; None: it is computed again.
         grad: of the output, ``[T, H]``.
         needed: which of the tensors want one.
     """
     of_states, of_up, of_down, of_weights, *of_adapters, of_up_bias, of_down_bias = needed
     of_gate_up = of_states or of_up or any(of_adapters[:2]) or of_up_bias
-    up, down = _projections(rows, tensors)
+    up, down = _projections(rows, call, tensors)
     weights = tensors.top_k_weights
     weight_of_slot = rows.of_slots(weights)
     grad_output = rows.gather(grad)  # not yet weighted
-    if of_weights or of_gate_up or of_down or any(of_adapters[2:]):
+    needs_gate_up = of_weights or of_gate_up or of_down or any(of_adapters[2:])
+    if of_up or any(of_adapters[:2]) or (needs_gate_up and gate_up is None):
         states = rows.gather(tensors.hidden_states)
-        gate_up = up(states)
+    if needs_gate_up:
+        inputs = up(states) if gate_up is None else gate_up  # of the activation
     grads: dict[str, torch.Tensor | None] = {}
     if of_weights or of_down or any(of_adapters[2:]):
-        intermediate = rows.activate(gate_up, activation)
+        intermediate = rows.activate(inputs, call.activation)
     if of_down or any(of_adapters[2:]):
         weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
         grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
             grad_output, weighted, (of_down, *of_adapters[2:])
         )
     if of_down_bias:
-        grads["down_bias"] = rows.sums(grad_output, weight_of_slot.to(grad_output.dtype), tensors.down_proj.dtype)
+        grads["down_bias"] = rows.sums(grad_output, weight_of_slot, tensors.down_proj.dtype)
     if of_weights or of_gate_up:
         back = down.transposed()(grad_output)
     if of_weights:
         of_slots = (back.to(weights.dtype) * intermediate.to(weights.dtype)).sum(-1)
         of_pairs = rows.of_pairs(of_slots)
         if tensors.down_bias is not None:
-            of_pairs = of_pairs + _dot_with_bias(rows, grad.to(weights.dtype), tensors.down_bias, tensors.top_k_index)
+            wide = grad.to(weights.dtype)
+            of_pairs = of_pairs + dot_with_bias(rows.slot_of_pair, wide, tensors.down_bias, tensors.top_k_index)
         grads["top_k_weights"] = of_pairs
     if of_gate_up:
-        grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), gate_up, activation)
+        grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), inputs, call.activation)
+    if of_up or any(of_adapters[:2]):
         grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"] = up.gradients(
             grad_gate_up, states, (of_up, *of_adapters[:2])
         )
     if of_up_bias:
-        ones = torch.ones_like(states[:, :1])
+        ones = grad_gate_up.new_ones((len(grad_gate_up), 1))
         grads["gate_up_bias"] = rows.sums(grad_gate_up, ones, tensors.gate_up_proj.dtype)
     if of_states:
         grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
     return tuple(grads.get(name) for name in DIFFERENTIABLE)
 
 
-def _dot_with_bias(rows: ExpertRows, grad: torch.Tensor, bias: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+def dot_with_bias(
+    slot_of_pair: torch.Tensor, grad: torch.Tensor, bias: torch.Tensor, top_k_index: torch.Tensor
+) -> torch.Tensor:
     """``grad[t] . bias[e]`` of each pair, ``[T, K]``; zero for masked pairs."""
     # Every token with every expert: rows of grad and of bias for each pair would take far more memory.
     products = grad @ bias.to(grad.dtype).T
     experts = top_k_index.clamp(0, len(bias) - 1).long()
-    return torch.where(rows.slot_of_pair < 0, 0, products.gather(1, experts))
+    return torch.where(slot_of_pair < 0, 0, products.gather(1, experts))
 
 
 class RowsBackend:
@@ -319,10 +353,21 @@ class RowsBackend:
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        return forward(self.rows(tensors.top_k_index, call.num_experts), tensors, call.activation, out)
+        return forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors, out)[0]
+
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`cupymoe.backends.Backend`."""
+        output, gate_up = forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors)
+        return output, gate_up.to(call.dtype)
 
     def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+        self,
+        call: ExpertsCall,
+        tensors: ExpertsTensors,
+        gate_up: torch.Tensor | None,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
-        return backward(self.rows(tensors.top_k_index, call.num_experts), tensors, call.activation, grad, needed)
+        rows = self.rows(tensors.top_k_index, call.num_experts)
+        return backward(rows, call, tensors, gate_up, grad, needed)

@@ -7,25 +7,28 @@ from collections.abc import Sequence
 
 import torch
 
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, row_packs_reason
+from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, fused_backward, row_packs_reason
+from cupymoe.backends.fused_adapters import packed_adapters, step
+from cupymoe.backends.fused_backward import new_gate_up, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
-from cupymoe.kernels.expert_tiles import cut, prefers_tiles, tile_shape_of
+from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.plan_experts import plan_experts
 
 
 class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
     expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
-    the tensor cores, in four launches up to 1024 pairs and in five beyond. A launch begins while the one before still
-    runs.
+    the tensor cores, in four launches up to 1024 pairs and in five beyond, and in one more for each weight that has an
+    adapter. A launch begins while the one before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -39,47 +42,59 @@ class FusedBackend:
             return f"it runs on CUDA devices of compute capability 9.0, not on {call.device.type}"
         if Arch.of(call.device) != HOPPER:
             return "it has been run on compute capability 9.0 only"
-        if direction == "backward":
-            return "it has no kernels of the backward"
-        if call.adapters:
-            return "its kernels add no low-rank products"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        not_streamed = stream_reason(call.load)
-        not_tiled = tiles_reason(call.load, call.hidden_size)
+        not_tiled = tiles_reason(call.load, call.hidden_size, call.adapter_rank)
+        if direction == "backward":
+            return not_tiled
+        not_streamed = stream_reason(call.load, call.adapter_rank)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
-    def way(self, call: ExpertsCall) -> str:
+    def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        if takes_tiles(call.load, call.hidden_size):
+        if direction == "backward" or takes_tiles(call.load, call.hidden_size, call.adapter_rank):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        compute = tiles if takes_tiles(call.load, call.hidden_size) else stream
+        compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
         return compute(call, tensors, out)
 
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`cupymoe.backends.Backend`."""
+        compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
+        gate_up = new_gate_up(call, tensors)
+        return compute(call, tensors, gate_up=gate_up), gate_up
+
     def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
+        self,
+        call: ExpertsCall,
+        tensors: ExpertsTensors,
+        gate_up: torch.Tensor | None,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
-        """Never called: :meth:`unsupported_reason` says why."""
-        raise NotImplementedError(self.unsupported_reason(call, "backward"))
+        """See :class:`cupymoe.backends.Backend`; by tiles, however few the tokens are."""
+        return fused_backward.backward(call, tensors, gate_up, grad, needed)
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int) -> bool:
+def takes_tiles(load: Load, hidden_size: int, adapter_rank: int = 0) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    return (prefers_tiles(load) or stream_reason(load) is not None) and tiles_reason(load, hidden_size) is None
+    prefers = prefers_tiles(load) or stream_reason(load, adapter_rank) is not None
+    return prefers and tiles_reason(load, hidden_size, adapter_rank) is None
 
 
-def stream_reason(load: Load) -> str | None:
+def stream_reason(load: Load, adapter_rank: int = 0) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
+    if adapter_rank:
+        return "the weight stream adds no low-rank products"
     if load.num_experts > expert_stream.MAX_EXPERTS:
         return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
     if load.num_pairs > expert_stream.MAX_PAIRS:
@@ -87,16 +102,30 @@ def stream_reason(load: Load) -> str | None:
     return None
 
 
-def tiles_reason(load: Load, hidden_size: int) -> str | None:
+def tiles_reason(load: Load, hidden_size: int, adapter_rank: int = 0) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
+    if adapter_rank > MAX_RANK:
+        return f"its tiles take adapters of ranks up to {MAX_RANK}, not {adapter_rank}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
     return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 
-def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
+def stream(
+    call: ExpertsCall,
+    tensors: ExpertsTensors,
+    out: torch.Tensor | None = None,
+    gate_up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`.
+
+    Args:
+        call: what is computed.
+        tensors: what it is computed with.
+        out: where the output goes; None: a new tensor.
+        gate_up: written with what the activation is applied to, if it is given.
+    """
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     shape = shape_of(
@@ -112,36 +141,32 @@ def stream(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None 
         call.down_transposed,
         gate_up_bias is not None,
         down_bias is not None,
+        gate_up is not None,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias)
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up)
     experts_down(down_proj, top_k_index, shape, workspace, down_bias)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 
 
-def tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The way for many tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`."""
+def tiles(
+    call: ExpertsCall,
+    tensors: ExpertsTensors,
+    out: torch.Tensor | None = None,
+    gate_up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The way for many tokens, with the arguments of :func:`stream`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    blocks, products = cut(call.load, call.intermediate_size)
-    shape = tile_shape_of(
-        blocks,
-        products,
-        call.dtype,
-        call.activation,
-        call.num_experts,
-        call.hidden_size,
-        call.intermediate_size,
-        call.gate_up_transposed,
-        call.down_transposed,
-        gate_up_bias is not None,
-        down_bias is not None,
-    )
+    shape = tile_shape(call, tensors, keeps_gate_up=gate_up is not None)
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
-    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias)
-    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias)
+    of_gate_up, of_down = packed_adapters(call, tensors)
+    up_step = step(of_gate_up, hidden_states, pairs, gathered=True)
+    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
+    down_step = step(of_down, intermediate, pairs, gathered=False)
+    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)

@@ -29,10 +29,8 @@ class GroupedBackend(RowsBackend):
             return reason
         if not call.aligned_weights:
             return "both weights must start on 16 bytes"
-        if not call.aligned_adapters:
-            return "the factors of the adapters must start on 16 bytes"
         return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)
 
-    def way(self, call: ExpertsCall) -> str:
+    def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
         return "torch's grouped GEMM"

@@ -22,23 +22,32 @@ class ReferenceBackend(RowsBackend):
         """None: every device and floating dtype is served."""
         return None
 
-    def way(self, call: ExpertsCall) -> str:
+    def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
         return "plain torch, one expert after the other"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        if call.adapters:
+        if call.adapter_rank:
             return super().forward(call, tensors, out)
         output = reference.experts(*tensors[:5], call.activation, tensors.gate_up_bias, tensors.down_bias)
         return output.to(call.dtype) if out is None else out.copy_(output)
 
-    def backward(
-        self, call: ExpertsCall, tensors: ExpertsTensors, grad: torch.Tensor, needed: Sequence[bool]
-    ) -> tuple[torch.Tensor | None, ...]:
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`cupymoe.backends.Backend`."""
-        if call.adapters:
-            return super().backward(call, tensors, grad, needed)
+        return self.forward(call, tensors), super().forward_keeping(call, tensors)[1]
+
+    def backward(
+        self,
+        call: ExpertsCall,
+        tensors: ExpertsTensors,
+        gate_up: torch.Tensor | None,
+        grad: torch.Tensor,
+        needed: Sequence[bool],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """See :class:`cupymoe.backends.Backend`; gate_up is computed again, unrounded, also where it was kept."""
+        if call.adapter_rank:
+            return super().backward(call, tensors, None, grad, needed)
         of_states, of_up, of_down, of_weights, *_, of_up_bias, of_down_bias = needed
         grads = gradients.experts_backward(
             grad,

@@ -99,7 +99,6 @@ _CHANGES = (
         lambda call: {"aligned_weights": True},
     ),
     _Change("start hidden_states on 16 bytes", lambda call: {"aligned_hidden_states": True}),
-    _Change("start every factor of the adapters on 16 bytes", lambda call: {"aligned_adapters": True}),
     _Change("cast hidden_states and both weights to torch.bfloat16", lambda call: {"dtype": torch.bfloat16}),
     _Change(
         "fill the hidden size up with zeros to a multiple of 16 and the intermediate size to one of 8",

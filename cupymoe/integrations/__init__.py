@@ -9,6 +9,15 @@ from torch import nn
 EXPERTS_IMPLEMENTATION = "cupymoe"
 """The name that transformers knows us by."""
 
+KEEP = "_cupymoe_keep"
+"""The attribute of an experts module of transformers that holds its ``keep``, where somebody has set one."""
+
+
+def keep_of(experts: Any) -> str:
+    """What a call of an experts module of transformers keeps for its gradients."""
+    keep: str = vars(experts).get(KEEP, "gate_up")  # not getattr, which takes 1 us to find that a module has none
+    return keep
+
 
 def is_set_to_cupymoe(experts: Any) -> bool:
     """Whether an experts module of transformers computes with ``experts_implementation="cupymoe"``."""

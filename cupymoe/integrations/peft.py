@@ -17,7 +17,7 @@ from torch import nn
 from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
-from cupymoe.integrations import is_set_to_cupymoe
+from cupymoe.integrations import is_set_to_cupymoe, keep_of
 from cupymoe.lora import LowRank
 
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -30,7 +30,7 @@ def _arguments(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[st
         if experts.backend != "auto":
             return None
         gate_up_proj, down_proj, gate_up_bias, down_bias = experts.projections()
-        activation = experts.activation
+        activation, keep = experts.activation, experts.keep
     elif is_set_to_cupymoe(experts):
         from cupymoe.integrations.transformers import served
 
@@ -38,24 +38,41 @@ def _arguments(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[st
             gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)
         except ValueError as error:
             raise ValueError(f"{path_of(experts)}: {error}") from None
+        keep = keep_of(experts)
     else:
         return None
-    settings = {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    settings = {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias, "keep": keep}
     return (gate_up_proj, down_proj), settings
+
+
+def _names(wrapper: layer.ParamWrapper) -> list[str]:
+    """Of the active adapters that are not merged."""
+    return [] if wrapper.merged else [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def _low_rank(wrapper: layer.ParamWrapper, name: str) -> LowRank:
+    """One adapter, as views of PEFT's parameters.
+
+    They are A ``[r * E, in]``, expert by expert, and B ``[out, r * E]``, with the experts innermost, also where the
+    parameter that they adapt is the transpose of our weight. A dtype that is neither float32 nor the parameter's is
+    cast to the latter.
+    """
+    a, b = (
+        factor if factor.dtype == torch.float32 else factor.to(wrapper.get_param().dtype)
+        for factor in (wrapper.lora_A[name].weight, wrapper.lora_B[name].weight)
+    )
+    experts = wrapper.num_experts
+    a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    return LowRank(a, b, wrapper.scaling[name])
 
 
 def _adapter(wrapper: layer.ParamWrapper) -> LowRank | None:
     """The active adapters as one of the sum of their ranks; None if there are none, or merged ones."""
-    if wrapper.merged:
-        return None
-    factors = [wrapper.get_delta_factors(name) for name in wrapper.active_adapters if name in wrapper.lora_A]
-    if not factors:
-        return None
-    # The product of PEFT's factors is added to the parameter, of which our weight may be the transpose.
-    if getattr(wrapper.get_base_layer(), "is_transposed", False):
-        factors = [(right.transpose(1, 2), left.transpose(1, 2), scaling) for left, right, scaling in factors]
-    a, b = [a for _, a, _ in factors], [b * scaling for b, _, scaling in factors]
-    return LowRank(torch.cat(a, 1), torch.cat(b, 2)) if len(factors) > 1 else LowRank(a[0], b[0])
+    adapters = [_low_rank(wrapper, name) for name in _names(wrapper)]
+    if len(adapters) < 2:
+        return adapters[0] if adapters else None
+    scaled = [adapter.b * adapter.scaling for adapter in adapters]
+    return LowRank(torch.cat([adapter.a for adapter in adapters], 1), torch.cat(scaled, 2))
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
@@ -70,6 +87,10 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         while isinstance(wrapper, layer.ParamWrapper):
             yield wrapper
             wrapper = wrapper.base_layer
+
+    def largest_rank(self) -> int:
+        """Of what the active adapters add to a parameter; 0 without any."""
+        return max(sum(int(wrapper.r[name]) for name in _names(wrapper)) for wrapper in self._wrappers())
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[T, H]`` of ``x`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].

@@ -3,7 +3,7 @@
 ``from_pretrained(..., experts_implementation="cupymoe")`` and ``model.set_experts_implementation("cupymoe")`` then work
 for every kind of experts that transformers has, gated or not, with biases or without, transposed or not, gate and up
 interleaved or not, if their gating function is an activation of :class:`cupymoe.MoEActivation`; others are refused by
-name (docs/models.md lists both).
+name (docs/models.md lists both). What their calls keep for the gradients is :func:`cupymoe.set_keep`'s to say.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from cupymoe.activation import MoEActivation
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.functional import fused_experts
-from cupymoe.integrations import EXPERTS_IMPLEMENTATION
+from cupymoe.integrations import EXPERTS_IMPLEMENTATION, keep_of
 from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
 from cupymoe.parameters import DTYPES
 
@@ -247,6 +247,7 @@ def experts_forward(
         activation=activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        keep=keep_of(self),
         global_num_experts=_global_num_experts(self, down_proj.shape[0]),
     )
     return output if output.dtype == dtype else output.to(dtype)

@@ -1,14 +1,15 @@
-"""The op of the experts, the one that writes into given memory, and their backward; LoRA's adapters are arguments.
+"""The op of the experts, the one that keeps gate_up for its backward, the one that writes into given memory, and the
+backward; LoRA's adapters are arguments.
 
-A weight that is not contiguous is the ``transpose(1, 2)`` of a contiguous tensor, and so is its gradient.
+A weight that is not contiguous is the ``transpose(1, 2)`` of a contiguous tensor, and so is its gradient. The factors
+of its adapter, of the weight's dtype or of float32, may have any strides, and their gradients have them too.
 
-All three take the same tensors and settings, what is not served yet among them, so that a later capability changes no
+All of them take the same tensors and settings, what is not served yet among them, so that a later capability changes no
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
 
 - ``gate_up_scales``, ``gate_up_zeros``, ``down_scales``, ``down_zeros`` belong to weights of another ``weight_format``
   than ``"plain"``, and ``expert_map`` says which of all experts are here: None.
 - ``weight_format`` is ``"plain"``, ``numerics`` is ``"fast"``.
-- ``gate_up`` of the backward is what a forward that keeps it hands over: None, and the backward computes it again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from cupymoe import gradients
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, select, slow
+from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
 from cupymoe.ops.register import on_device_of, register
 
@@ -30,13 +32,17 @@ _TENSORS = (
     "Tensor? gate_up_scales, Tensor? gate_up_zeros, Tensor? down_scales, Tensor? down_zeros, Tensor? expert_map"
 )
 _NUM_TENSORS = _TENSORS.count("Tensor")
-_SETTINGS = "str activation, str weight_format, str numerics, int? global_num_experts, str backend"
+_SETTINGS = (
+    "str activation, float gate_up_scaling, float down_scaling, str weight_format, str numerics, "
+    "int? global_num_experts, str backend"
+)
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
 _NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
-_WEIGHTS = (ExpertsTensors._fields.index("gate_up_proj"), ExpertsTensors._fields.index("down_proj"))
+_WEIGHTS = [ExpertsTensors._fields.index(name) for name in ("gate_up_proj", "down_proj")]
+_FACTORS = [ExpertsTensors._fields.index(name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")]
 
 
 def experts_call(
@@ -46,6 +52,7 @@ def experts_call(
     top_k_index: torch.Tensor,
     activation: MoEActivation,
     adapters: Sequence[torch.Tensor | None] = (),
+    scalings: tuple[float, float] = (1.0, 1.0),
     global_num_experts: int | None = None,
     out: torch.Tensor | None = None,
     has_bias: bool = False,
@@ -54,10 +61,7 @@ def experts_call(
     num_tokens, top_k = top_k_index.shape
     num_experts, hidden_size, intermediate_size = down_proj.shape
     states = hidden_states.data_ptr() if out is None else hidden_states.data_ptr() | out.data_ptr()
-    has_adapters, factors = False, 0
-    for factor in adapters:
-        if factor is not None:
-            has_adapters, factors = True, factors | factor.data_ptr()
+    rank = max(padded_rank(a.shape[1]) for a in adapters[::2] if a is not None) if adapters else 0
     # By position: names cost 1 us.
     return ExpertsCall(
         hidden_states.device,
@@ -70,8 +74,8 @@ def experts_call(
         intermediate_size,
         states % 16 == 0,
         (gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
-        has_adapters,
-        factors % 16 == 0,
+        rank,
+        *scalings,
         global_num_experts,
         not gate_up_proj.is_contiguous(),
         not down_proj.is_contiguous(),
@@ -97,23 +101,35 @@ def _contiguous(
     )
 
 
-def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
+def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsCall:
     tensors = arguments[:_NUM_COMPUTED_WITH]
     hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
-    activation, _, _, global_num_experts, backend = arguments[_NUM_TENSORS:]
-    call = experts_call(
+    activation, gate_up_scaling, down_scaling, _, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
+    return experts_call(
         hidden_states,
         gate_up_proj,
         down_proj,
         top_k_index,
         member_of(activation),
         tensors[5:9] if gate_up_a is not None or down_a is not None else (),
+        (gate_up_scaling, down_scaling),
         global_num_experts,
         out,
         gate_up_bias is not None or down_bias is not None,
     )
-    chosen = select(backend, call)
-    if top_k_index.numel() == 0 or down_proj.numel() == 0:
+
+
+def _is_empty(arguments: Sequence[Any]) -> bool:
+    """Whether there is nothing to compute."""
+    _, _, down_proj, top_k_index = arguments[:4]
+    return bool(top_k_index.numel() == 0 or down_proj.numel() == 0)
+
+
+def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
+    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    call = _call(arguments, out)
+    chosen = select(arguments[-1], call)
+    if _is_empty(arguments):
         return hidden_states.new_zeros(hidden_states.shape) if out is None else out.zero_()
     with on_device_of(hidden_states):
         return chosen.forward(call, _contiguous(*tensors), out)
@@ -127,6 +143,28 @@ def _fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
+def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    call = _call(arguments)
+    chosen = select(arguments[-1], call)
+    if _is_empty(arguments):
+        output, gate_up = _fused_experts_keeping_fake(*arguments)
+        return output.zero_(), gate_up
+    with on_device_of(hidden_states):
+        return chosen.forward_keeping(call, _contiguous(*tensors))
+
+
+def _fused_experts_keeping_fake(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    _: torch.Tensor,
+    top_k_index: torch.Tensor,
+    *__: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up = hidden_states.new_empty((top_k_index.numel(), gate_up_proj.shape[1]))
+    return hidden_states.new_empty(hidden_states.shape), gate_up
+
+
 def _fused_experts_out(*arguments: Any) -> None:
     out = arguments[-1]
     _compute(arguments[:-1], out)
@@ -135,12 +173,24 @@ def _fused_experts_out(*arguments: Any) -> None:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], None)
     ctx.settings = inputs[_NUM_TENSORS:]
 
 
-def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _setup_keeping(ctx: Any, inputs: Any, outputs: Any) -> None:
+    gate_up = outputs[1]
+    ctx.mark_non_differentiable(gate_up)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], gate_up)
+    ctx.settings = inputs[_NUM_TENSORS:]
+    ctx.set_materialize_grads(False)  # gate_up's would be zeros of its size
+
+
+def _grad(ctx: Any, grad: torch.Tensor | None, _of_gate_up: None = None) -> tuple[Any, ...]:
+    result: list[torch.Tensor | None] = [None] * (_NUM_TENSORS + _NUM_SETTINGS)
+    if grad is None:
+        return tuple(result)
     needed = [ctx.needs_input_grad[index] for index in _DIFFERENTIABLE]
+    *tensors, gate_up = ctx.saved_tensors
     *settings, backend = ctx.settings
     if torch.is_grad_enabled():  # create_graph=True: only plain torch has gradients of gradients
         if grad.is_cuda and backend != "reference":  # what was asked for by name is not reported
@@ -149,9 +199,8 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
                 "the kernels of the backward have no gradient of their own",
                 "To have them fast, ask for them without create_graph=True.",
             )
-        backend = "reference"
-    grads = torch.ops.cupymoe.fused_experts_backward(grad, *ctx.saved_tensors, None, *settings, backend, needed)
-    result: list[torch.Tensor | None] = [None] * (_NUM_TENSORS + _NUM_SETTINGS)
+        backend, gate_up = "reference", None
+    grads = torch.ops.cupymoe.fused_experts_backward(grad, *tensors, gate_up, *settings, backend, needed)
     for index, gradient, wanted in zip(_DIFFERENTIABLE, grads, needed, strict=True):
         result[index] = gradient if wanted else None
     return tuple(result)
@@ -165,35 +214,40 @@ def _grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 def _zero_gradient(index: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Zeros, laid out as the gradient with respect to the tensor at an index is."""
     tensor = tensors[index]
+    if index in _FACTORS:
+        return torch.zeros_like(tensor)
     return gradients.zeros_as(tensor) if index in _WEIGHTS else tensor.new_zeros(tensor.shape)
 
 
+def _laid_out(gradient: torch.Tensor, index: int, tensor: torch.Tensor) -> torch.Tensor:
+    """A backend's gradient, as :func:`_zero_gradient` lays it out, which the fake implementation promises."""
+    if index in _FACTORS and (gradient.dtype != tensor.dtype or gradient.stride() != tensor.stride()):
+        return torch.empty_like(tensor).copy_(gradient)
+    return gradient.to(tensor.dtype)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and from 16 bytes on, as the kernels read it; a copy where it is not, as a slice may not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index, _, *adapters, gate_up_bias, down_bias = tensors
-    _, activation, _, _, global_num_experts, backend, needed = arguments[_NUM_TENSORS:]
-    call = experts_call(
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        top_k_index,
-        member_of(activation),
-        adapters,
-        global_num_experts,
-        has_bias=gate_up_bias is not None or down_bias is not None,
-    )
-    chosen = select(backend, call, "backward")
-    given = [arguments[index] for index in _DIFFERENTIABLE]
-    if top_k_index.numel() == 0 or down_proj.numel() == 0:
+    gate_up, *settings, needed = arguments[_NUM_TENSORS:]
+    call = _call((*arguments[:_NUM_TENSORS], *settings))
+    chosen = select(settings[-1], call, "backward")
+    if _is_empty(arguments):
         return tuple(
             _zero_gradient(index, arguments) if wanted else grad.new_empty(0)
             for index, wanted in zip(_DIFFERENTIABLE, needed, strict=True)
         )
-    with on_device_of(hidden_states):
-        grads = chosen.backward(call, _contiguous(*tensors), grad.contiguous(), needed)
+    with on_device_of(grad):
+        tensors = _contiguous(*arguments[:_NUM_COMPUTED_WITH])
+        kept = None if gate_up is None else _aligned(gate_up)
+        grads = chosen.backward(call, tensors, kept, _aligned(grad), needed)
     return tuple(
-        grad.new_empty(0) if gradient is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(grads, given, strict=True)
+        grad.new_empty(0) if gradient is None else _laid_out(gradient, index, arguments[index])
+        for gradient, index in zip(grads, _DIFFERENTIABLE, strict=True)
     )
 
 
@@ -205,6 +259,13 @@ def _fused_experts_backward_fake(grad: torch.Tensor, *arguments: Any) -> tuple[t
 
 
 register(f"fused_experts({_TENSORS}, {_SETTINGS}) -> Tensor", _fused_experts, _fused_experts_fake, _grad, _setup)
+register(
+    f"fused_experts_keeping({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    _fused_experts_keeping,
+    _fused_experts_keeping_fake,
+    _grad,
+    _setup_keeping,
+)
 register(
     f"fused_experts_out({_TENSORS}, {_SETTINGS}, Tensor(a!) out) -> ()",
     _fused_experts_out,

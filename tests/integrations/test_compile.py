@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEActivation, set_keep
 from tests.helpers import randomize, relative_error, slow_on_cuda, transformers_config, transformers_gemma4
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -137,11 +137,13 @@ def test_export_of_experts_with_a_gate_of_their_own(device, strict):
 
 
 @pytest.mark.slow
-def test_gradients(device):
+@pytest.mark.parametrize("keep", ["gate_up", "input"])
+def test_gradients(device, gate_up_kept_on_the_cpu_too, keep):
     ids = tokens(6, device)
     gradients = []
     for compile in (False, True):
         each = model(device)
+        set_keep(each, keep)
         function = torch.compile(each, fullgraph=True, backend="aot_eager") if compile else each
         function(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in each.named_parameters() if "experts" in name})

@@ -1,4 +1,4 @@
-"""Models that transformers has split over two processes (gloo), by tensor and by expert parallelism."""
+"""Models over two processes (gloo): split by transformers' tensor and expert parallelism; batches by DDP and FSDP2."""
 
 import os
 import socket
@@ -38,8 +38,18 @@ def gpt_oss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "kind"), [(gemma4, "tensor"), (gemma4, "expert"), (gpt_oss, "expert")])
-def test_a_split_model_computes_as_a_whole_one(build, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (gemma4, "tensor"),
+        (gemma4, "expert"),
+        (gpt_oss, "expert"),
+        (gemma4, "ddp"),
+        (gemma4, "fsdp2"),
+        (gpt_oss, "fsdp2"),
+    ],
+)
+def test_two_processes_compute_as_one(build, kind, tmp_path):
     model = randomize(build())
     model.save_pretrained(tmp_path)
     with socket.socket() as free:

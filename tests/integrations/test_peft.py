@@ -94,7 +94,7 @@ def oracle(model, hidden_states, activation=MoEActivation.GELU_TANH):
     weights, index = base.router.route(hidden_states)
     leaves, merged = {}, {}
     for name, (adapter, _) in adapters(model).items():
-        leaves[name] = [part.detach().double().requires_grad_() for part in adapter]
+        leaves[name] = [part.detach().double().requires_grad_() for part in adapter[:2]]
         merged[name] = getattr(experts, name).detach().double() + leaves[name][1] @ leaves[name][0]
     output = reference.experts(
         hidden_states.double(), merged["gate_up_proj"], merged["down_proj"], index, weights, activation
@@ -229,6 +229,20 @@ def test_low_rank_does_not_merge(way, unmerged):
     """Else the tests above would compare PEFT with itself."""
     train(adapted(moe(), way))(states(("cpu", torch.float32)))
     assert len(unmerged) == (way == "low_rank")
+
+
+def test_what_is_given_are_views_of_peft_s_parameters(unmerged):
+    """In float32, on weights in bfloat16; one adapter alone costs no copy."""
+    model = train(adapted(text_model().bfloat16()))
+    model(torch.tensor([[1, 2, 3]]))
+    wrapper = model.get_base_model().model.layers[0].experts
+    for adapter in unmerged[0][5:7]:
+        named = {module.parameter_name: module for module in (wrapper, wrapper.base_layer)}
+        name = "gate_up_proj" if adapter.b.shape[1] == 48 else "down_proj"
+        a, b = (part["default"].weight for part in (named[name].lora_A, named[name].lora_B))
+        assert (adapter.a.dtype, adapter.b.dtype) == (torch.float32, torch.float32)
+        assert (adapter.a.data_ptr(), adapter.b.data_ptr()) == (a.data_ptr(), b.data_ptr())
+        assert adapter.scaling == 1.5
 
 
 def test_another_backend_s_calls_merge(unmerged):

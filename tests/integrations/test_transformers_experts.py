@@ -115,7 +115,7 @@ def test_every_class_is_counted():
 
 # --- docs/models.md ---------------------------------------------------------------------------------------------------
 
-ROW = re.compile(r"^\| `(\w+)` \| ([\w, ]+) \| (`fused`|refused) \| (`grouped`|refused) \| (.*) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \| ([\w, ]+) \| (`fused`|refused) \| (`fused`|refused) \| (.*) \|$", re.MULTILINE)
 ROWS = ROW.findall((ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
 ROW_OF = {model.strip("` "): row for row in ROWS for model in row[4].split(",")}
 PROPERTIES = {
@@ -146,7 +146,7 @@ def test_the_page_agrees(module, name):
     if name in REFUSED:
         assert (inference, training) == ("refused", "refused")
         return
-    assert (inference, training) == ("`fused`", "`grouped`")
+    assert (inference, training) == ("`fused`", "`fused`")
     integration.served(experts)
 
 
@@ -158,5 +158,5 @@ def test_who_computes_it_on_hopper(module, name):
     experts = random_experts(module, name).to("cuda", torch.bfloat16)
     experts.config._experts_implementation = "cupymoe"
     forward, backward = cupymoe.explain(experts, 64)
-    expected = (None, None) if name in REFUSED else ("fused", "grouped")
+    expected = (None, None) if name in REFUSED else ("fused", "fused")
     assert (forward.backend, backward.backend) == expected, (forward, backward)

@@ -1,0 +1,93 @@
+"""Low-rank adapters on the fused backend: what they add to the products of the tiles, and their own gradients.
+
+A projection adds ``(rows a^T) b^T`` to ``rows W^T``: ``lora_shrink`` makes the first, narrow product, and the tiles
+take the second one into their own sums. The way back adds ``(grad b) a`` to ``grad W`` just so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cupymoe.backends import ExpertsCall, ExpertsTensors
+from cupymoe.backends.adapters import adapters_of, new_gradient, packed
+from cupymoe.kernels.expert_tiles import AdapterStep
+from cupymoe.kernels.lora_outer import lora_outer
+from cupymoe.kernels.lora_shrink import lora_shrink
+from cupymoe.kernels.pack_adapter import pack_adapter
+from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.lora import LowRank, Packed, padded_rank
+
+
+def packed_adapters(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Packed | None, Packed | None]:
+    """Those of gate_up_proj and down_proj, as the kernels take them."""
+    weights = tensors.gate_up_proj, tensors.down_proj
+    gate_up, down = (
+        None if adapter is None else packed(adapter, weight)
+        for adapter, weight in zip(adapters_of(call, tensors), weights, strict=True)
+    )
+    return gate_up, down
+
+
+def rank_of(adapter: LowRank | None) -> int:
+    """As it is padded; 0 where there is none."""
+    return 0 if adapter is None else padded_rank(adapter.a.shape[1])
+
+
+def step(adapter: Packed | None, rows: torch.Tensor, pairs: SortedPairs, *, gathered: bool) -> AdapterStep | None:
+    """What the adapter adds to the products of these rows with its weight.
+
+    Args:
+        adapter: of the weight.
+        rows: ``[T, in]`` where ``gathered``, else ``[T * K, in]`` in expert order.
+        pairs: the sorted pairs.
+        gathered: whether rows are those of tokens.
+    """
+    if adapter is None:
+        return None
+    low = lora_shrink(rows, adapter.a, pairs.expert_offsets, pairs.token_of_slot if gathered else None)
+    return AdapterStep(low, adapter.b)
+
+
+def step_back(adapter: Packed | None, grad: torch.Tensor, pairs: SortedPairs, *, gathered: bool) -> AdapterStep | None:
+    """The same of the products of a gradient with the transposed weight."""
+    return step(None if adapter is None else adapter.transposed(), grad, pairs, gathered=gathered)
+
+
+def gradients_of(
+    adapter: Packed,
+    back: AdapterStep | None,
+    rows: torch.Tensor,
+    grad: torch.Tensor,
+    pairs: SortedPairs,
+    needed: tuple[bool, bool],
+    *,
+    rows_gathered: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``a`` and ``b`` as they were given, in their dtypes and layouts; None where not needed.
+
+    Args:
+        adapter: of a projection. A product with its ``b`` is scaled, and one with its ``a`` is not.
+        back: what :func:`step_back` gave of ``grad``; None where ``a`` needs no gradient.
+        rows: what the projection was given.
+        grad: of its output; of it and ``rows`` one has a row for each token, and the other for each slot.
+        pairs: the sorted pairs.
+        needed: which of the two.
+        rows_gathered: whether ``rows`` is the one for tokens.
+    """
+    of_a = of_b = None
+    tokens_of_rows, tokens_of_grad = (pairs.token_of_slot, None) if rows_gathered else (None, pairs.token_of_slot)
+    if needed[0] and back is not None:
+        of_a, stored = new_gradient(adapter.given.a)
+        lora_outer(back.low, rows, pairs.expert_offsets, stored, tokens_of_rows)
+        _move(stored, of_a)
+    if needed[1]:
+        low = lora_shrink(rows, adapter.a, pairs.expert_offsets, tokens_of_rows)
+        of_b, stored = new_gradient(adapter.given.b)
+        lora_outer(low, grad, pairs.expert_offsets, stored.transpose(1, 2), tokens_of_grad, scale=adapter.given.scaling)
+        _move(stored, of_b)
+    return of_a, of_b
+
+
+def _move(stored: torch.Tensor, gradient: torch.Tensor) -> None:
+    if stored is not gradient:
+        pack_adapter(stored, gradient)

@@ -1,0 +1,152 @@
+"""The gradients of the fused backend: back through the down projection and the activation, then through gate_up.
+
+    sort -> [gate_up again] -> experts_down_back -> the way back through gate_up -> combine    hidden_states
+                                                 -> sum_parts                                  top_k_weights
+                                                 -> experts_outer, twice                       the weights
+                                                 -> lora_outer, four times [-> pack_adapter]   adapters
+
+All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes first, and ``lora_shrink`` before each
+product with it. What is not asked for is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
+from cupymoe.backends.adapters import adapters_of
+from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
+from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, rank_of, step, step_back
+from cupymoe.kernels.combine import combine
+from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
+from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
+from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
+from cupymoe.kernels.experts_outer_wgmma import experts_outer_wgmma
+from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
+from cupymoe.kernels.sort_by_expert import SortedPairs, sort_by_expert
+from cupymoe.kernels.sum_parts import sum_parts
+
+_THIRD_TICKET = 2
+"""The ticket counter that the way back through gate_up takes; the two kernels before it take the others."""
+
+
+def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False) -> TileShape:
+    """What the tiles of a call are compiled for."""
+    return tile_shape_of(
+        *cut(call.load, call.intermediate_size),
+        call.dtype,
+        call.activation,
+        call.num_experts,
+        call.hidden_size,
+        call.intermediate_size,
+        call.gate_up_transposed,
+        call.down_transposed,
+        tensors.gate_up_bias is not None,
+        tensors.down_bias is not None,
+        keeps_gate_up,
+        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
+    )
+
+
+def new_gate_up(call: ExpertsCall, tensors: ExpertsTensors) -> torch.Tensor:
+    """Memory for what the activation is applied to, ``[T * K, 2I]`` or ``[T * K, I]``, uninitialised."""
+    rows = call.num_tokens * call.top_k
+    return tensors.hidden_states.new_empty((rows, call.activation.input_size(call.intermediate_size)))
+
+
+def _outer_as_weight(
+    pairs: SortedPairs,
+    weight: torch.Tensor,
+    of_slots: torch.Tensor,
+    of_tokens: torch.Tensor,
+    *,
+    is_out_of_slots: bool,
+) -> torch.Tensor:
+    """The gradient of a weight ``[E, out, in]`` in the layout of the weight, from the gradient of its output and its
+    input: one has a row for each slot, the other for each token. ``is_out_of_slots``: whether the first is the output.
+    """
+    slots_first = is_out_of_slots == weight.is_contiguous()
+    left, right = (of_slots, of_tokens) if slots_first else (of_tokens, of_slots)
+    outer = experts_outer_wgmma(left, right, pairs, len(weight), left_gathered=not slots_first)
+    return outer if weight.is_contiguous() else outer.transpose(1, 2)
+
+
+def backward(
+    call: ExpertsCall,
+    tensors: ExpertsTensors,
+    gate_up: torch.Tensor | None,
+    grad: torch.Tensor,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """See :meth:`cupymoe.backends.Backend.backward`."""
+    of_states, of_up, of_down, of_weights, of_up_a, of_up_b, of_down_a, of_down_b, of_up_bias, of_down_bias = needed
+    pairs = sort_by_expert(tensors.top_k_index, call.num_experts, tensors.top_k_weights)
+    assert pairs.weight_of_slot is not None
+    states, shape = tensors.hidden_states, tile_shape(call, tensors)
+    grads: dict[str, torch.Tensor | None] = {}
+    if of_down_bias:
+        rows = _rows(call, tensors)
+        grads["down_bias"] = rows.sums(rows.gather(grad), pairs.weight_of_slot[:, None], call.dtype)
+    if not any(needed[:-1]):
+        return tuple(grads.get(name) for name in DIFFERENTIABLE)
+
+    up_adapter, down_adapter = packed_adapters(call, tensors)
+    if gate_up is None:
+        gate_up = new_gate_up(call, tensors)
+        keeping = tile_shape(call, tensors, keeps_gate_up=True)
+        again = step(up_adapter, states, pairs, gathered=True)
+        experts_up_wgmma(states, tensors.gate_up_proj, pairs, keeping, tensors.gate_up_bias, gate_up, again)
+    down_step = step_back(down_adapter, grad, pairs, gathered=True)
+    grad_gate_up, weighted, dot_parts = experts_down_back_wgmma(
+        grad,
+        tensors.down_proj,
+        gate_up,
+        pairs.weight_of_slot,
+        pairs,
+        shape,
+        down_step,
+        stores_weighted=of_down or of_down_a or of_down_b,
+    )
+    if of_weights:
+        of_pairs = sum_parts(dot_parts, pairs.slot_of_pair)
+        if tensors.down_bias is not None:
+            of_pairs += dot_with_bias(pairs.slot_of_pair, grad.float(), tensors.down_bias, tensors.top_k_index)
+        grads["top_k_weights"] = of_pairs
+    if weighted is not None:
+        if of_down:
+            grads["down_proj"] = _outer_as_weight(pairs, tensors.down_proj, weighted, grad, is_out_of_slots=False)
+        if down_adapter is not None:
+            grads["down_a"], grads["down_b"] = gradients_of(
+                down_adapter, down_step, weighted, grad, pairs, (of_down_a, of_down_b), rows_gathered=False
+            )
+        del weighted  # before the largest allocation
+
+    up_step = None
+    if of_states or of_up_a:
+        up_step = step_back(up_adapter, grad_gate_up, pairs, gathered=False)
+    if of_up:
+        grads["gate_up_proj"] = _outer_as_weight(
+            pairs, tensors.gate_up_proj, grad_gate_up, states, is_out_of_slots=True
+        )
+    if up_adapter is not None:
+        grads["gate_up_a"], grads["gate_up_b"] = gradients_of(
+            up_adapter, up_step, states, grad_gate_up, pairs, (of_up_a, of_up_b), rows_gathered=True
+        )
+    if of_up_bias:
+        ones = grad_gate_up.new_ones((len(grad_gate_up), 1))
+        grads["gate_up_bias"] = _rows(call, tensors).sums(grad_gate_up, ones, call.dtype)
+    if of_states:
+        back_proj = tensors.gate_up_proj.transpose(1, 2)
+        of_slots = experts_down_wgmma(
+            grad_gate_up, back_proj, pairs, shape.up_back, adapter=up_step, ticket=_THIRD_TICKET
+        )
+        grads["hidden_states"] = combine(of_slots, pairs.slot_of_pair, None)
+    return tuple(grads.get(name) for name in DIFFERENTIABLE)
+
+
+def _rows(call: ExpertsCall, tensors: ExpertsTensors) -> KernelRows:
+    """Whose sums over an expert's rows are the gradients of biases."""
+    rows = GroupedRows if call.dtype == torch.bfloat16 else SimtRows
+    return rows(tensors.top_k_index, call.num_experts)

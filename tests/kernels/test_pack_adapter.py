@@ -1,0 +1,115 @@
+"""pack_adapter.cu, bit for bit, against what torch copies, casts and scales."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from cupymoe import LowRank
+from cupymoe.backends.adapters import new_gradient, packed
+from cupymoe.kernels.pack_adapter import pack_adapter
+from tests.helpers import poison_free_memory, transposed
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ORDERS = {"in order": (0, 1, 2), "rows innermost": (0, 2, 1), "experts innermost": (1, 2, 0)}
+# Experts, rows and columns: whole tiles, odd ones, fewer than a tile, and one of each.
+SIZES = [(128, 32, 256), (33, 17, 129), (3, 200, 5), (1, 1, 1)]
+
+
+def laid_out(size, order, dtype):
+    """Uninitialised, of this size, with its dimensions in this order in memory."""
+    dimensions = ORDERS[order]
+    memory = torch.empty([size[dimension] for dimension in dimensions], device="cuda", dtype=dtype)
+    return memory.permute([dimensions.index(dimension) for dimension in range(3)])
+
+
+def random_source(size, order, dtype):
+    return laid_out(size, order, dtype).copy_(torch.randn(size, device="cuda"))
+
+
+def expected_of(source, size, dtype, scale):
+    scaled = (source.float() * scale).to(dtype)
+    return pad(scaled, (0, size[2] - source.shape[2], 0, size[1] - source.shape[1]))
+
+
+@pytest.mark.parametrize(("source_order", "output_order"), [*product(ORDERS, ORDERS)])
+def test_any_order_into_any_other(source_order, output_order):
+    for size, padding in product(SIZES, ((0, 0), (3, 0), (0, 15))):
+        padded = size[0], size[1] + padding[0], size[2] + padding[1]
+        source = random_source(size, source_order, torch.float32)
+        output = laid_out(padded, output_order, torch.bfloat16).fill_(torch.nan)
+        pack_adapter(source, output, -0.3)
+        assert torch.equal(output, expected_of(source, padded, torch.bfloat16, -0.3)), (size, padded)
+
+
+@pytest.mark.parametrize(("source_dtype", "output_dtype"), [*product(DTYPES, DTYPES)])
+def test_dtypes(source_dtype, output_dtype):
+    """Values that are subnormal, or infinite once they are rounded, among them."""
+    source = random_source((40, 30, 10), "experts innermost", source_dtype)
+    source[0] *= 1e-7 if source_dtype == torch.float16 else 1e-39
+    source[1] *= 3e4
+    for scale in (1.0, 2 / 3):
+        output = laid_out((40, 30, 16), "in order", output_dtype).fill_(torch.nan)
+        pack_adapter(source, output, scale)
+        assert torch.equal(output, expected_of(source, output.shape, output_dtype, scale))
+
+
+def test_a_part_of_a_larger_tensor():
+    """Neither side reads or writes what lies between."""
+    whole = torch.full((8, 40, 60), torch.nan, device="cuda")
+    source = whole[1:7, ::2, 3:40:5]
+    source.copy_(torch.randn(source.shape, device="cuda"))
+    outputs = torch.full((6, 50, 90), 7.0, device="cuda")
+    pack_adapter(source, outputs[:, 10:40:1, ::3][:, :25], 2.0)
+    changed = outputs.clone()
+    assert torch.equal(changed[:, 10:35, ::3], expected_of(source, (6, 25, 30), torch.float32, 2.0))
+    changed[:, 10:35, ::3] = 7.0
+    assert bool((changed == 7.0).all())
+
+
+def peft_adapter(weight, rank, dtype, scaling):
+    """As PEFT keeps it: A in order, B [out, r, E]."""
+    num_experts, out_size, in_size = weight.shape
+    a = torch.randn(num_experts, rank, in_size, device="cuda", dtype=dtype)
+    b = torch.randn(out_size, rank, num_experts, device="cuda", dtype=dtype)
+    return LowRank(a, b.permute(2, 0, 1), scaling)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 8, 12, 16, 64])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_adapters_are_packed_as_by_torch(rank, is_transposed):
+    for size in ((128, 352, 704), (5, 72, 88), (1, 16, 8)):
+        weight = torch.empty(size, device="cuda", dtype=torch.bfloat16)
+        weight = transposed(weight) if is_transposed else weight
+        for dtype in (torch.float32, torch.bfloat16):
+            adapter = peft_adapter(weight, rank, dtype, 1.5)
+            poison_free_memory()
+            found, expected = packed(adapter, weight), adapter.packed(weight)
+            for ours, theirs in zip(found[:2], expected[:2], strict=True):
+                assert ours.dtype == torch.bfloat16
+                strides = zip(ours.stride(), theirs.stride(), ours.shape, strict=True)
+                assert all(own == other for own, other, size in strides if size > 1)
+                assert torch.equal(ours, theirs)
+
+
+def test_what_is_packed_already_is_taken_as_it_is():
+    weight = torch.empty(4, 48, 64, device="cuda", dtype=torch.bfloat16)
+    once = packed(peft_adapter(weight, 12, torch.float32, 0.5), weight)
+    again = packed(LowRank(once.a, once.b), weight)
+    assert (again.a.data_ptr(), again.b.data_ptr()) == (once.a.data_ptr(), once.b.data_ptr())
+    assert packed(LowRank(once.a, once.b, 2.0), weight).b.data_ptr() != once.b.data_ptr()
+
+
+def test_gradients_of_factors_are_laid_out_as_they_are():
+    weight = torch.empty(33, 48, 64, device="cuda", dtype=torch.bfloat16)
+    adapter = peft_adapter(weight, 5, torch.float32, 1.0)
+    of_a, stored_a = new_gradient(adapter.a)
+    of_b, stored_b = new_gradient(adapter.b)
+    assert stored_a is of_a
+    assert of_b.stride() == adapter.b.stride()
+    assert stored_b.is_contiguous()
+    pack_adapter(stored_b.normal_(), of_b)
+    assert torch.equal(of_b, stored_b)
