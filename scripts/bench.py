@@ -5,7 +5,7 @@
 are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
-``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers'.
+``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers' and a floor.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
 """
 

@@ -22,13 +22,11 @@ import torch
 from bench_adapters import reason
 from bench_experts import checked
 from bench_peers import WEIGHT_STD, Case, Inputs, Oracle, make_cases
-from bench_timing import Ceilings, capture, free_memory, measure_ceilings, time_in_turn
+from bench_timing import FLOOR, capture, free_memory, measure_ceilings, time_in_turn
 
 from cupymoe import Gemma4MoEConfig, fused_experts, reference
 
 TOKENS = (1, 4, 16, 32, 48, 128, 512, 1024, 4096, 8192)
-FLOOR = Ceilings(read_tbs=3.05, bf16_tflops=782.0)
-"""What floors are computed from, the same for every run; the run's own ceilings are in its report beside them."""
 SECONDS_PER_CONTENDER = 0.1
 """Of a cell; there are 150 of them."""
 ORACLE_TOKENS = 16

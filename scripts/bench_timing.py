@@ -105,6 +105,10 @@ class Ceilings(NamedTuple):
     bf16_tflops: float
 
 
+FLOOR = Ceilings(read_tbs=3.05, bf16_tflops=782.0)
+"""An H100's. What the floors of some reports are computed from, whatever the run's card gives, which is beside them."""
+
+
 def measure_ceilings(buffer: torch.Tensor, parts: int) -> Ceilings:
     """TB/s of raw reads over ``parts`` equal parts of a buffer; TFLOP/s of a bf16 product of 8192 cubed."""
     size = buffer.numel() * buffer.element_size() // parts // 16 * 16

@@ -1,154 +1,270 @@
 """What a training step of one layer's experts costs, as ``bench.py --regime training`` times it.
 
-A step is a forward and a backward, eager: autograd's own work on the host is part of it. ``full`` asks for the
-gradients of hidden states, routing weights and both weights, ``frozen`` for the first two.
+A step is a forward and a backward, eager: autograd's own work on the host is part of it. All three modes ask for the
+gradients of hidden states and routing weights: ``frozen`` for no others, ``full`` for those of both weights too,
+``lora`` for those of adapters on both weights, float32 as PEFT keeps them, while the weights are frozen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import click
 import torch
-from bench_peers import Case, make_cases
-from bench_timing import free_memory, percentiles
+from bench_lora import RANK, Adapters
+from bench_peers import PEER_ERROR_LIMIT, Case, Layer, make_cases
+from bench_timing import FLOOR, free_memory, percentiles
 
-from cupymoe import Gemma4MoEConfig, fused_experts
-from cupymoe.activation import MoEActivation
+from cupymoe import Gemma4MoEConfig, fused_experts, lora_experts
 from cupymoe.gradients import experts_backward
 from cupymoe.verification.transformers_peer import experts_of
 
-TOKENS = (4096, 16384)
-STEPS, WARM_UP_STEPS = 15, 3
+TOKENS = (1024, 4096, 8192, 16384)
+MODES = ("full", "frozen", "lora")
+STEPS, WARM_UP_STEPS = 25, 3
 ORACLE_TOKENS, ORACLE_EXPERTS = 64, 2
-"""Whose gradients are compared with float64: hidden states and routing weights of tokens, both weights of experts."""
+"""Whose gradients are compared with float64: those of some tokens, and of some experts' weights or adapters."""
 ERROR_LIMIT = 0.008
 """Products that round to bfloat16 each give 0.0064 at the most (Unsloth's and transformers', measured by hand)."""
 
+_OF_TOKENS = ("hidden_states", "top_k_weights")
 _NO_BIASES = (None, None)
 
-Step = Callable[[], tuple[torch.Tensor, ...]]
+Tensors = dict[str, torch.Tensor]
+Forward = Callable[[], torch.Tensor]
 
 
-def _step(experts: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> Any:
-    return torch.autograd.grad(experts(*leaves), leaves, grad)
+def floor_ms(config: Gemma4MoEConfig, tokens: int, mode: str) -> float:
+    """The least time of a step on an H100, if nothing but its products and the sums over a token's experts took any.
 
+    Each is as long as its FLOPs or as its own reads and writes in bfloat16, whichever take longer. Kept for the
+    backward are the hidden states and ``[gate | up]``, from which it makes the activation's output again. Of the
+    adapters only the FLOPs count, at full rate. Every expert has a token.
+    """
+    experts, hidden, intermediate = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    both = config.activation.input_size(intermediate)
+    slots = tokens * config.top_k_experts
+    gate_up_proj, down_proj = experts * both * hidden, experts * hidden * intermediate
+    states, outputs, gate_up, activated = tokens * hidden, slots * hidden, slots * both, slots * intermediate
+    up_flops, down_flops = 2 * slots * both * hidden, 2 * slots * intermediate * hidden
 
-def _ours(case: Case, activation: MoEActivation, *leaves: torch.Tensor) -> torch.Tensor:
-    states, weights, *others = leaves
-    projections = others or case.weights
-    return fused_experts(states, *projections, case.inputs.top_k_index, weights, activation=activation)
+    def ms(elements: int, flops: int = 0) -> float:
+        return max(2 * elements / FLOOR.read_tbs, flops / FLOOR.bf16_tflops) / 1e9
 
-
-def _grouped_mm(case: Case, module: Any, *leaves: torch.Tensor) -> torch.Tensor:
-    states, weights = leaves[:2]
-    output: torch.Tensor = module(states, case.inputs.top_k_index, weights)
-    return output
-
-
-def contenders(case: Case, config: Gemma4MoEConfig, full: bool, grad: torch.Tensor) -> dict[str, Step]:
-    """A step of each, which gives its gradients in one order."""
-    from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
-
-    states, _, weights = case.inputs
-    leaves = [tensor.detach().requires_grad_() for tensor in (states, weights)]
-    module = experts_of(Gemma4TextConfig(**asdict(config)), *case.weights)
-    module.config._experts_implementation = "grouped_mm"
-    if full:
-        leaves += [parameter.requires_grad_() for parameter in (module.gate_up_proj, module.down_proj)]
-    return {
-        "cupymoe": partial(_step, partial(_ours, case, config.activation), leaves, grad),
-        "grouped_mm": partial(_step, partial(_grouped_mm, case, module), leaves, grad),
-    }
-
-
-def errors(case: Case, config: Gemma4MoEConfig, grad: torch.Tensor, grads: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Norm of the difference from float64 over the norm, of each gradient."""
-    states, index, weights = case.inputs
-    tokens = torch.randperm(len(states), device=states.device)[:ORACLE_TOKENS]
-    of_tokens = experts_backward(
-        grad[tokens].double(),
-        states[tokens].double(),
-        *case.weights,
-        index[tokens],
-        weights[tokens].double(),
-        config.activation,
-        *_NO_BIASES,
-        (True, False, False, False, True, False, False),
+    total = (
+        # The forward: up with the activation, down, the sum.
+        ms(states + gate_up_proj + gate_up + activated, up_flops)
+        + ms(activated + down_proj + outputs, down_flops)
+        + ms(outputs + states)
+        # Back through down and the activation, back through up, the sum.
+        + ms(states + down_proj + gate_up + gate_up + activated, down_flops)
+        + ms(gate_up + gate_up_proj + outputs, up_flops)
+        + ms(outputs + states)
     )
-    found = {
-        "hidden_states": (grads[0][tokens], of_tokens[0]),
-        "top_k_weights": (grads[1][tokens], of_tokens[4]),
-    }
-    if len(grads) > 2:
+    if mode == "full":
+        total += ms(states + activated + down_proj, down_flops) + ms(states + gate_up + gate_up_proj, up_flops)
+    if mode == "lora":
+        # Two products forward, and the gradients of both operands of each.
+        total += ms(0, 3 * 2 * RANK * slots * (hidden + both + intermediate + hidden))
+    return total
+
+
+class Step(NamedTuple):
+    """What has gradients, and each contender's forward on it."""
+
+    leaves: Tensors
+    forwards: dict[str, Forward]
+
+    @classmethod
+    def of(cls, case: Case, config: Gemma4MoEConfig, adapters: Adapters | None, mode: str) -> Step:
+        """Of one mode; ``adapters``, in float32, are those of ``lora``."""
+        from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+        states, index, routing = case.inputs
+        module = experts_of(Gemma4TextConfig(**asdict(config)), *case.weights)
+        module.config._experts_implementation = "grouped_mm"
+        weights = Layer(module.gate_up_proj, module.down_proj)
+        leaves = {"hidden_states": states.detach(), "top_k_weights": routing.detach()}
+        if mode == "full":
+            leaves.update(weights._asdict())
+        if adapters is not None:
+            leaves.update(adapters.factors())
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        inputs = leaves["hidden_states"], index, leaves["top_k_weights"]
+
+        def ours() -> torch.Tensor:
+            arguments = inputs[0], *weights, *inputs[1:]
+            if adapters is None:
+                return fused_experts(*arguments, activation=config.activation)
+            return lora_experts(*arguments, *adapters, activation=config.activation)
+
+        def grouped_mm() -> torch.Tensor:
+            if adapters is None:
+                output: torch.Tensor = module(*inputs)
+            else:
+                # As in PEFT 0.21, peft.tuners.lora.layer.ParamWrapper.get_delta_factors and _LoraFactorsProxy.forward:
+                # factors cast to the weight's dtype, one baddbmm a weight. PEFT merges a second time in each call, for
+                # a check that torch's register_parametrization makes; that is left out here.
+                merged = adapters.merged(weights, states.dtype)
+                output = torch.func.functional_call(module, merged._asdict(), inputs)
+            return output
+
+        return cls(leaves, {"cupymoe": ours, "grouped_mm": grouped_mm})
+
+    def gradients(self, output: torch.Tensor, grad: torch.Tensor) -> Tensors:
+        """Of the leaves, by name."""
+        return dict(zip(self.leaves, torch.autograd.grad(output, list(self.leaves.values()), grad), strict=True))
+
+
+class Oracle(NamedTuple):
+    """Gradients in float64: ``truth``'s rows are those of some tokens, and of some experts."""
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+    truth: Tensors
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, case: Case, config: Gemma4MoEConfig, adapters: Adapters | None, mode: str, grad: torch.Tensor
+    ) -> Oracle:
+        """Of a random choice of tokens, with all their experts; and of experts, with all their tokens."""
+        states, index, routing = case.inputs
+        weights = case.weights if adapters is None else adapters.merged(case.weights, torch.float64)
+        tokens = torch.randperm(len(states), device=states.device)[:ORACLE_TOKENS]
         experts = index.unique()[:ORACLE_EXPERTS]
-        some = [weight[experts].double() for weight in case.weights]
+
+        def backward(
+            rows: torch.Tensor | slice, weights: Layer, index: torch.Tensor, needed: Sequence[bool]
+        ) -> Any:  # optional tensors, which those that are needed are not
+            return experts_backward(
+                grad[rows].double(),
+                states[rows].double(),
+                *weights,
+                index,
+                routing[rows].double(),
+                config.activation,
+                *_NO_BIASES,
+                needed,
+            )
+
+        needed = (True, False, False, False, True, False, False)
+        of_states, *_, of_routing, _, _ = backward(tokens, weights, index[tokens], needed)
+        truth = dict(zip(_OF_TOKENS, (of_states, of_routing), strict=True))
+        if mode == "frozen":
+            return cls(tokens, experts, truth)
         local = torch.full((config.num_experts,), -1, device=index.device)
         local[experts] = torch.arange(len(experts), device=index.device)
-        of_experts = experts_backward(
-            grad.double(),
-            states.double(),
-            *some,
-            local[index],
-            weights.double(),
-            config.activation,
-            *_NO_BIASES,
-            (False, True, True, False, False, False, False),
-        )
-        found["gate_up_proj"] = grads[2][experts], of_experts[1]
-        found["down_proj"] = grads[3][experts], of_experts[2]
-    result = {}
-    for name, (got, truth) in found.items():
-        assert truth is not None
-        result[name] = ((got.double() - truth).norm() / truth.norm()).item()
-    return result
+        some = Layer(*(weight[experts].double() for weight in weights))
+        needed = (False, True, True, False, False, False, False)
+        _, *of_weights, _, _, _, _ = backward(slice(None), some, local[index], needed)
+        if adapters is None:
+            truth.update(zip(Layer._fields, of_weights, strict=True))
+        else:
+            for name, of_weight, (a, b, _) in zip(Adapters._fields, of_weights, adapters, strict=True):
+                truth[f"{name}_a"] = b[experts].double().mT @ of_weight
+                truth[f"{name}_b"] = of_weight @ a[experts].double().mT
+        return cls(tokens, experts, truth)
+
+    def errors(self, gradients: Tensors) -> dict[str, float]:
+        """Norm of the difference over the norm, of each gradient."""
+        found = {}
+        for name, truth in self.truth.items():
+            rows = self.tokens if name in _OF_TOKENS else self.experts
+            error = (gradients[name][rows].double() - truth).norm() / truth.norm()
+            found[name] = float(f"{error.item():.4g}")
+        return found
 
 
-def time_steps(steps: dict[str, Step]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """Milliseconds of a step of each, in turn, and the most megabytes that it allocates beside what was there."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, int] = {}
-    for i in range(WARM_UP_STEPS + STEPS):
-        for name, step in steps.items():
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            step()
-            last.record()
-            torch.cuda.synchronize()
-            peaks[name] = (torch.cuda.max_memory_allocated() - before) // 10**6
-            if i >= WARM_UP_STEPS:
-                samples[name].append(first.elapsed_time(last))
-    return {name: percentiles(each) for name, each in samples.items()}, peaks
+class Sample(NamedTuple):
+    """One step's milliseconds and megabytes."""
+
+    forward: float
+    backward: float
+    step: float
+    kept_mb: float
+    """Allocated by the forward and not freed before the backward, without the output."""
+    peak_mb: float
+    """The most that was allocated at a time, beside what was there before."""
+
+
+def measure_step(step: Step, forward: Forward, grad: torch.Tensor) -> Sample:
+    """Of one step on an idle GPU."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    start.record()
+    output = forward()
+    middle.record()
+    kept = torch.cuda.memory_allocated() - before - output.nbytes
+    step.gradients(output, grad)
+    end.record()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    times = start.elapsed_time(middle), middle.elapsed_time(end), start.elapsed_time(end)
+    return Sample(*times, round(kept / 1e6, 1), round(peak / 1e6, 1))
+
+
+def time_steps(step: Step, grad: torch.Tensor) -> dict[str, Any]:
+    """A row's ``"ms"``, ``"kept_mb"`` and ``"peak_mb"``; the contenders take turns."""
+    samples: dict[str, list[Sample]] = {name: [] for name in step.forwards}
+    for _ in range(WARM_UP_STEPS + STEPS):
+        for name, forward in step.forwards.items():
+            samples[name].append(measure_step(step, forward, grad))
+    parts = ("forward", "backward", "step")
+    return {
+        "ms": {
+            name: {part: percentiles([getattr(sample, part) for sample in each[WARM_UP_STEPS:]]) for part in parts}
+            for name, each in samples.items()
+        },
+        "kept_mb": {name: each[-1].kept_mb for name, each in samples.items()},
+        "peak_mb": {name: each[-1].peak_mb for name, each in samples.items()},
+    }
+
+
+def wrong(error: dict[str, dict[str, float]], tokens: int, mode: str) -> list[str]:
+    """What is above its limit: ours, or a peer's."""
+    lines = []
+    for name, each in error.items():
+        limit = ERROR_LIMIT if name == "cupymoe" else PEER_ERROR_LIMIT
+        lines += [
+            f"{name}'s gradient of {tensor} has a relative error of {value:.5f} at T={tokens}, {mode}, above {limit}"
+            for tensor, value in each.items()
+            if not value <= limit
+        ]
+    return lines
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def measure_training(bench: Any) -> dict[str, Any]:
-    """What ``training.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
-    rows = []
+def measure_rows(bench: Any) -> list[dict[str, Any]]:
+    """One for each number of tokens and mode."""
     layers = [type(layer)(*(weight.clone() for weight in layer)) for layer in bench.layers[:1]]
+    rows = []
     for tokens in TOKENS:
         case = make_cases(bench.config, layers, tokens)[0]
         grad = torch.randn_like(case.inputs.hidden_states)
-        for what in ("full", "frozen"):
-            steps = contenders(case, bench.config, what == "full", grad)
-            with torch.no_grad():
-                found = {name: errors(case, bench.config, grad, _grads(step)) for name, step in steps.items()}
-            for name, error in found["cupymoe"].items():
-                if not error <= ERROR_LIMIT:
-                    bench.failures.append(f"gradient of {name}: error {error:.5f} at T={tokens}, above {ERROR_LIMIT}")
-            ms, peak_mb = time_steps(steps)
-            rows.append({"tokens": tokens, "what": what, "ms": ms, "peak_mb": peak_mb, "error": found})
-            del steps
+        for mode in MODES:
+            adapters = Adapters.of(case.weights, torch.float32) if mode == "lora" else None
+            step = Step.of(case, bench.config, adapters, mode)
+            oracle = Oracle.of(case, bench.config, adapters, mode, grad)
+            error = {name: oracle.errors(step.gradients(forward(), grad)) for name, forward in step.forwards.items()}
+            bench.failures += wrong(error, tokens, mode)
+            floor = float(f"{floor_ms(bench.config, tokens, mode):.5g}")
+            row = {"tokens": tokens, "mode": mode, "floor_ms": floor, **time_steps(step, grad), "error": error}
+            medians = ", ".join(f"{name} {ms['step']['p50']:.3f}" for name, ms in row["ms"].items())
+            click.echo(f"T={tokens}, {mode}: floor {floor:.3f}, {medians} ms")
+            rows.append(row)
+            del adapters, step, oracle
             free_memory()
-    return {"steps": rows}
+    return rows
 
 
-def _grads(step: Step) -> tuple[torch.Tensor, ...]:
-    with torch.enable_grad():
-        return step()
+def measure_training(bench: Any) -> dict[str, Any]:
+    """What ``training.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
+    ceilings = bench.ceilings()
+    return {"ceilings": ceilings._asdict(), "floor": FLOOR._asdict(), "rank": RANK, "rows": measure_rows(bench)}

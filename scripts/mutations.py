@@ -13,6 +13,9 @@ LOGITS = ("tests/kernels/test_router_logits.py",)
 SORT = ("tests/kernels/test_sort_by_expert.py",)
 LINEAR = ("tests/kernels/test_grouped_linear.py",)
 OUTER = ("tests/kernels/test_grouped_outer.py",)
+SHRINK = ("tests/kernels/test_lora_shrink.py",)
+PACK = ("tests/kernels/test_pack_adapter.py",)
+LOW_RANK_OUTER = ("tests/kernels/test_lora_outer.py",)
 EXPERTS = (
     "tests/test_experts_cuda.py::test_every_activation",
     "tests/test_experts_cuda.py::test_masked_ids",
@@ -21,8 +24,15 @@ EXPERTS = (
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
 TILES = ("tests/kernels/test_experts_wgmma.py",)
+ADAPTERS = ("tests/kernels/test_experts_wgmma_adapters.py::test_every_slot",)
 BIASED_TILES = ("tests/kernels/test_experts_wgmma.py::test_one_transposed_weight_one_bias_and_float16",)
 TRANSPOSED_TILES = ("tests/kernels/test_experts_wgmma.py::test_a_transposed_weight_gives_the_same_bits",)
+OUTER_OF_SLOTS = ("tests/kernels/test_experts_outer_wgmma.py",)
+SUMS = ("tests/kernels/test_sum_parts.py",)
+SLOPES = ("tests/kernels/test_activation_slopes.py",)
+GRADIENTS = ("tests/test_experts_backward.py::test_experts_of_any_number_of_slots",)
+TRAINING = ("tests/test_experts_backward.py::test_the_training_forward_has_the_bits_of_inference",)
+KEPT = ("tests/test_experts_backward.py::test_what_is_kept",)
 PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
 STREAMS = (
@@ -230,6 +240,72 @@ MUTATIONS = (
         source="grouped_linear",
     ),
     cuda("the slots of the first expert for all", "grouped_outer.cu", "right + first * num_columns", "right", OUTER),
+    cuda("the factor of the first expert for all", "lora_shrink.cu", "factor += expert * RANK * depth;", "", SHRINK),
+    cuda(
+        "a factor read past its last k",
+        "lora_shrink.cu",
+        "source, k < depth ? 16 : 0, policy",
+        "source, 16, policy",
+        SHRINK,
+    ),
+    cuda("padding that is read", "pack_adapter.cu", "load_where(first + own + step < end,", "load_where(true,", PACK),
+    cuda(
+        "a barrier dropped: a tile read before it is filled",
+        "pack_adapter.cu",
+        "    __syncthreads();\n",
+        "",
+        PACK,
+        defines=("EXPERTS=32",),
+    ),
+    cuda("the scaling of an adapter left out", "pack_adapter.cu", "mul_rn(scale, values[i])", "values[i]", PACK),
+    cuda(
+        "the scaling of a gradient left out",
+        "lora_outer.cu",
+        "float sum = scale * sums",
+        "float sum = sums",
+        LOW_RANK_OUTER,
+    ),
+    cuda(
+        "rows of the slots of the step before",
+        "lora_outer.cu",
+        "look_up(step + 1);",
+        "look_up(step);",
+        LOW_RANK_OUTER,
+        defines=("GATHERED=1",),
+    ),
+    cuda(
+        "low of the slots past the last",
+        "lora_outer.cu",
+        "source, from + slot < slots ? 16 : 0, policy",
+        "source, 16, policy",
+        LOW_RANK_OUTER,
+    ),
+    cuda(
+        "the words of a left square in the order of a right one",
+        "common/squares.cuh",
+        "kLeft != kTransposed;",
+        "kTransposed;",
+        LOW_RANK_OUTER,
+        source="lora_outer",
+    ),
+    cuda(
+        "the first k of an adapter again for the others",
+        "common/expert_tiles.cuh",
+        "*adapter.low, (step - kDepthSteps<Gemm>) * BLOCK_K,",
+        "*adapter.low, 0,",
+        ADAPTERS,
+        source="experts_up_wgmma",
+        defines=("LOW_RANK=16",),
+    ),
+    cuda(
+        "an adapter's rank to the last whole step",
+        "common/expert_tiles.cuh",
+        "multiply_stage<kProducts, LOW_RANK % BLOCK_K, Gemm>",
+        "multiply_stage<0, LOW_RANK % BLOCK_K, Gemm>",
+        ADAPTERS,
+        source="experts_down_wgmma",
+        defines=("LOW_RANK=16",),
+    ),
     cuda(
         "gate for up in the fused experts",
         "experts_up.cu",
@@ -330,7 +406,7 @@ MUTATIONS = (
     cuda(
         "the next pack of transposed weights for the next 16 k",
         "common/wgmma.cuh",
-        "#define NEXT_16_K_OF_B (16 * ROW_BYTES / 16)",
+        "#define NEXT_16_K_OF_B NEXT_16_LINES",
         "#define NEXT_16_K_OF_B 1",
         TRANSPOSED_TILES,
         source="experts_down_wgmma",
@@ -362,6 +438,84 @@ MUTATIONS = (
         defines=("BLOCKS=2", "TRANSPOSED=1"),
     ),
     cuda(
+        "gate kept for up",
+        "experts_up.cu",
+        "store_pack(row + INTERMEDIATE + unit, rounded(other));",
+        "store_pack(row + INTERMEDIATE + unit, rounded(one));",
+        TRAINING,
+        defines=("GATED=1", "INTERLEAVED=0", "KEEPS_GATE_UP=1"),
+    ),
+    cuda(
+        "up kept for gate in the tiles",
+        "experts_up_wgmma.cu",
+        "eight * 2 + up, half);",
+        "eight * 2 + 1, half);",
+        TRAINING,
+        defines=("GATED=1", "INTERLEAVED=0", "TRANSPOSED=0", "KEEPS_GATE_UP=1"),
+    ),
+    cuda(
+        "the routing weight in its own gradient",
+        "experts_down_back_wgmma.cu",
+        "dot = fma_rn(of.value, grads[i], dot);",
+        "dot = fma_rn(of.value, grad, dot);",
+        GRADIENTS,
+    ),
+    cuda(
+        "the gradient of down_proj without the routing weights",
+        "experts_down_back_wgmma.cu",
+        "from_float<scalar_t>(of.value * weight)",
+        "from_float<scalar_t>(of.value)",
+        GRADIENTS,
+        defines=("STORES_WEIGHTED=1",),
+    ),
+    cuda(
+        "gate_up of the columns before",
+        "experts_down_back_wgmma.cu",
+        "load(group + 1);",
+        "load(group);",
+        GRADIENTS,
+    ),
+    cuda(
+        "the slopes of gate and up exchanged",
+        "common/activation_slopes.cuh",
+        "of_gate.slope * of_up.value, of_gate.value * of_up.slope",
+        "of_gate.value * of_up.slope, of_gate.slope * of_up.value",
+        GRADIENTS,
+        source="experts_down_back_wgmma",
+    ),
+    cuda(
+        "a slope beyond the clamp",
+        "common/activation_slopes.cuh",
+        "fabsf(up) <= limit ? 1.0f : 0.0f",
+        "1.0f",
+        SLOPES,
+        source="experts_down_back_wgmma",
+        defines=("ACTIVATION=SWIGLUOAI",),
+    ),
+    cuda(
+        "the sums of the expert before for one without slots",
+        "experts_outer_wgmma.cu",
+        "if (slots > 0) return;",
+        "return;",
+        OUTER_OF_SLOTS,
+    ),
+    cuda(
+        "tokens past an expert's last slot",
+        "experts_outer_wgmma.cu",
+        "slot(i) < tile.past ? problem.token_of_slot[slot(i)] : -1",
+        "problem.token_of_slot[slot(i)]",
+        OUTER_OF_SLOTS,
+    ),
+    cuda("slot 0 taken for masked in the sums of parts", "sum_parts.cu", "slot >= 0 && i", "slot > 0 && i", SUMS),
+    cuda(
+        "routing weights in the order of the pairs",
+        "sort_by_expert.cu",
+        "weight_of_slot[slot] = top_k_weights[pair];",
+        "weight_of_slot[pair] = top_k_weights[pair];",
+        SORT,
+        defines=("HAS_WEIGHTS=1",),
+    ),
+    cuda(
         "tickets not set to zero",
         "sort_by_expert.cu",
         "tickets[threadIdx.x] = 0;",
@@ -376,10 +530,31 @@ MUTATIONS = (
         TILES,
     ),
     launcher(
+        "the tickets that the way back through the down projection has used up",
+        "backends/fused_backward.py",
+        "_THIRD_TICKET = 2",
+        "_THIRD_TICKET = 1",
+        GRADIENTS,
+    ),
+    launcher(
+        "the gradient of a transposed weight as of a contiguous one",
+        "backends/fused_backward.py",
+        "slots_first = is_out_of_slots == weight.is_contiguous()",
+        "slots_first = is_out_of_slots",
+        TRAINING,
+    ),
+    launcher(
+        "what was kept for the gradients dropped",
+        "ops/experts.py",
+        "ctx.save_for_backward(*inputs[:_NUM_TENSORS], gate_up)",
+        "ctx.save_for_backward(*inputs[:_NUM_TENSORS], None)",
+        KEPT,
+    ),
+    launcher(
         "a stale map of the weights",
         "kernels/experts_up_wgmma.py",
-        "*_gate_up_map(gate_up_proj.data_ptr(), shape),",
-        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape)),",
+        "*_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),",
+        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)),",
         PARAMETERS,
     ),
     launcher(

@@ -82,8 +82,9 @@ def models_table(report: Report) -> str:
 
 
 def rows_table(report: Report) -> str:
-    """The table of a report's ``"rows"``, which are of many models or of one."""
-    return models_table(report) if "model" in report["rows"][0] else experts_table(report)
+    """The table of a report's ``"rows"``: of many models, of training, of adapters, or of one model's calls."""
+    tables = {"model": models_table, "mode": training_table, "adapters": lora_table}
+    return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
 def percentiles_table(report: Report) -> str:
@@ -203,29 +204,40 @@ def host_table(report: Report) -> str:
 
 
 def lora_table(report: Report) -> str:
-    """The table of ``lora.json``: medians in microseconds, their ratio to merged weights, and errors."""
-    ways = ("merged", "unmerged", "merging")
+    """The table of ``lora.json``: medians in microseconds, their ratio to a call without adapters, and the error."""
     rows = []
-    for row in report["adapted"]:
-        merged = row["ms"]["merged"]["p50"]
-        times = [f"{microseconds(row['ms'][way]['p50'])} ({row['ms'][way]['p50'] / merged:.2f}x)" for way in ways]
-        rows.append([str(row["tokens"]), str(report["rank"]), *times, *(f"{row['error'][way]:.5f}" for way in ways)])
-    return markdown(["tokens", "rank", *(f"{way} us" for way in ways), *(f"error {way}" for way in ways)], rows)
+    for row in report["rows"]:
+        plain, ours = (row["ms"][name]["p50"] for name in ("plain", "cupymoe"))
+        times = microseconds(plain), f"{microseconds(ours)} ({ours / plain:.2f}x)"
+        rows.append([str(row["tokens"]), row["adapters"], str(report["rank"]), *times, f"{row['error']:.5f}"])
+    return markdown(["tokens", "adapters", "rank", "plain us", "cupymoe us", "error"], rows)
 
 
 def training_table(report: Report) -> str:
-    """The table of ``training.json``: medians in milliseconds, the peer's over ours, memory, and the worst error."""
-    rows = []
-    for row in report["steps"]:
-        ours, peer = (row["ms"][name]["p50"] for name in ("cupymoe", "grouped_mm"))
-        peaks = (str(row["peak_mb"][name]) for name in ("cupymoe", "grouped_mm"))
-        errors = (f"{max(row['error'][name].values()):.5f}" for name in ("cupymoe", "grouped_mm"))
-        rows.append(
-            [str(row["tokens"]), row["what"], f"{ours:.2f}", f"{peer:.2f} ({peer / ours:.2f}x)", *peaks, *errors]
-        )
+    """The table of ``training.json``: medians in milliseconds, ours over the floor and the peer's over ours, megabytes
+    kept for the backward and at the peak, and the worst error.
+    """
     names = ("cupymoe", "grouped_mm")
-    columns = [f"{name} {unit}" for unit in ("ms", "peak MB", "error") for name in names]
-    return markdown(["tokens", "gradients", *columns], rows)
+    rows = []
+    for row in report["rows"]:
+        medians = {name: {part: ms["p50"] for part, ms in row["ms"][name].items()} for name in names}
+        ours, peer = (medians[name]["step"] for name in names)
+        rows.append(
+            [
+                str(row["tokens"]),
+                row["mode"],
+                f"{row['floor_ms']:.2f}",
+                f"{ours:.2f} ({ours / row['floor_ms']:.2f})",
+                *(f"{medians['cupymoe'][part]:.2f}" for part in ("forward", "backward")),
+                f"{peer:.2f} ({peer / ours:.2f}x)",
+                *(f"{row[key][name]:.0f}" for key in ("kept_mb", "peak_mb") for name in names),
+                *(f"{max(row['error'][name].values()):.5f}" for name in names),
+            ]
+        )
+    columns = [f"{name} {what}" for what in ("kept MB", "peak MB", "error") for name in names]
+    return markdown(
+        ["tokens", "mode", "floor ms", "cupymoe ms (x floor)", "forward", "backward", "grouped_mm ms", *columns], rows
+    )
 
 
 def model_table(report: Report) -> str:
@@ -264,6 +276,26 @@ def greedy_table(report: Report) -> str:
     )
 
 
+def finetune_table(report: Report) -> str:
+    """The table of ``finetune.json``: tokens a second and ours over the peer's, gigabytes, losses of the first seed."""
+    peer, ours = report["recipes"][0]["tokens_per_s"]
+    rows = []
+    for row in report["recipes"]:
+        speeds, losses = row["tokens_per_s"], row["loss"]
+        rows.append(
+            [
+                row["recipe"],
+                str(speeds[peer]),
+                f"{speeds[ours]} ({speeds[ours] / speeds[peer]:.2f}x)",
+                *(f"{row['peak_gb'][name]:.1f}" for name in (peer, ours)),
+                *(f"{losses[name][0][0]:.3f} to {losses[name][0][-1]:.3f}" for name in (peer, ours)),
+                f"{row['difference']:.4f} of {row['noise']:.4f}",
+            ]
+        )
+    columns = [f"{name} {what}" for what in ("tokens/s", "peak GB", "loss") for name in (peer, ours)]
+    return markdown([f"LoRA, {report['layers']} layers", *columns, "difference of noise"], rows)
+
+
 def stale_reports(benchmarks: Path) -> list[str]:
     """A line for each report that timed other kernels than the present ones, or that is no report."""
     reasons = {path: stale_reason(path) for path in sorted(benchmarks.glob("*/*.json"))}
@@ -297,10 +329,9 @@ def main(reports: tuple[Path, ...], merge: bool, check_report: bool, benchmarks:
         "stages": stages_table,
         "calls": host_table,
         "first_call_s": first_call_table,
-        "adapted": lora_table,
-        "steps": training_table,
         "cells": model_table,
         "greedy": greedy_table,
+        "recipes": finetune_table,
     }
     for path in reports or sorted(benchmarks.glob("*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))

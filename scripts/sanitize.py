@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe import MoEActivation, fused_experts, moe_activation, reference, route
+from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, moe_activation, reference, route
 from cupymoe.kernels import cuda_sources, raw_read
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.cupy_import import import_cupy
@@ -32,6 +32,9 @@ from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
 from cupymoe.kernels.grouped_linear import grouped_linear
 from cupymoe.kernels.grouped_outer import grouped_outer
+from cupymoe.kernels.lora_outer import lora_outer
+from cupymoe.kernels.lora_shrink import lora_shrink
+from cupymoe.kernels.pack_adapter import pack_adapter
 from cupymoe.kernels.router_logits import router_logits
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.verification.result import relative_error
@@ -51,6 +54,9 @@ CASES = (
     (8, 64, (736, 900)),
 )
 SIZES = ((48, torch.bfloat16), (96, torch.float16))  # intermediate size, dtype
+# Of training steps: both kinds of the stream, whose gradients go by tiles all the same, and every cut of the tiles.
+TRAINED = ((64, 64, (3, 511)), (8, 64, (130, 600, 900)))
+RANK = 16
 PLANTED = "planted_fault"
 DONE = "the part is done"
 Run = subprocess.CompletedProcess[str]
@@ -98,12 +104,19 @@ def masked_routing(tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.T
     return index, torch.rand(tokens, TOP_K)
 
 
+def expert_weights(
+    num_experts: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """gate_up_proj and down_proj."""
+    shapes = ((num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size))
+    return [0.1 * torch.randn(shape).to(dtype) for shape in shapes]
+
+
 def run_experts(
     num_experts: int, hidden_size: int, counts: tuple[int, ...], intermediate_size: int, dtype: torch.dtype
 ) -> None:
     """The fused backend, with masked pairs and an expert without tokens; the results are checked too."""
-    shapes = ((num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size))
-    weights = [0.1 * torch.randn(shape).to(dtype) for shape in shapes]
+    weights = expert_weights(num_experts, hidden_size, intermediate_size, dtype)
     cuda_weights = [weight.cuda() for weight in weights]
     for tokens in counts:
         states = torch.randn(tokens, hidden_size).to(dtype)
@@ -117,6 +130,58 @@ def run_experts(
         )
         error = relative_error(output.cpu(), truth)
         assert error < 0.01, f"{tokens} tokens: relative error {error:.4f}"
+
+
+def step(compute: Callable[..., torch.Tensor], grad: torch.Tensor, *given: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of what is given."""
+    leaves = [tensor.requires_grad_() for tensor in given]
+    output = compute(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def check_step(compute: Callable[..., torch.Tensor], truth: Callable[..., torch.Tensor], *given: torch.Tensor) -> None:
+    """A step on the GPU, by ``compute``, against one in float64; of what is given, hidden states come first.
+
+    All that the kernels read is copied to the GPU, the output's gradient too: see :func:`run_sorted_rows`.
+    """
+    given = (torch.randn(given[0].shape).to(given[0].dtype), *given)
+    found, expected = step(compute, *(each.cuda() for each in given)), step(truth, *(each.double() for each in given))
+    for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+        error = relative_error(one.cpu(), other)
+        assert error < 0.01, f"{len(given[0])} tokens, tensor {place} of a step: relative error {error:.4f}"
+
+
+def run_training(
+    num_experts: int, hidden_size: int, counts: tuple[int, ...], intermediate_size: int, dtype: torch.dtype
+) -> None:
+    """Training steps of the fused backend: of the experts, and of adapters on frozen ones."""
+    weights = expert_weights(num_experts, hidden_size, intermediate_size, dtype)
+    cuda_weights, true_weights = [weight.cuda() for weight in weights], [weight.double() for weight in weights]
+    shapes = [shape for weight in weights for shape in ((RANK, weight.shape[2]), (weight.shape[1], RANK))]
+    factors = [0.1 * torch.randn(num_experts, *shape).to(dtype) for shape in shapes]
+    gelu_tanh = MoEActivation.GELU_TANH
+
+    def check(states: torch.Tensor, index: torch.Tensor, routing: torch.Tensor) -> None:
+        cuda_index = index.cuda()
+
+        def trained(states, routing, *weights):
+            return fused_experts(states, *weights, cuda_index, routing, activation=gelu_tanh, backend="fused")
+
+        def adapted(states, routing, *factors):
+            adapters = LowRank(*factors[:2]), LowRank(*factors[2:])
+            return lora_experts(states, *cuda_weights, cuda_index, routing, *adapters, activation=gelu_tanh)
+
+        def truth(states, routing, *weights):
+            return reference.experts(states, *weights, index, routing, gelu_tanh)
+
+        def merged(states, routing, up_a, up_b, down_a, down_b):
+            return truth(states, routing, true_weights[0] + up_b @ up_a, true_weights[1] + down_b @ down_a)
+
+        check_step(trained, truth, states, routing, *weights)
+        check_step(adapted, merged, states, routing, *factors)
+
+    for tokens in counts:
+        check(torch.randn(tokens, hidden_size).to(dtype), *masked_routing(tokens, num_experts))
 
 
 def run_sorted_rows() -> None:
@@ -164,6 +229,44 @@ def run_grouped_products() -> None:
             assert error < 0.01, f"{dtype}, {size} by {other_size}: relative error {error:.4f}"
 
 
+def run_low_rank_products() -> None:
+    """lora_shrink.cu with factors of both layouts and lora_outer.cu, on gathered rows and on rows in expert order."""
+    counts = torch.tensor([0, 1, 70, 0, 17])
+    expert, token = torch.arange(len(counts)).repeat_interleave(counts), torch.randperm(int(counts.sum()))
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32).cuda()
+    for dtype, rank, gathered in product((torch.bfloat16, torch.float16), (16, 48), (False, True)):
+        rows, factor = torch.randn(len(expert), 200).to(dtype), torch.randn(len(counts), rank, 200).to(dtype)
+        weights, places = torch.randn(len(expert)), token.to(torch.int32).cuda() if gathered else None
+        of_slots = rows[token] if gathered else rows
+        low_truth = (of_slots.double()[:, None] * factor.double()[expert]).sum(-1)
+        for given in (factor.cuda(), factor.mT.contiguous().cuda().mT):
+            low = lora_shrink(rows.cuda(), given, offsets, places)
+            error = relative_error(low.cpu(), low_truth)
+            assert error < 0.01, f"{dtype}, rank {rank}: relative error {error:.4f}"
+        output = torch.empty(len(counts), 200, rank - 4, device="cuda").transpose(1, 2)
+        lora_outer(low, rows.cuda(), offsets, output, places, weights.cuda())
+        outer = (low_truth * weights[:, None])[:, : rank - 4, None] * of_slots.double()[:, None]
+        error = relative_error(output.cpu(), outer.new_zeros(output.shape).index_add_(0, expert, outer))
+        assert error < 0.01, f"{dtype}, rank {rank}: relative error {error:.4f}"
+
+
+def run_packed_factors() -> None:
+    """pack_adapter.cu in each of its tilings, on sizes that fill no tile."""
+    for rows, columns in ((20, 150), (200, 10)):
+        memory = torch.randn(rows, columns, 33)
+        for source in (memory.permute(2, 0, 1).contiguous(), memory.permute(2, 0, 1)):
+            for dtype in (torch.bfloat16, torch.float32):
+                output = torch.full((33, rows + 3, columns + 6), torch.nan, device="cuda", dtype=dtype)
+                pack_adapter(source.cuda(), output, 1.5)
+                back = torch.empty(rows, columns, 33, device="cuda").permute(2, 0, 1)
+                pack_adapter(output[:, :rows, :columns], back)
+                expected = (1.5 * source).to(dtype)
+                assert torch.equal(output[:, :rows, :columns].cpu(), expected), f"{dtype}, {rows} by {columns}"
+                assert torch.equal(back.cpu(), expected.float()), f"{dtype}, {rows} by {columns}, back"
+                assert not output[:, rows:].any(), "padding"
+                assert not output[..., columns:].any(), "padding"
+
+
 def run_raw_read() -> None:
     """raw_read.cu."""
     raw_read.raw_read(torch.zeros(4096, dtype=torch.uint8).cuda())
@@ -176,7 +279,10 @@ SUITE = (
     run_raw_read,
     run_sorted_rows,
     run_grouped_products,
+    run_low_rank_products,
+    run_packed_factors,
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),
+    *(partial(run_training, *case, *size) for case, size in product(TRAINED, SIZES)),
 )
 
 
@@ -184,8 +290,7 @@ def run_part(part: int) -> None:
     """One of ``SUITE``."""
     torch.set_num_threads(1)  # of the oracle; many parts run at once
     torch.manual_seed(part)
-    with torch.inference_mode():
-        SUITE[part]()
+    SUITE[part]()
     torch.cuda.synchronize()
 
 

@@ -93,10 +93,11 @@ def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):
     kept = bench_lora.lora_experts
     found = bench_lora.measure_lora(built)
     assert built.failures == []
-    assert found["adapted"][0]["error"].keys() == {"merged", "unmerged", "merging"}
+    assert [(row["tokens"], row["adapters"]) for row in found["rows"]] == [(3, "fp32"), (3, "bf16")]
     monkeypatch.setattr(bench_lora, "lora_experts", lambda *a, **k: kept(*a, **k) * 1.008)
     bench_lora.measure_lora(built)
-    assert [failure.partition(" has")[0] for failure in built.failures] == ["unmerged"]
+    wrong = [failure.partition(" has")[0] for failure in built.failures]
+    assert wrong == ["cupymoe with fp32 adapters", "cupymoe with bf16 adapters"]
     assert built.failures[0].endswith(f"at T=3, above {bench_lora.ERROR_LIMIT}")
 
 
@@ -106,18 +107,78 @@ def test_errors_of_gradients_are_judged(built, monkeypatch):
     import bench_training
 
     monkeypatch.setattr(bench_training, "TOKENS", (70,))
-    monkeypatch.setattr(bench_training, "time_steps", lambda steps: ({}, {}))
-    found = bench_training.measure_training(built)["steps"]
+    monkeypatch.setattr(bench_training, "time_steps", lambda step, grad: {"ms": {}})
+    found = bench_training.measure_rows(built)
     assert built.failures == []
-    assert [row["what"] for row in found] == ["full", "frozen"]
-    full, frozen = (row["error"]["cupymoe"] for row in found)
-    assert full.keys() - frozen.keys() == {"gate_up_proj", "down_proj"}
-    assert all(0 < error < 0.008 for error in (*full.values(), *frozen.values()))
-    kept = bench_training.fused_experts
-    monkeypatch.setattr(bench_training, "fused_experts", lambda *a, **k: kept(*a, **k) * 1.02)
-    bench_training.measure_training(built)
-    assert len(built.failures) == 6
-    assert built.failures[0].endswith(f"at T=70, above {bench_training.ERROR_LIMIT}")
+    assert [row["mode"] for row in found] == ["full", "frozen", "lora"]
+    names = {"hidden_states", "top_k_weights"}
+    factors = {"gate_up_a", "gate_up_b", "down_a", "down_b"}
+    for row, more in zip(found, ({"gate_up_proj", "down_proj"}, set(), factors), strict=True):
+        for errors in row["error"].values():
+            assert errors.keys() == names | more
+            assert all(0 < error < 0.008 for error in errors.values())
+    for name in ("fused_experts", "lora_experts"):
+        kept = getattr(bench_training, name)
+        monkeypatch.setattr(bench_training, name, lambda *a, kept=kept, **k: kept(*a, **k) * 1.02)
+    bench_training.measure_rows(built)
+    assert len(built.failures) == 4 + 2 + 6
+    assert built.failures[0].startswith("cupymoe's gradient of hidden_states has a relative error of 0.02")
+    assert built.failures[0].endswith(f"at T=70, full, above {bench_training.ERROR_LIMIT}")
+
+
+# Milliseconds, computed by hand from each product's FLOPs and bytes.
+FLOORS = {
+    1024: (1.62, 1.11, 1.12),
+    4096: (2.00, 1.44, 1.47),
+    8192: (3.26, 2.27, 2.33),
+    16384: (6.53, 4.53, 4.66),
+    32768: (13.1, 9.06, 9.31),
+}
+
+
+@pytest.mark.parametrize("tokens", FLOORS)
+def test_the_floor_of_a_training_step(tokens):
+    import bench_training
+
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    found = [float(f"{bench_training.floor_ms(config, tokens, mode):.3g}") for mode in bench_training.MODES]
+    assert found == list(FLOORS[tokens])
+
+
+def test_a_training_step_s_times_and_memory(built, peers, monkeypatch):
+    """Against counters of a GPU that this machine may not have: the output is not kept, warm-up is not timed."""
+    pytest.importorskip("transformers")
+    import bench_training
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            clock.append(clock[-1] + 1)
+            self.at = clock[-1]
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)
+
+    clock, allocated = [0], iter([0, 1_000_000 + 70 * 32 * 2] * 200)
+    for name, value in {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: next(allocated),
+        "max_memory_allocated": lambda: 2_345_678,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    case = peers.make_cases(CONFIG, built.layers, 70)[0]
+    step = bench_training.Step.of(case, CONFIG, None, "full")
+    found = bench_training.time_steps(step, torch.randn_like(case.inputs.hidden_states))
+    names = {"cupymoe", "grouped_mm"}
+    assert {key: found[key].keys() for key in found} == {"ms": names, "kept_mb": names, "peak_mb": names}
+    assert found["kept_mb"]["cupymoe"] == 1.0
+    assert found["peak_mb"]["cupymoe"] == 2.3
+    parts = {part: ms["p50"] for part, ms in found["ms"]["cupymoe"].items()}
+    assert parts == {"forward": 1.0, "backward": 1.0, "step": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def lines_of(part):
 
 
 def test_committed_reports(readme_table):
-    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "adapted", "steps", "cells", "greedy")
+    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
     shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
@@ -38,10 +38,9 @@ def test_committed_reports(readme_table):
 
 
 def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
-    names = ("decode", "prefill", "model", "training")
-    decode, prefill, model, training = (
-        read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names
-    )
+    names = ("decode", "prefill", "model")
+    decode, prefill, model = (read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names)
+    training = read(ROOT / "benchmarks" / "nvidia-h200" / "training.json")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
     assert readme_table.model_table(model) in readme
@@ -158,19 +157,44 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| cupymoe | 1 | 40.0 | 70.0 | 30.0 |",
         ),
         (
-            "lora_table",
+            "rows_table",
             {
                 "rank": 16,
-                "adapted": [
+                "rows": [
                     {
                         "tokens": 1,
-                        "ms": times(merged=0.05, unmerged=0.15, merging=1.0),
-                        "error": {"merged": 0.001, "unmerged": 0.002, "merging": 0.003},
+                        "adapters": "fp32",
+                        "ms": times(plain=0.05, cupymoe=0.06),
+                        "error": 0.0031,
                     }
                 ],
             },
-            "| tokens | rank | merged us | unmerged us | merging us | error merged | error unmerged | error merging |",
-            "| 1 | 16 | 50.0 (1.00x) | 150 (3.00x) | 1000 (20.00x) | 0.00100 | 0.00200 | 0.00300 |",
+            "| tokens | adapters | rank | plain us | cupymoe us | error |",
+            "| 1 | fp32 | 16 | 50.0 | 60.0 (1.20x) | 0.00310 |",
+        ),
+        (
+            "rows_table",
+            {
+                "rows": [
+                    {
+                        "tokens": 4096,
+                        "mode": "lora",
+                        "floor_ms": 1.5,
+                        "ms": {
+                            "cupymoe": times(forward=1.0, backward=2.0, step=3.0),
+                            "grouped_mm": times(forward=4.0, backward=5.0, step=9.0),
+                        },
+                        "kept_mb": {"cupymoe": 115.6, "grouped_mm": 2075.9},
+                        "peak_mb": {"cupymoe": 600.1, "grouped_mm": 5000.0},
+                        "error": {"cupymoe": {"a": 0.001, "b": 0.002}, "grouped_mm": {"a": 0.004, "b": 0.003}},
+                    }
+                ]
+            },
+            "| tokens | mode | floor ms | cupymoe ms (x floor) | forward | backward | grouped_mm ms | "
+            "cupymoe kept MB | grouped_mm kept MB | cupymoe peak MB | grouped_mm peak MB | "
+            "cupymoe error | grouped_mm error |",
+            "| 4096 | lora | 1.50 | 3.00 (2.00) | 1.00 | 2.00 | 9.00 (3.00x) | "
+            "116 | 2076 | 600 | 5000 | 0.00200 | 0.00400 |",
         ),
         (
             "model_table",
@@ -254,18 +278,9 @@ def test_no_report(readme_table, tmp_path):
 
 
 def test_lora(readme_table, tmp_path):
-    ms = {"merged": {"p50": 0.05}, "unmerged": {"p50": 0.15}, "merging": {"p50": 1.0}}
-    error = {"merged": 0.004, "unmerged": 0.005, "merging": 0.004}
-    report = {
-        "device": "x",
-        "date": "y",
-        "versions": {},
-        "rank": 16,
-        "adapted": [{"tokens": 1, "ms": ms, "error": error}],
-    }
+    row = {"tokens": 1, "adapters": "bf16", "ms": {"plain": {"p50": 0.05}, "cupymoe": {"p50": 0.15}}, "error": 0.003}
     path = tmp_path / "lora.json"
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps({"device": "x", "date": "y", "versions": {}, "rank": 16, "rows": [row]}))
     result = CliRunner().invoke(readme_table.main, [str(path)])
     assert result.exit_code == 0, result.output
     assert "150 (3.00x)" in result.output
-    assert "0.00500" in result.output

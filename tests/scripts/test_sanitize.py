@@ -7,12 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cupymoe import fused_experts
 from cupymoe.backends.fused import tiles_reason
 from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 from cupymoe.kernels.load import Load
+from cupymoe.verification.result import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,30 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
             tiled = prefers_tiles(load) and tiles_reason(load, hidden_size) is None
             reached.add(cut(load, 48) if tiled else regime(load, 48))
     assert reached == {*CUTS, *(regime(Load.of(count, 1, 1), 48) for count in range(1, 1000))}
+
+
+def test_training_reaches_both_ways_and_every_cut(sanitize):
+    """Kinds of the stream, and cuts of the tiles, by which all gradients go."""
+    reached, cuts = set(), set()
+    for num_experts, hidden_size, counts in sanitize.TRAINED:
+        for load in (Load.of(count, sanitize.TOP_K, num_experts) for count in counts):
+            assert tiles_reason(load, hidden_size, sanitize.RANK) is None
+            reached.add(cut(load, 48) if prefers_tiles(load) else regime(load, 48).inline_pairs > 0)
+            cuts.add(cut(load, 48))
+    assert (reached, cuts) == ({True, False, *CUTS}, {*CUTS})
+
+
+def test_training_steps_agree_with_their_truth(sanitize, monkeypatch):
+    """On the CPU, by the reference in the dtype of the parameters."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
+    monkeypatch.setattr(
+        sanitize, "fused_experts", lambda *tensors, activation, backend: fused_experts(*tensors, activation=activation)
+    )
+    checked = []
+    monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
+    sanitize.run_training(8, 32, (3, 20), 24, torch.bfloat16)
+    assert len(checked) == 2 * (5 + 7)
+    assert 0.0 < max(checked) < 0.02
 
 
 def test_planted_faults_compile(sanitize):
