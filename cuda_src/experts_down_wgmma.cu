@@ -2,7 +2,7 @@
 //
 // Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py);
 //                         TRANSPOSED: of [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
-//        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, written by the grid before this one
+//        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, which the grid before this one may have written
 //        expert_offsets   [NUM_EXPERTS + 1] i32
 //        ticket           u32                      0; counts the tiles that are taken after each cluster's first
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS

@@ -160,7 +160,11 @@ def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
     check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
     for part, given in (("a", a), ("b", b)):
         _check_plain(f"{name}.{part}", given)
-        check_same(f"{name}.{part}", given, "hidden_states", base, dtype=given.dtype != torch.float32)
+        check_same(f"{name}.{part}", given, "hidden_states", base, dtype=False)
+        if given.dtype not in (base.dtype, torch.float32):
+            raise ValueError(
+                f"{name}.{part} must have hidden_states's dtype {base.dtype} or torch.float32, got {given.dtype}"
+            )
     if not isinstance(adapter.scaling, int | float | torch.SymFloat) or isinstance(adapter.scaling, bool):
         raise TypeError(f"{name}.scaling must be a number, got {type(adapter.scaling).__name__}")
 

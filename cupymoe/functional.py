@@ -191,8 +191,9 @@ def fused_experts(
         numerics: ``"fast"``; ``"invariant"`` is not served yet.
         keep: what a call that will be differentiated keeps for it beside its arguments: ``"gate_up"``, what the
             activation is applied to, ``[T * K, 2I]`` in the dtype of ``hidden_states``; or ``"input"``, nothing, and
-            the backward computes gate_up again. Off CUDA, in other dtypes than bfloat16 and float16, and by the
-            reference nothing is kept. The output has the same bits.
+            the backward computes gate_up again. Off CUDA, in other dtypes than bfloat16 and float16, where ``simt``
+            or the reference computes the gradients, and by an exported graph nothing is kept. The output has the same
+            bits.
 
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
@@ -228,12 +229,12 @@ def fused_experts(
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_NOT_SERVED, *settings, out)
         return out
-    if torch.is_grad_enabled() and _keeps_gate_up(
+    if torch.is_grad_enabled() and _may_keep_gate_up(
         keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
     ):
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        return _output_of_keeping(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_NOT_SERVED, *settings)
+        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_NOT_SERVED, *settings)
     # Each None by itself: to unpack tuples of them would take 0.2 us.
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
@@ -254,8 +255,8 @@ _NOT_SERVED = (None,) * 5
 _KEPT_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _keeps_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a call keeps gate_up: a gradient will be asked for, and a backend computes that can use it."""
+def _may_keep_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a gradient will be asked for that a backend may compute from gate_up."""
     return (
         keep == "gate_up"
         and not torch.compiler.is_exporting()  # whoever runs an exported graph asks for no gradient
@@ -266,8 +267,12 @@ def _keeps_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *others
     )
 
 
-def _output_of_keeping(*arguments: Any) -> torch.Tensor:
-    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts_keeping.default, *arguments)[0]
+def _differentiated(*arguments: Any) -> torch.Tensor:
+    """The output, gate_up kept if the gradients are computed from it. A compiled graph does not know, and keeps it."""
+    if torch.compiler.is_compiling() or ops.keeps_gate_up(*arguments):
+        output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts_keeping.default, *arguments)[0]
+    else:
+        output = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
     return output
 
 
@@ -293,13 +298,13 @@ def lora_experts(
     Args:
         gate_up_adapter: ``a`` ``[E, r, H]``, ``b`` ``[E, 2I, r]`` and ``scaling`` of :class:`cupymoe.LowRank`; None: no
             adapter. Both factors of any rank and strides, on the device of ``hidden_states``, and each of its dtype or
-            of float32. Every call copies them, rounded to the dtype of ``hidden_states``, and so does its backward:
-            autograd keeps only the factors themselves.
+            of float32. Every call copies them, rounded to the dtype of ``hidden_states``, and so does its backward,
+            unless they are as the kernels take them already; autograd keeps only the factors themselves.
         down_adapter: the same for ``down_proj``: ``[E, r, I]`` and ``[E, H, r]``.
 
     Other arguments, result and errors are as of :func:`fused_experts` with ``backend="auto"``; ``fused`` has adapters
-    of ranks up to 128. Differentiable with respect to the factors too, whose gradients have their dtypes and strides;
-    the gradients of the weights are computed only where they are asked for.
+    of ranks up to 128. Differentiable with respect to the factors too, whose gradients have their dtypes, and strides
+    as ``torch.empty_like``; the gradients of the weights are computed only where they are asked for.
 
     Raises:
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
@@ -324,7 +329,7 @@ def lora_experts(
     settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
     biases = (gate_up_bias, down_bias)
     arguments = (*experts[:4], weights, *adapters, *biases, *_NOT_SERVED, *settings)
-    if torch.is_grad_enabled() and _keeps_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
-        return _output_of_keeping(*arguments)
+    if torch.is_grad_enabled() and _may_keep_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
+        return _differentiated(*arguments)
     output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
     return output

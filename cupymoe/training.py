@@ -64,8 +64,9 @@ def selective_checkpoint_contexts() -> tuple[AbstractContextManager[Any], Abstra
 
         checkpoint(layer, hidden_states, use_reentrant=False, context_fn=cupymoe.selective_checkpoint_contexts)
 
-    Whoever saves other ops too lists them beside ``torch.ops.cupymoe.fused_experts_keeping.default`` and
-    ``torch.ops.cupymoe.fused_experts.default`` for torch's ``create_selective_checkpoint_contexts``.
+    Torch allows such a region one backward, also with ``retain_graph=True``. Whoever saves other ops too lists them
+    beside ``torch.ops.cupymoe.fused_experts_keeping.default`` and ``torch.ops.cupymoe.fused_experts.default`` for
+    torch's ``create_selective_checkpoint_contexts``.
     """
     ops = [torch.ops.cupymoe.fused_experts_keeping.default, torch.ops.cupymoe.fused_experts.default]
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.backends import DIRECTIONS, ExpertsCall, check_name, registry, select, serving
+from cupymoe.backends import (
+    DIRECTIONS,
+    ExpertsCall,
+    check_name,
+    gradients_use_gate_up,
+    registry,
+    select,
+    serving,
+)
+from cupymoe.ops import experts_call
+from tests.helpers import random_experts
 
 CALL = ExpertsCall(
     device=torch.device("cuda", 0),
@@ -244,3 +254,12 @@ def test_unknown_backend(name):
         check_name(name)
     with pytest.raises(ValueError, match="backend must be one of"):
         select(name, CALL)
+
+
+def test_who_computes_gradients_from_what_a_forward_keeps():
+    """Where none does, a forward keeps nothing."""
+    uses = {name: backend.uses_gate_up for name, backend in registry().items()}
+    assert uses == {"fused": True, "grouped": True, "simt": False, "reference": False}
+    case = random_experts(dtype=torch.bfloat16)
+    call = experts_call(*case[:4], MoEActivation.GELU_TANH)
+    assert not any(gradients_use_gate_up(name, call) for name in ("auto", "fused", "reference"))

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import cupymoe
-from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEExperts, accumulate_in_float32, set_keep
+from cupymoe import Gemma4Experts, Gemma4MoE, Gemma4MoEConfig, MoEExperts, accumulate_in_float32, integrations, set_keep
 from tests.helpers import randomize, relative_error, shapes_saved, transformers_config, transformers_gemma4
 
 E, H, I, K, T = 6, 32, 24, 2, 12  # noqa: E741
@@ -270,3 +270,20 @@ def test_nothing_to_accumulate_is_refused_by_name():
         accumulate_in_float32(Gemma4MoE(CONFIG).requires_grad_(False))
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got Parameter"):
         accumulate_in_float32(torch.nn.Parameter(torch.zeros(1)))
+
+
+def test_a_compiled_module_sees_what_it_is_set_to_keep():
+    """Also one whose code was compiled for another instance."""
+
+    class Experts(torch.nn.Module):
+        def forward(self, x):
+            return x + (integrations.keep_of(self) == "input")
+
+    torch._dynamo.reset()
+    one, other = Experts(), Experts()
+    setattr(other, integrations.KEEP, "input")
+    compiled = [torch.compile(module, fullgraph=True, backend="eager") for module in (one, other)]
+    zero = torch.zeros(1)
+    assert [int(call(zero)) for call in compiled] == [0, 1]
+    setattr(one, integrations.KEEP, "input")
+    assert int(compiled[0](zero)) == 1

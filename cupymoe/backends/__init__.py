@@ -101,6 +101,9 @@ class Backend(Protocol):
     is_slow: bool
     """Whether ``"auto"`` says so when it has to take this one on a CUDA device: see :mod:`cupymoe.backends.slow`."""
 
+    uses_gate_up: bool
+    """Whether its gradients are computed from what a forward keeps, and not from the arguments alone."""
+
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """Why this backend can't serve a direction of the call; None if it can."""
 
@@ -181,6 +184,15 @@ def check_name(name: str) -> None:
 def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
     """The first backend that serves a direction of a call; the last one serves every call."""
     return next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
+
+
+@functools.lru_cache(maxsize=4096)
+def gradients_use_gate_up(name: str, call: ExpertsCall) -> bool:
+    """Whether the gradients of a call, of which ``name`` was asked for, are computed from what its forward keeps."""
+    named = registry().get(name)
+    if named is None or named.unsupported_reason(call, "backward") is not None:
+        named = serving(call, "backward")
+    return named.uses_gate_up
 
 
 @functools.lru_cache(maxsize=4096)

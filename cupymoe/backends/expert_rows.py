@@ -3,7 +3,7 @@
 One row is one kept (token, k) pair, and the rows of an expert lie together. :func:`forward` and :func:`backward` are
 written once, in terms of what an :class:`ExpertRows` can do, and a backend says with whose kernels that is done. A LoRA
 adapter is never merged: its low-rank products stand beside those with the weight, ``x W^T + (x A^T) B^T``. The backward
-recomputes what it needs from the arguments.
+computes from the arguments what it needs and was not kept.
 """
 
 from __future__ import annotations

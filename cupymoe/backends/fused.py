@@ -35,6 +35,7 @@ class FusedBackend:
 
     name = "fused"
     is_slow = False
+    uses_gate_up = True
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What its kernels were not built or not run for."""

@@ -6,7 +6,8 @@
                                                  -> lora_outer, four times [-> pack_adapter]   adapters
 
 All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes first, and ``lora_shrink`` before each
-product with it. What is not asked for is not computed.
+product with it. Biases' gradients are sums over gathered rows, by another backend's products. What is not asked for is
+not computed, but that experts_down_back is made for any gradient behind the down projection.
 """
 
 from __future__ import annotations

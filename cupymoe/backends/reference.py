@@ -17,6 +17,7 @@ class ReferenceBackend(RowsBackend):
     name = "reference"
     rows = LoopRows
     is_slow = True
+    uses_gate_up = False
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """None: every device and floating dtype is served."""

@@ -21,6 +21,7 @@ class SimtBackend(RowsBackend):
     name = "simt"
     rows = SimtRows
     is_slow = True
+    uses_gate_up = False
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What the kernels' dtypes and the sort can't do, in either direction."""

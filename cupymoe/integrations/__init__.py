@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 EXPERTS_IMPLEMENTATION = "cupymoe"
@@ -15,7 +16,9 @@ KEEP = "_cupymoe_keep"
 
 def keep_of(experts: Any) -> str:
     """What a call of an experts module of transformers keeps for its gradients."""
-    keep: str = vars(experts).get(KEEP, "gate_up")  # not getattr, which takes 1 us to find that a module has none
+    if torch.compiler.is_compiling():
+        return str(getattr(experts, KEEP, "gate_up"))  # which a compiled graph depends on; it does not on vars()
+    keep: str = vars(experts).get(KEEP, "gate_up")  # getattr takes 1 us to find that a module has none
     return keep
 
 

@@ -75,8 +75,8 @@ def experts_down_wgmma(
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
     Args:
-        intermediate: ``[T * K, I]`` that ``experts_up_wgmma`` gave, in the launch just before this one, or before
-            ``lora_shrink``.
+        intermediate: ``[T * K, I]``, of any launch before this one. All else but ``adapter.low`` must have been
+            written two launches before it or earlier.
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
             ``transpose(1, 2)`` of a contiguous tensor.
         pairs: the sorted pairs.

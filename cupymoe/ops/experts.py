@@ -21,7 +21,7 @@ import torch
 
 from cupymoe import gradients
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, select, slow
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, gradients_use_gate_up, select, slow
 from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
 from cupymoe.ops.register import on_device_of, register
@@ -117,6 +117,11 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         out,
         gate_up_bias is not None or down_bias is not None,
     )
+
+
+def keeps_gate_up(*arguments: Any) -> bool:
+    """Whether the gradients of a call, of the op's arguments, are computed from what its forward keeps."""
+    return gradients_use_gate_up(arguments[-1], _call(arguments))
 
 
 def _is_empty(arguments: Sequence[Any]) -> bool:
@@ -221,9 +226,12 @@ def _zero_gradient(index: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _laid_out(gradient: torch.Tensor, index: int, tensor: torch.Tensor) -> torch.Tensor:
     """A backend's gradient, as :func:`_zero_gradient` lays it out, which the fake implementation promises."""
-    if index in _FACTORS and (gradient.dtype != tensor.dtype or gradient.stride() != tensor.stride()):
-        return torch.empty_like(tensor).copy_(gradient)
-    return gradient.to(tensor.dtype)
+    if index not in _FACTORS:
+        return gradient.to(tensor.dtype)
+    wanted = torch.empty_like(tensor, device="meta").stride()
+    if gradient.dtype == tensor.dtype and gradient.stride() == wanted:
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
