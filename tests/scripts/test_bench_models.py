@@ -161,8 +161,9 @@ TIMES = {name: {"p20": 0.9, "p50": 1.0, "p80": 1.1} for name in ("cupymoe", "gro
 @pytest.fixture
 def on_cpu(models, small, monkeypatch):
     """Without compilations, and with times that are made up."""
+    ceilings = importlib.import_module("bench_timing").Ceilings(3.0, 700.0)
     monkeypatch.setattr(models, "compile_ahead", lambda cells: None)
-    monkeypatch.setattr(models, "measure_ceilings", lambda buffer, parts: models.Ceilings(3.0, 700.0))
+    monkeypatch.setattr(models, "measure_ceilings", lambda buffer, parts: ceilings)
     monkeypatch.setattr(models, "CEILING_BYTES", 64)
     monkeypatch.setattr(models, "capture", Replayed)
     monkeypatch.setattr(models, "time_in_turn", lambda captured, seconds: {name: TIMES[name] for name in captured})
