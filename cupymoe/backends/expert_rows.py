@@ -350,6 +350,7 @@ class RowsBackend:
     """A backend that computes both directions on rows in expert order; what it serves is its own to say."""
 
     rows: type[ExpertRows]
+    uses_gate_up = True
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
@@ -370,4 +371,4 @@ class RowsBackend:
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
         rows = self.rows(tensors.top_k_index, call.num_experts)
-        return backward(rows, call, tensors, gate_up, grad, needed)
+        return backward(rows, call, tensors, gate_up if self.uses_gate_up else None, grad, needed)

@@ -18,7 +18,6 @@ class GroupedBackend(RowsBackend):
     name = "grouped"
     rows = GroupedRows
     is_slow = False
-    uses_gate_up = True
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What torch's grouped GEMM and the sort can't do, in either direction."""

@@ -48,7 +48,7 @@ class ReferenceBackend(RowsBackend):
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`; gate_up is computed again, unrounded, also where it was kept."""
         if call.adapter_rank:
-            return super().backward(call, tensors, None, grad, needed)
+            return super().backward(call, tensors, gate_up, grad, needed)
         of_states, of_up, of_down, of_weights, *_, of_up_bias, of_down_bias = needed
         grads = gradients.experts_backward(
             grad,

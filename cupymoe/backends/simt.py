@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, ampere_reason
+from cupymoe.backends import Direction, ExpertsCall, ampere_reason
 from cupymoe.backends.expert_rows import RowsBackend, SimtRows
 from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.dtypes import SCALARS
@@ -21,7 +17,7 @@ class SimtBackend(RowsBackend):
     name = "simt"
     rows = SimtRows
     is_slow = True
-    uses_gate_up = False
+    uses_gate_up = False  # what is kept is rounded
 
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """What the kernels' dtypes and the sort can't do, in either direction."""
@@ -30,17 +26,6 @@ class SimtBackend(RowsBackend):
         if call.dtype not in SCALARS:
             return f"its kernels take bfloat16, float16 and float32, not {call.dtype}"
         return sort_by_expert.unsupported_reason(call.num_tokens * call.top_k, call.num_experts)
-
-    def backward(
-        self,
-        call: ExpertsCall,
-        tensors: ExpertsTensors,
-        gate_up: torch.Tensor | None,
-        grad: torch.Tensor,
-        needed: Sequence[bool],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """See :class:`cupymoe.backends.Backend`; gate_up is computed again, because what was kept is rounded."""
-        return super().backward(call, tensors, None, grad, needed)
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
