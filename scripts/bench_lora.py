@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_peers import Case, Layer, Oracle, make_cases
 from bench_timing import capture, free_memory, time_in_turn
+from torch import nn
 
 from cupymoe import Gemma4MoEConfig, LowRank, fused_experts, lora_experts
 from cupymoe.activation import MoEActivation
@@ -60,6 +61,34 @@ class Adapters(NamedTuple):
         return Layer(
             *(torch.baddbmm(weight.to(dtype), b, a) for weight, (a, b, _) in zip(layer, self.to(dtype), strict=True))
         )
+
+
+class _Holder(nn.Module):
+    """PEFT finds the parameters that it adapts by their names below a module."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+
+def peft_experts(experts: nn.Module, adapters: Adapters) -> Any:
+    """PEFT's wrappers of both weights of a module of experts, the outer one, with these values of the factors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holder = _Holder(experts)
+    targets = [f"experts.{name}_proj" for name in Adapters._fields]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[], target_parameters=targets)
+    inject_adapter_in_model(config, holder)
+    for wrapper, (a, b, _) in zip(wrappers_of(holder.experts), adapters, strict=True):
+        wrapper.lora_A["default"].weight = nn.Parameter(a.flatten(0, 1))
+        wrapper.lora_B["default"].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1))
+    return holder.experts
+
+
+def wrappers_of(experts: Any) -> tuple[Any, Any]:
+    """The wrappers of gate_up_proj and of down_proj."""
+    found = {wrapper.parameter_name: wrapper for wrapper in (experts, experts.base_layer)}
+    return found["gate_up_proj"], found["down_proj"]
 
 
 def _plain(case: Case, activation: MoEActivation) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_lora import RANK, Adapters
+from bench_lora import RANK, Adapters, peft_experts, wrappers_of
 from bench_peers import PEER_ERROR_LIMIT, Case, Layer, make_cases
 from bench_timing import FLOOR, free_memory, percentiles
 
@@ -71,11 +71,24 @@ def floor_ms(config: Gemma4MoEConfig, tokens: int, mode: str) -> float:
     return total
 
 
-class Step(NamedTuple):
-    """What has gradients, and each contender's forward on it."""
+class Way(NamedTuple):
+    """A contender's step."""
 
     leaves: Tensors
-    forwards: dict[str, Forward]
+    """What has gradients."""
+    forward: Forward
+
+    def gradients(self, output: torch.Tensor, grad: torch.Tensor) -> Tensors:
+        """Of the leaves, by name."""
+        return dict(zip(self.leaves, torch.autograd.grad(output, list(self.leaves.values()), grad), strict=True))
+
+
+class Step(NamedTuple):
+    """The same step by each contender."""
+
+    cupymoe: Way
+    grouped_mm: Way
+    """transformers' experts, and of ``lora`` PEFT's wrappers of them, which merge."""
 
     @classmethod
     def of(cls, case: Case, config: Gemma4MoEConfig, adapters: Adapters | None, mode: str) -> Step:
@@ -94,6 +107,13 @@ class Step(NamedTuple):
         for leaf in leaves.values():
             leaf.requires_grad_()
         inputs = leaves["hidden_states"], index, leaves["top_k_weights"]
+        theirs, peer = leaves, module
+        if adapters is not None:
+            peer = peft_experts(module, adapters)
+            theirs = {name: leaves[name] for name in _OF_TOKENS}
+            for name, wrapper in zip(Adapters._fields, wrappers_of(peer), strict=True):
+                theirs[f"{name}_a"] = wrapper.lora_A["default"].weight
+                theirs[f"{name}_b"] = wrapper.lora_B["default"].weight
 
         def ours() -> torch.Tensor:
             arguments = inputs[0], *weights, *inputs[1:]
@@ -101,22 +121,7 @@ class Step(NamedTuple):
                 return fused_experts(*arguments, activation=config.activation)
             return lora_experts(*arguments, *adapters, activation=config.activation)
 
-        def grouped_mm() -> torch.Tensor:
-            if adapters is None:
-                output: torch.Tensor = module(*inputs)
-            else:
-                # As in PEFT 0.21, peft.tuners.lora.layer.ParamWrapper.get_delta_factors and _LoraFactorsProxy.forward:
-                # factors cast to the weight's dtype, one baddbmm a weight. PEFT merges a second time in each call, for
-                # a check that torch's register_parametrization makes; that is left out here.
-                merged = adapters.merged(weights, states.dtype)
-                output = torch.func.functional_call(module, merged._asdict(), inputs)
-            return output
-
-        return cls(leaves, {"cupymoe": ours, "grouped_mm": grouped_mm})
-
-    def gradients(self, output: torch.Tensor, grad: torch.Tensor) -> Tensors:
-        """Of the leaves, by name."""
-        return dict(zip(self.leaves, torch.autograd.grad(output, list(self.leaves.values()), grad), strict=True))
+        return cls(Way(leaves, ours), Way(theirs, lambda: peer(*inputs)))
 
 
 class Oracle(NamedTuple):
@@ -174,7 +179,12 @@ class Oracle(NamedTuple):
         found = {}
         for name, truth in self.truth.items():
             rows = self.tokens if name in _OF_TOKENS else self.experts
-            error = (gradients[name][rows].double() - truth).norm() / truth.norm()
+            gradient = gradients[name]
+            if name.endswith("_a"):  # PEFT's are [E * r, in], and of b [out, r * E]
+                gradient = gradient.view(-1, RANK, gradient.shape[-1])
+            elif name.endswith("_b") and gradient.dim() == 2:
+                gradient = gradient.view(len(gradient), RANK, -1).permute(2, 0, 1)
+            error = (gradient[rows].double() - truth).norm() / truth.norm()
             found[name] = float(f"{error.item():.4g}")
         return found
 
@@ -191,17 +201,17 @@ class Sample(NamedTuple):
     """The most that was allocated at a time, beside what was there before."""
 
 
-def measure_step(step: Step, forward: Forward, grad: torch.Tensor) -> Sample:
+def measure_step(way: Way, grad: torch.Tensor) -> Sample:
     """Of one step on an idle GPU."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     start.record()
-    output = forward()
+    output = way.forward()
     middle.record()
     kept = torch.cuda.memory_allocated() - before - output.nbytes
-    step.gradients(output, grad)
+    way.gradients(output, grad)
     end.record()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
@@ -211,10 +221,11 @@ def measure_step(step: Step, forward: Forward, grad: torch.Tensor) -> Sample:
 
 def time_steps(step: Step, grad: torch.Tensor) -> dict[str, Any]:
     """A row's ``"ms"``, ``"kept_mb"`` and ``"peak_mb"``; the contenders take turns."""
-    samples: dict[str, list[Sample]] = {name: [] for name in step.forwards}
+    ways = step._asdict()
+    samples: dict[str, list[Sample]] = {name: [] for name in ways}
     for _ in range(WARM_UP_STEPS + STEPS):
-        for name, forward in step.forwards.items():
-            samples[name].append(measure_step(step, forward, grad))
+        for name, way in ways.items():
+            samples[name].append(measure_step(way, grad))
     parts = ("forward", "backward", "step")
     return {
         "ms": {
@@ -252,7 +263,7 @@ def measure_rows(bench: Any) -> list[dict[str, Any]]:
             adapters = Adapters.of(case.weights, torch.float32) if mode == "lora" else None
             step = Step.of(case, bench.config, adapters, mode)
             oracle = Oracle.of(case, bench.config, adapters, mode, grad)
-            error = {name: oracle.errors(step.gradients(forward(), grad)) for name, forward in step.forwards.items()}
+            error = {name: oracle.errors(way.gradients(way.forward(), grad)) for name, way in step._asdict().items()}
             bench.failures += wrong(error, tokens, mode)
             floor = float(f"{floor_ms(bench.config, tokens, mode):.5g}")
             row = {"tokens": tokens, "mode": mode, "floor_ms": floor, **time_steps(step, grad), "error": error}

@@ -177,7 +177,7 @@ def test_factors_and_scaling_as_peft_has_them(rank, is_transposed):
 
 @pytest.mark.parametrize("keep", ["gate_up", "input"])
 def test_a_training_forward_keeps_no_copy_of_the_adapters(keep):
-    """But gate_up, where that is asked for."""
+    """But gate_up and both narrow products, where that is asked for."""
     case = random_experts(512, **SIZES, dtype=torch.bfloat16, device="cuda")
     leaves = tensors_of(case, as_peft(random_factors(case, 16)), {})
     for name in NAMES:
@@ -187,7 +187,7 @@ def test_a_training_forward_keeps_no_copy_of_the_adapters(keep):
     before = torch.cuda.memory_allocated()
     output = function(leaves)
     kept = torch.cuda.memory_allocated() - before - output.nbytes
-    assert kept == (512 * 4 * 2 * 88 * 2 if keep == "gate_up" else 0)
+    assert kept == (512 * 4 * (2 * 88 + 16 + 16) * 2 if keep == "gate_up" else 0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 100, 1000, 1500])
@@ -203,7 +203,9 @@ def test_the_training_forward_has_the_bits_of_inference(num_tokens):
     assert torch.equal(kept["output"], plain)
     assert torch.equal(again["output"], plain)
     for name in EVERYTHING:
-        assert relative_error(kept[name], again[name].double()) < 0.002, name
+        # Of what was kept, the narrow product is weighted; else what it is a product of: each rounds once more.
+        limit = 0.004 if name == "down_b" else 0.002
+        assert relative_error(kept[name], again[name].double()) < limit, name
     assert not kept["top_k_weights"][::3, 1].any()
     assert_close_to_float64(kept, tensors, grad)
 

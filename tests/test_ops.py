@@ -152,6 +152,7 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
 
 
 NOT_SERVED = (None,) * 5
+NOTHING_KEPT = (None,) * 3
 NO_BIASES = (None,) * 2
 SETTINGS = ("gelu_tanh", 0.5, -1.5, "plain", "fast", None, "auto")
 
@@ -181,7 +182,7 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
     of_rest = [tensor is not None for tensor in (*adapters, *biases)]
     for needed in ([True, True, True, True, *of_rest], [True, False, False, False, *of_rest]):
         grad = torch.randn_like(case.hidden_states)
-        opcheck("fused_experts_backward", grad, *tensors, None, *SETTINGS, needed)
+        opcheck("fused_experts_backward", grad, *tensors, *NOTHING_KEPT, *SETTINGS, needed)
     if not requires_grad:
         opcheck("fused_experts_out", *tensors, *SETTINGS, torch.empty_like(case.hidden_states))
     for tensor in (*case[:3], case.top_k_weights, *adapters, *biases):
@@ -190,8 +191,8 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
     opcheck("fused_experts", *tensors, *SETTINGS)
     opcheck("fused_experts_keeping", *tensors, *SETTINGS)
     if not requires_grad:
-        _, gate_up = torch.ops.cupymoe.fused_experts_keeping(*tensors, *SETTINGS)
-        opcheck("fused_experts_backward", grad, *tensors, gate_up, *SETTINGS, needed)
+        _, *kept = torch.ops.cupymoe.fused_experts_keeping(*tensors, *SETTINGS)
+        opcheck("fused_experts_backward", grad, *tensors, *kept, *SETTINGS, needed)
 
 
 @slow_on_cuda
@@ -206,7 +207,7 @@ def test_opcheck_backward_of_experts_without_tokens(device):
         *adapters,
         *NO_BIASES,
         *NOT_SERVED,
-        None,
+        *NOTHING_KEPT,
         *SETTINGS,
         [True] * 8 + [False] * 2,
     )

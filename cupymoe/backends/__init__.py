@@ -90,6 +90,19 @@ class ExpertsTensors(NamedTuple):
     """``[E, H]``: added to an expert's output before that is weighted."""
 
 
+class Kept(NamedTuple):
+    """What a forward keeps for the gradients, beside its tensors: rows by expert, and those of an expert by token and
+    k, in the dtype of ``hidden_states``. Rows past the last kept pair are undefined."""
+
+    gate_up: torch.Tensor
+    """``[T * K, 2I]``, or ``[T * K, I]`` for an ungated activation: what the activation is applied to."""
+    gate_up_low: torch.Tensor | None = None
+    """``[T * K, R]``, where ``gate_up_proj`` has an adapter: its input times the transposed ``a``. R is
+    :func:`cupymoe.lora.padded_rank`."""
+    down_low: torch.Tensor | None = None
+    """The same of ``down_proj``."""
+
+
 DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name != "top_k_index")
 """Names of the tensors that have a gradient, in their order."""
 
@@ -113,18 +126,14 @@ class Backend(Protocol):
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, H]`` in the dtype of ``hidden_states``; in ``out``, which is contiguous, where that is given."""
 
-    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of :meth:`forward`, the same bits, and gate_up: what the activation is applied to.
-
-        gate_up is ``[T * K, 2I]``, or ``[T * K, I]`` for an ungated activation, in the dtype of ``hidden_states``: the
-        kept pairs by expert, and those of an expert by token and k. Rows past the last of them are undefined.
-        """
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
+        """The output of :meth:`forward`, the same bits, and what the gradients are computed from."""
 
     def backward(
         self,
         call: ExpertsCall,
         tensors: ExpertsTensors,
-        gate_up: torch.Tensor | None,
+        kept: Kept | None,
         grad: torch.Tensor,
         needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
@@ -133,7 +142,7 @@ class Backend(Protocol):
         may have any layout and dtype; the others are contiguous.
 
         Args:
-            gate_up: what :meth:`forward_keeping` gave, of whichever backend; None: it is computed again.
+            kept: what :meth:`forward_keeping` gave, of whichever backend; None: it is computed again.
         """
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import grouped_mm
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import adapters_of, packed
 from cupymoe.gradients import activation_backward
 from cupymoe.lora import LowRank, Packed
@@ -215,26 +215,29 @@ class Projection(NamedTuple):
         """The adapter is packed here."""
         return cls(rows, weight, None if adapter is None else rows.packed(adapter, weight), bias)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows @ (W + B A)^T + bias``."""
+    def low(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """``rows @ A^T``, where there is an adapter."""
+        return None if self.adapter is None else self.rows.linear(rows, self.adapter.a)
+
+    def __call__(self, rows: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
+        """``rows @ (W + B A)^T + bias``, given what :meth:`low` makes of the rows."""
         output = self.rows.linear(rows, self.weight, self.bias)
-        if self.adapter is None:
-            return output
-        return output + self.rows.linear(self.rows.linear(rows, self.adapter.a), self.adapter.b)
+        return output if self.adapter is None or low is None else output + self.rows.linear(low, self.adapter.b)
 
     def transposed(self) -> Projection:
-        """The projection back: its call is ``rows @ (W + B A)``."""
+        """The projection back, by ``W + B A``."""
         adapter = None if self.adapter is None else self.adapter.transposed()
         return Projection(self.rows, self.weight.transpose(1, 2), adapter, None)
 
     def gradients(
-        self, grad: torch.Tensor, rows: torch.Tensor, needed: Sequence[bool]
+        self, grad: torch.Tensor, rows: torch.Tensor, low: torch.Tensor | None, needed: Sequence[bool]
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients with respect to the weight, and to the adapter's a and b as they were given; None where not needed.
 
         Args:
             grad: of the output, ``[T * K, out]`` in expert order.
             rows: the input, ``[T * K, in]`` in expert order.
+            low: what :meth:`low` makes of ``rows``; None: it is computed where it is needed.
             needed: which of the three.
         """
         linear, outer, dtype = self.rows.linear, self.rows.outer, reference.work_dtype(self.weight.dtype)
@@ -246,7 +249,8 @@ class Projection(NamedTuple):
             if needed[1]:  # b is scaled, a is not
                 of_a = outer(linear(grad, b.transpose(1, 2)), rows, dtype)[:, :rank]
             if needed[2]:
-                of_b = outer(grad, linear(rows, a), dtype)[..., :rank] * given.scaling
+                low = linear(rows, a) if low is None else low
+                of_b = outer(grad, low, dtype)[..., :rank] * given.scaling
         return of_weight, of_a, of_b
 
     def _outer_as_weight(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -266,19 +270,25 @@ def _projections(rows: ExpertRows, call: ExpertsCall, tensors: ExpertsTensors) -
 
 def forward(
     rows: ExpertRows, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[T, H]`` of the op's tensors, in the dtype of ``hidden_states``, into ``out`` if it is given; and gate_up."""
+) -> tuple[torch.Tensor, Kept]:
+    """``[T, H]`` of the op's tensors, in the dtype of ``hidden_states``, into ``out`` if it is given; and what the
+    gradients are computed from, not yet rounded."""
     up, down = _projections(rows, call, tensors)
-    gate_up = up(rows.gather(tensors.hidden_states))
-    output = rows.combine(down(rows.activate(gate_up, call.activation)), tensors.top_k_weights, out)
-    return output.to(tensors.hidden_states.dtype), gate_up
+    states = rows.gather(tensors.hidden_states)
+    gate_up_low = up.low(states)
+    gate_up = up(states, gate_up_low)
+    del states  # as large as the output of all slots
+    intermediate = rows.activate(gate_up, call.activation)
+    down_low = down.low(intermediate)
+    output = rows.combine(down(intermediate, down_low), tensors.top_k_weights, out)
+    return output.to(tensors.hidden_states.dtype), Kept(gate_up, gate_up_low, down_low)
 
 
 def backward(
     rows: ExpertRows,
     call: ExpertsCall,
     tensors: ExpertsTensors,
-    gate_up: torch.Tensor | None,
+    kept: Kept | None,
     grad: torch.Tensor,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
@@ -288,7 +298,7 @@ def backward(
         rows: of the op's ``top_k_index``.
         call: what is computed.
         tensors: the op's.
-        gate_up: what a forward kept; None: it is computed again.
+        kept: by a forward; None: it is computed again.
         grad: of the output, ``[T, H]``.
         needed: which of the tensors want one.
     """
@@ -299,22 +309,30 @@ def backward(
     weight_of_slot = rows.of_slots(weights)
     grad_output = rows.gather(grad)  # not yet weighted
     needs_gate_up = of_weights or of_gate_up or of_down or any(of_adapters[2:])
-    if of_up or any(of_adapters[:2]) or (needs_gate_up and gate_up is None):
+    if of_up or any(of_adapters[:2]) or (needs_gate_up and kept is None):
         states = rows.gather(tensors.hidden_states)
-    if needs_gate_up:
-        inputs = up(states) if gate_up is None else gate_up  # of the activation
+    gate_up_low = down_low = None
+    if kept is not None:
+        inputs, gate_up_low, down_low = kept  # inputs of the activation
+    elif needs_gate_up:
+        gate_up_low = up.low(states)
+        inputs = up(states, gate_up_low)
     grads: dict[str, torch.Tensor | None] = {}
     if of_weights or of_down or any(of_adapters[2:]):
         intermediate = rows.activate(inputs, call.activation)
     if of_down or any(of_adapters[2:]):
-        weighted = (intermediate * weight_of_slot).to(intermediate.dtype)
+        weighted = _times(intermediate, weight_of_slot)
         grads["down_proj"], grads["down_a"], grads["down_b"] = down.gradients(
-            grad_output, weighted, (of_down, *of_adapters[2:])
+            grad_output,
+            weighted,
+            None if down_low is None else _times(down_low, weight_of_slot),
+            (of_down, *of_adapters[2:]),
         )
     if of_down_bias:
         grads["down_bias"] = rows.sums(grad_output, weight_of_slot, tensors.down_proj.dtype)
     if of_weights or of_gate_up:
-        back = down.transposed()(grad_output)
+        down_back = down.transposed()
+        back = down_back(grad_output, down_back.low(grad_output))
     if of_weights:
         of_slots = (back.to(weights.dtype) * intermediate.to(weights.dtype)).sum(-1)
         of_pairs = rows.of_pairs(of_slots)
@@ -323,17 +341,24 @@ def backward(
             of_pairs = of_pairs + dot_with_bias(rows.slot_of_pair, wide, tensors.down_bias, tensors.top_k_index)
         grads["top_k_weights"] = of_pairs
     if of_gate_up:
-        grad_gate_up = activation_backward((back * weight_of_slot).to(back.dtype), inputs, call.activation)
+        grad_gate_up = activation_backward(_times(back, weight_of_slot), inputs, call.activation)
     if of_up or any(of_adapters[:2]):
         grads["gate_up_proj"], grads["gate_up_a"], grads["gate_up_b"] = up.gradients(
-            grad_gate_up, states, (of_up, *of_adapters[:2])
+            grad_gate_up, states, gate_up_low, (of_up, *of_adapters[:2])
         )
     if of_up_bias:
         ones = grad_gate_up.new_ones((len(grad_gate_up), 1))
         grads["gate_up_bias"] = rows.sums(grad_gate_up, ones, tensors.gate_up_proj.dtype)
     if of_states:
-        grads["hidden_states"] = rows.combine(up.transposed()(grad_gate_up), torch.ones_like(weights))
+        up_back = up.transposed()
+        of_slots = up_back(grad_gate_up, up_back.low(grad_gate_up))
+        grads["hidden_states"] = rows.combine(of_slots, torch.ones_like(weights))
     return tuple(grads.get(name) for name in DIFFERENTIABLE)
+
+
+def _times(rows: torch.Tensor, weight_of_slot: torch.Tensor) -> torch.Tensor:
+    """Each row with its weight, in the dtype of the rows."""
+    return (rows * weight_of_slot).to(rows.dtype)
 
 
 def dot_with_bias(
@@ -356,19 +381,20 @@ class RowsBackend:
         """See :class:`cupymoe.backends.Backend`."""
         return forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors, out)[0]
 
-    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
-        output, gate_up = forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors)
-        return output, gate_up.to(call.dtype)
+        output, kept = forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors)
+        lows = (None if low is None else low.to(call.dtype) for low in kept[1:])
+        return output, Kept(kept.gate_up.to(call.dtype), *lows)
 
     def backward(
         self,
         call: ExpertsCall,
         tensors: ExpertsTensors,
-        gate_up: torch.Tensor | None,
+        kept: Kept | None,
         grad: torch.Tensor,
         needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
         rows = self.rows(tensors.top_k_index, call.num_experts)
-        return backward(rows, call, tensors, gate_up if self.uses_gate_up else None, grad, needed)
+        return backward(rows, call, tensors, kept if self.uses_gate_up else None, grad, needed)

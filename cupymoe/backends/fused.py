@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, fused_backward, row_packs_reason
+from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept, fused_backward, row_packs_reason
 from cupymoe.backends.fused_adapters import packed_adapters, step
-from cupymoe.backends.fused_backward import new_gate_up, tile_shape
+from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.combine import combine, combine_workspace
@@ -67,22 +67,22 @@ class FusedBackend:
         compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
         return compute(call, tensors, out)
 
-    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
         compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
-        gate_up = new_gate_up(call, tensors)
-        return compute(call, tensors, gate_up=gate_up), gate_up
+        kept = new_kept(call, tensors)
+        return compute(call, tensors, kept=kept), kept
 
     def backward(
         self,
         call: ExpertsCall,
         tensors: ExpertsTensors,
-        gate_up: torch.Tensor | None,
+        kept: Kept | None,
         grad: torch.Tensor,
         needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`; by tiles, however few the tokens are."""
-        return fused_backward.backward(call, tensors, gate_up, grad, needed)
+        return fused_backward.backward(call, tensors, kept, grad, needed)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -117,7 +117,7 @@ def stream(
     call: ExpertsCall,
     tensors: ExpertsTensors,
     out: torch.Tensor | None = None,
-    gate_up: torch.Tensor | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`.
 
@@ -125,7 +125,7 @@ def stream(
         call: what is computed.
         tensors: what it is computed with.
         out: where the output goes; None: a new tensor.
-        gate_up: written with what the activation is applied to, if it is given.
+        kept: written with what the gradients are computed from, if it is given.
     """
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
@@ -142,13 +142,15 @@ def stream(
         call.down_transposed,
         gate_up_bias is not None,
         down_bias is not None,
-        gate_up is not None,
+        kept is not None,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up)
+    experts_up(
+        hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, None if kept is None else kept.gate_up
+    )
     experts_down(down_proj, top_k_index, shape, workspace, down_bias)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
@@ -158,16 +160,17 @@ def tiles(
     call: ExpertsCall,
     tensors: ExpertsTensors,
     out: torch.Tensor | None = None,
-    gate_up: torch.Tensor | None = None,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """The way for many tokens, with the arguments of :func:`stream`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    shape = tile_shape(call, tensors, keeps_gate_up=gate_up is not None)
+    shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
     of_gate_up, of_down = packed_adapters(call, tensors)
-    up_step = step(of_gate_up, hidden_states, pairs, gathered=True)
+    gate_up, up_low, down_low = (None, None, None) if kept is None else kept
+    up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
     intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
-    down_step = step(of_down, intermediate, pairs, gathered=False)
+    down_step = step(of_down, intermediate, pairs, down_low, gathered=False)
     expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)

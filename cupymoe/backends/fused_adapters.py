@@ -33,19 +33,27 @@ def rank_of(adapter: LowRank | None) -> int:
     return 0 if adapter is None else padded_rank(adapter.a.shape[1])
 
 
-def step(adapter: Packed | None, rows: torch.Tensor, pairs: SortedPairs, *, gathered: bool) -> AdapterStep | None:
+def step(
+    adapter: Packed | None,
+    rows: torch.Tensor,
+    pairs: SortedPairs,
+    low: torch.Tensor | None = None,
+    *,
+    gathered: bool,
+) -> AdapterStep | None:
     """What the adapter adds to the products of these rows with its weight.
 
     Args:
         adapter: of the weight.
         rows: ``[T, in]`` where ``gathered``, else ``[T * K, in]`` in expert order.
         pairs: the sorted pairs.
+        low: where the narrow product goes; None: new memory.
         gathered: whether rows are those of tokens.
     """
     if adapter is None:
         return None
-    low = lora_shrink(rows, adapter.a, pairs.expert_offsets, pairs.token_of_slot if gathered else None)
-    return AdapterStep(low, adapter.b)
+    token_of_slot = pairs.token_of_slot if gathered else None
+    return AdapterStep(lora_shrink(rows, adapter.a, pairs.expert_offsets, token_of_slot, low), adapter.b)
 
 
 def step_back(adapter: Packed | None, grad: torch.Tensor, pairs: SortedPairs, *, gathered: bool) -> AdapterStep | None:
@@ -57,6 +65,7 @@ def gradients_of(
     adapter: Packed,
     back: AdapterStep | None,
     rows: torch.Tensor,
+    low: torch.Tensor | None,
     grad: torch.Tensor,
     pairs: SortedPairs,
     needed: tuple[bool, bool],
@@ -68,7 +77,8 @@ def gradients_of(
     Args:
         adapter: of a projection. A product with its ``b`` is scaled, and one with its ``a`` is not.
         back: what :func:`step_back` gave of ``grad``; None where ``a`` needs no gradient.
-        rows: what the projection was given.
+        rows: what the projection was given, or where these are rows of slots, that times the slots' routing weights.
+        low: what was kept of the narrow product of the forward; None: it is made again.
         grad: of its output; of it and ``rows`` one has a row for each token, and the other for each slot.
         pairs: the sorted pairs.
         needed: which of the two.
@@ -81,9 +91,12 @@ def gradients_of(
         lora_outer(back.low, rows, pairs.expert_offsets, stored, tokens_of_rows)
         _move(stored, of_a)
     if needed[1]:
-        low = lora_shrink(rows, adapter.a, pairs.expert_offsets, tokens_of_rows)
+        weights = None if rows_gathered else pairs.weight_of_slot  # of what was kept; those of rows are in them already
+        if low is None:
+            low, weights = lora_shrink(rows, adapter.a, pairs.expert_offsets, tokens_of_rows), None
         of_b, stored = new_gradient(adapter.given.b)
-        lora_outer(low, grad, pairs.expert_offsets, stored.transpose(1, 2), tokens_of_grad, scale=adapter.given.scaling)
+        output, scaling = stored.transpose(1, 2), adapter.given.scaling
+        lora_outer(low, grad, pairs.expert_offsets, output, tokens_of_grad, weights, scaling)
         _move(stored, of_b)
     return of_a, of_b
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import adapters_of
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, rank_of, step, step_back
@@ -51,10 +51,12 @@ def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: boo
     )
 
 
-def new_gate_up(call: ExpertsCall, tensors: ExpertsTensors) -> torch.Tensor:
-    """Memory for what the activation is applied to, ``[T * K, 2I]`` or ``[T * K, I]``, uninitialised."""
-    rows = call.num_tokens * call.top_k
-    return tensors.hidden_states.new_empty((rows, call.activation.input_size(call.intermediate_size)))
+def new_kept(call: ExpertsCall, tensors: ExpertsTensors) -> Kept:
+    """Memory for what a forward keeps, uninitialised."""
+    rows, new_empty = call.num_tokens * call.top_k, tensors.hidden_states.new_empty
+    ranks = (rank_of(adapter) for adapter in adapters_of(call, tensors))
+    lows = (new_empty((rows, rank)) if rank else None for rank in ranks)
+    return Kept(new_empty((rows, call.activation.input_size(call.intermediate_size))), *lows)
 
 
 def _outer_as_weight(
@@ -77,7 +79,7 @@ def _outer_as_weight(
 def backward(
     call: ExpertsCall,
     tensors: ExpertsTensors,
-    gate_up: torch.Tensor | None,
+    kept: Kept | None,
     grad: torch.Tensor,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
@@ -94,16 +96,16 @@ def backward(
         return tuple(grads.get(name) for name in DIFFERENTIABLE)
 
     up_adapter, down_adapter = packed_adapters(call, tensors)
-    if gate_up is None:
-        gate_up = new_gate_up(call, tensors)
+    if kept is None:
+        kept = new_kept(call, tensors)._replace(down_low=None)
         keeping = tile_shape(call, tensors, keeps_gate_up=True)
-        again = step(up_adapter, states, pairs, gathered=True)
-        experts_up_wgmma(states, tensors.gate_up_proj, pairs, keeping, tensors.gate_up_bias, gate_up, again)
+        again = step(up_adapter, states, pairs, kept.gate_up_low, gathered=True)
+        experts_up_wgmma(states, tensors.gate_up_proj, pairs, keeping, tensors.gate_up_bias, kept.gate_up, again)
     down_step = step_back(down_adapter, grad, pairs, gathered=True)
     grad_gate_up, weighted, dot_parts = experts_down_back_wgmma(
         grad,
         tensors.down_proj,
-        gate_up,
+        kept.gate_up,
         pairs.weight_of_slot,
         pairs,
         shape,
@@ -120,7 +122,14 @@ def backward(
             grads["down_proj"] = _outer_as_weight(pairs, tensors.down_proj, weighted, grad, is_out_of_slots=False)
         if down_adapter is not None:
             grads["down_a"], grads["down_b"] = gradients_of(
-                down_adapter, down_step, weighted, grad, pairs, (of_down_a, of_down_b), rows_gathered=False
+                down_adapter,
+                down_step,
+                weighted,
+                kept.down_low,
+                grad,
+                pairs,
+                (of_down_a, of_down_b),
+                rows_gathered=False,
             )
         del weighted  # before the largest allocation
 
@@ -133,7 +142,14 @@ def backward(
         )
     if up_adapter is not None:
         grads["gate_up_a"], grads["gate_up_b"] = gradients_of(
-            up_adapter, up_step, states, grad_gate_up, pairs, (of_up_a, of_up_b), rows_gathered=True
+            up_adapter,
+            up_step,
+            states,
+            kept.gate_up_low,
+            grad_gate_up,
+            pairs,
+            (of_up_a, of_up_b),
+            rows_gathered=True,
         )
     if of_up_bias:
         ones = grad_gate_up.new_ones((len(grad_gate_up), 1))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe import gradients, reference
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors
+from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.expert_rows import LoopRows, RowsBackend
 
 
@@ -34,7 +34,7 @@ class ReferenceBackend(RowsBackend):
         output = reference.experts(*tensors[:5], call.activation, tensors.gate_up_bias, tensors.down_bias)
         return output.to(call.dtype) if out is None else out.copy_(output)
 
-    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
         return self.forward(call, tensors), super().forward_keeping(call, tensors)[1]
 
@@ -42,13 +42,13 @@ class ReferenceBackend(RowsBackend):
         self,
         call: ExpertsCall,
         tensors: ExpertsTensors,
-        gate_up: torch.Tensor | None,
+        kept: Kept | None,
         grad: torch.Tensor,
         needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
-        """See :class:`cupymoe.backends.Backend`; gate_up is computed again, unrounded, also where it was kept."""
+        """See :class:`cupymoe.backends.Backend`; what was kept is computed again, unrounded."""
         if call.adapter_rank:
-            return super().backward(call, tensors, gate_up, grad, needed)
+            return super().backward(call, tensors, kept, grad, needed)
         of_states, of_up, of_down, of_weights, *_, of_up_bias, of_down_bias = needed
         grads = gradients.experts_backward(
             grad,

@@ -11,7 +11,7 @@ from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel, word_of
 
-_COLUMNS = 128
+_COLUMNS = 256
 _THREADS = _COLUMNS  # a warp for each 32 columns
 _STAGES = 4
 _STEP = 32

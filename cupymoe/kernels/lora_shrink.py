@@ -15,7 +15,7 @@ RANK_MULTIPLE = 16
 """Of the ranks that the tensor-core products take; factors are padded with zeros."""
 MAX_RANK = 128
 
-_SLOTS = 64
+_SLOTS = 128
 _STAGES = 3
 _STEP = 64
 
@@ -57,6 +57,7 @@ def lora_shrink(
     factor: torch.Tensor,
     expert_offsets: torch.Tensor,
     token_of_slot: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[S, R]``, each slot's row times its expert's factor; rows in expert order, undefined past the last slot.
 
@@ -69,11 +70,12 @@ def lora_shrink(
             contiguous tensor. R is a multiple of ``RANK_MULTIPLE`` up to ``MAX_RANK``.
         expert_offsets: ``[E + 1]`` int32 of :class:`SortedPairs`.
         token_of_slot: ``[S]`` int32 of :class:`SortedPairs`.
+        low: where the result goes, contiguous, the dtype of ``rows``; None: new memory.
     """
     num_experts, rank, depth = factor.shape
     transposed, gathered = not factor.is_contiguous(), token_of_slot is not None
     num_slots, device = len(rows if token_of_slot is None else token_of_slot), rows.get_device()
-    low = rows.new_empty((num_slots, rank))
+    low = rows.new_empty((num_slots, rank)) if low is None else low
     _kernel(rows.dtype, rank, gathered, transposed, device)(
         (num_slots // _SLOTS + num_experts, 1),
         2 * _SLOTS,

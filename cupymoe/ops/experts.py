@@ -1,5 +1,5 @@
-"""The op of the experts, the one that keeps gate_up for its backward, the one that writes into given memory, and the
-backward; LoRA's adapters are arguments.
+"""The op of the experts, the one that keeps :class:`Kept` for its backward, the one that writes into given memory, and
+the backward; LoRA's adapters are arguments.
 
 A weight that is not contiguous is the ``transpose(1, 2)`` of a contiguous tensor, and so is its gradient. The factors
 of its adapter, of the weight's dtype or of float32, may have any strides, and their gradients have them too.
@@ -21,7 +21,7 @@ import torch
 
 from cupymoe import gradients
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, gradients_use_gate_up, select, slow
+from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept, gradients_use_gate_up, select, slow
 from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
 from cupymoe.ops.register import on_device_of, register
@@ -41,6 +41,8 @@ _NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
+_KEPT = ", ".join(f"Tensor? {name}" for name in Kept._fields)
+_NOTHING_KEPT = (None,) * len(Kept._fields)
 _WEIGHTS = [ExpertsTensors._fields.index(name) for name in ("gate_up_proj", "down_proj")]
 _FACTORS = [ExpertsTensors._fields.index(name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")]
 
@@ -148,15 +150,16 @@ def _fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, ...]:
     hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
     call = _call(arguments)
     chosen = select(arguments[-1], call)
     if _is_empty(arguments):
-        output, gate_up = _fused_experts_keeping_fake(*arguments)
-        return output.zero_(), gate_up
+        output, *empty = _fused_experts_keeping_fake(*arguments)
+        return output.zero_(), *empty
     with on_device_of(hidden_states):
-        return chosen.forward_keeping(call, _contiguous(*tensors))
+        output, kept = chosen.forward_keeping(call, _contiguous(*tensors))
+    return output, *(hidden_states.new_empty(0) if rows is None else rows for rows in kept)
 
 
 def _fused_experts_keeping_fake(
@@ -164,10 +167,15 @@ def _fused_experts_keeping_fake(
     gate_up_proj: torch.Tensor,
     _: torch.Tensor,
     top_k_index: torch.Tensor,
-    *__: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    gate_up = hidden_states.new_empty((top_k_index.numel(), gate_up_proj.shape[1]))
-    return hidden_states.new_empty(hidden_states.shape), gate_up
+    __: torch.Tensor,
+    gate_up_a: torch.Tensor | None,
+    ___: torch.Tensor | None,
+    down_a: torch.Tensor | None,
+    *____: Any,
+) -> tuple[torch.Tensor, ...]:
+    new_empty, pairs = hidden_states.new_empty, top_k_index.numel()
+    lows = (new_empty(0 if a is None else (pairs, padded_rank(a.shape[1]))) for a in (gate_up_a, down_a))
+    return new_empty(hidden_states.shape), new_empty((pairs, gate_up_proj.shape[1])), *lows
 
 
 def _fused_experts_out(*arguments: Any) -> None:
@@ -178,24 +186,25 @@ def _fused_experts_out(*arguments: Any) -> None:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], None)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *_NOTHING_KEPT)
     ctx.settings = inputs[_NUM_TENSORS:]
 
 
 def _setup_keeping(ctx: Any, inputs: Any, outputs: Any) -> None:
-    gate_up = outputs[1]
-    ctx.mark_non_differentiable(gate_up)
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], gate_up)
+    _, *kept = outputs
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *kept)
     ctx.settings = inputs[_NUM_TENSORS:]
-    ctx.set_materialize_grads(False)  # gate_up's would be zeros of its size
+    ctx.set_materialize_grads(False)  # those of what is kept would be zeros of its size
 
 
-def _grad(ctx: Any, grad: torch.Tensor | None, _of_gate_up: None = None) -> tuple[Any, ...]:
+def _grad(ctx: Any, grad: torch.Tensor | None, *_of_kept: None) -> tuple[Any, ...]:
     result: list[torch.Tensor | None] = [None] * (_NUM_TENSORS + _NUM_SETTINGS)
     if grad is None:
         return tuple(result)
     needed = [ctx.needs_input_grad[index] for index in _DIFFERENTIABLE]
-    *tensors, gate_up = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+    tensors, kept = saved[:_NUM_TENSORS], saved[_NUM_TENSORS:]
     *settings, backend = ctx.settings
     if torch.is_grad_enabled():  # create_graph=True: only plain torch has gradients of gradients
         if grad.is_cuda and backend != "reference":  # what was asked for by name is not reported
@@ -204,8 +213,8 @@ def _grad(ctx: Any, grad: torch.Tensor | None, _of_gate_up: None = None) -> tupl
                 "the kernels of the backward have no gradient of their own",
                 "To have them fast, ask for them without create_graph=True.",
             )
-        backend, gate_up = "reference", None
-    grads = torch.ops.cupymoe.fused_experts_backward(grad, *tensors, gate_up, *settings, backend, needed)
+        backend, kept = "reference", _NOTHING_KEPT
+    grads = torch.ops.cupymoe.fused_experts_backward(grad, *tensors, *kept, *settings, backend, needed)
     for index, gradient, wanted in zip(_DIFFERENTIABLE, grads, needed, strict=True):
         result[index] = gradient if wanted else None
     return tuple(result)
@@ -241,7 +250,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    gate_up, *settings, needed = arguments[_NUM_TENSORS:]
+    gate_up, gate_up_low, down_low, *settings, needed = arguments[_NUM_TENSORS:]
     call = _call((*arguments[:_NUM_TENSORS], *settings))
     chosen = select(settings[-1], call, "backward")
     if _is_empty(arguments):
@@ -251,7 +260,8 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
         )
     with on_device_of(grad):
         tensors = _contiguous(*arguments[:_NUM_COMPUTED_WITH])
-        kept = None if gate_up is None else _aligned(gate_up)
+        lows = (None if low is None or low.numel() == 0 else _aligned(low) for low in (gate_up_low, down_low))
+        kept = None if gate_up is None else Kept(_aligned(gate_up), *lows)
         grads = chosen.backward(call, tensors, kept, _aligned(grad), needed)
     return tuple(
         grad.new_empty(0) if gradient is None else _laid_out(gradient, index, arguments[index])
@@ -268,7 +278,7 @@ def _fused_experts_backward_fake(grad: torch.Tensor, *arguments: Any) -> tuple[t
 
 register(f"fused_experts({_TENSORS}, {_SETTINGS}) -> Tensor", _fused_experts, _fused_experts_fake, _grad, _setup)
 register(
-    f"fused_experts_keeping({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"fused_experts_keeping({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fused_experts_keeping,
     _fused_experts_keeping_fake,
     _grad,
@@ -280,7 +290,7 @@ register(
     lambda *arguments: None,
 )
 register(
-    f"fused_experts_backward(Tensor grad, {_TENSORS}, Tensor? gate_up, {_SETTINGS}, bool[] needed) "
+    f"fused_experts_backward(Tensor grad, {_TENSORS}, {_KEPT}, {_SETTINGS}, bool[] needed) "
     f"-> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
     _fused_experts_backward,
     _fused_experts_backward_fake,

@@ -12,7 +12,7 @@ from tests.kernels.test_grouped_linear import offsets_of
 pytestmark = pytest.mark.gpu
 
 # Slots of each expert, at the bounds of a block's slots, many, and none.
-COUNTS = [0, 1, 63, 64, 65, 0, 129, 300, 2, 0]
+COUNTS = [0, 1, 63, 64, 65, 0, 127, 128, 129, 300, 2, 0]
 MASKED = 5  # slots past the last expert's
 NO_TOKEN = 2**30
 RANKS = [16, 48, 64, 128]
