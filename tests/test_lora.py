@@ -336,7 +336,7 @@ def test_wrong_experts_are_named():
 
 @pytest.mark.gpu
 def test_the_kernels_compute_it_without_waiting(monkeypatch):
-    """bfloat16 on CUDA, forward and backward: each multiplies by both a's, and the backward by both b's too."""
+    """bfloat16 on CUDA: the forward multiplies by both a's, which is kept, and the backward by both b's."""
     calls = []
     monkeypatch.setattr(fused_adapters, "lora_shrink", lambda *a: calls.append(a) or lora_shrink(*a))
     leaves, *ours = differentiable(*random_case(64, dtype=torch.bfloat16, device="cuda"))
@@ -349,7 +349,7 @@ def test_the_kernels_compute_it_without_waiting(monkeypatch):
     calls.clear()
     with no_host_sync():
         second = step()
-    assert len(calls) == 6
+    assert len(calls) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
