@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept, fused_backward, row_packs_reason
-from cupymoe.backends.fused_adapters import packed_adapters, step
+from cupymoe.backends.adapters import adapters_of
+from cupymoe.backends.fused_adapters import packed_adapters, rank_of, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch
@@ -21,14 +22,15 @@ from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
+from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_experts import plan_experts
 
 
 class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
     expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
-    the tensor cores, in four launches up to 1024 pairs and in five beyond, and in one more for each weight that has an
-    adapter. A launch begins while the one before still runs.
+    the tensor cores, in four launches up to 1024 pairs and in five beyond. Either takes one more for each weight that
+    has an adapter. A launch begins while the one before still runs.
 
     The intermediate is rounded once, after ``act(gate) * up``.
     """
@@ -49,27 +51,29 @@ class FusedBackend:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
-        not_tiled = tiles_reason(call.load, call.hidden_size, call.adapter_rank)
+        if call.adapter_rank > MAX_RANK:
+            return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
+        not_tiled = tiles_reason(call.load, call.hidden_size)
         if direction == "backward":
             return not_tiled
-        not_streamed = stream_reason(call.load, call.adapter_rank)
+        not_streamed = stream_reason(call.load)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        if direction == "backward" or takes_tiles(call.load, call.hidden_size, call.adapter_rank):
+        if direction == "backward" or takes_tiles(call.load, call.hidden_size):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
+        compute = tiles if takes_tiles(call.load, call.hidden_size) else stream
         return compute(call, tensors, out)
 
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
-        compute = tiles if takes_tiles(call.load, call.hidden_size, call.adapter_rank) else stream
+        compute = tiles if takes_tiles(call.load, call.hidden_size) else stream
         kept = new_kept(call, tensors)
         return compute(call, tensors, kept=kept), kept
 
@@ -86,16 +90,14 @@ class FusedBackend:
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int, adapter_rank: int = 0) -> bool:
+def takes_tiles(load: Load, hidden_size: int) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    prefers = prefers_tiles(load) or stream_reason(load, adapter_rank) is not None
-    return prefers and tiles_reason(load, hidden_size, adapter_rank) is None
+    prefers = prefers_tiles(load) or stream_reason(load) is not None
+    return prefers and tiles_reason(load, hidden_size) is None
 
 
-def stream_reason(load: Load, adapter_rank: int = 0) -> str | None:
+def stream_reason(load: Load) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
-    if adapter_rank:
-        return "the weight stream adds no low-rank products"
     if load.num_experts > expert_stream.MAX_EXPERTS:
         return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
     if load.num_pairs > expert_stream.MAX_PAIRS:
@@ -103,10 +105,8 @@ def stream_reason(load: Load, adapter_rank: int = 0) -> str | None:
     return None
 
 
-def tiles_reason(load: Load, hidden_size: int, adapter_rank: int = 0) -> str | None:
+def tiles_reason(load: Load, hidden_size: int) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
-    if adapter_rank > MAX_RANK:
-        return f"its tiles take adapters of ranks up to {MAX_RANK}, not {adapter_rank}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
@@ -143,15 +143,25 @@ def stream(
         gate_up_bias is not None,
         down_bias is not None,
         kept is not None,
+        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
     )
+    of_gate_up, of_down = packed_adapters(call, tensors)
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
+    up_factor = down_factor = gate_up = None
+    if kept is not None:
+        gate_up, *lows = kept
+        workspace = workspace.keeping(*lows)
     output = torch.empty_like(hidden_states) if out is None else out
     if not shape.regime.inline_pairs:
         plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
-    experts_up(
-        hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, None if kept is None else kept.gate_up
-    )
-    experts_down(down_proj, top_k_index, shape, workspace, down_bias)
+    if of_gate_up is not None:
+        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
+        up_factor = of_gate_up.b
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor)
+    if of_down is not None:
+        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
+        down_factor = of_down.b
+    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 

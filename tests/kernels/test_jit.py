@@ -125,7 +125,8 @@ def test_hopper_alone_has_the_experts():
     everywhere = tuple(arch.name for arch in ARCHITECTURES)
     hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != everywhere}
     training = {"experts_down_back_wgmma", "experts_outer_wgmma", "sum_parts", "lora_shrink", "lora_outer"}
-    forward = {"plan_experts", "experts_up", "experts_down", "experts_up_wgmma", "experts_down_wgmma"}
+    stream = {"plan_experts", "experts_up", "experts_down", "lora_shrink_chunks"}
+    forward = {*stream, "experts_up_wgmma", "experts_down_wgmma"}
     assert hopper == forward | training
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
 
