@@ -192,7 +192,7 @@ def test_a_training_forward_keeps_no_copy_of_the_adapters(keep):
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 100, 1000, 1500])
 def test_the_training_forward_has_the_bits_of_inference(num_tokens):
-    """In every cut of the tiles, whatever is kept; masked pairs have no gradient."""
+    """By the weight stream and in every cut of the tiles, whatever is kept; masked pairs have no gradient."""
     case = random_experts(num_tokens, **SIZES, dtype=torch.bfloat16, device="cuda")
     case.top_k_index[::3, 1] = -1
     tensors = tensors_of(case, random_factors(case, 16), {})

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept, fused_backward, row_packs_reason
-from cupymoe.backends.adapters import adapters_of
-from cupymoe.backends.fused_adapters import packed_adapters, rank_of, step
+from cupymoe.backends.fused_adapters import packed_adapters, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch
@@ -129,6 +128,7 @@ def stream(
     """
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
+    of_gate_up, of_down = packed_adapters(call, tensors) if call.adapter_rank else (None, None)
     shape = shape_of(
         regime(call.load, call.intermediate_size),
         call.dtype,
@@ -143,9 +143,9 @@ def stream(
         gate_up_bias is not None,
         down_bias is not None,
         kept is not None,
-        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
+        0 if of_gate_up is None else of_gate_up.a.shape[1],
+        0 if of_down is None else of_down.a.shape[1],
     )
-    of_gate_up, of_down = packed_adapters(call, tensors)
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
     if kept is not None:
