@@ -112,15 +112,12 @@ _MORE_PAIRS = Regime(
 )
 
 
-_INLINE_DOWN = Tile(256, 5, k_warps=4)
-
-
 @functools.cache
 def _inline_regime(intermediate_size: int) -> Regime:
     # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
     # experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else _INLINE_DOWN
+    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
     return Regime(
         tokens=8,
         up=Tile(256, 4, k_warps=4),
@@ -176,10 +173,8 @@ class Shape:
 
     @property
     def down(self) -> Tile:
-        """Of the down projection; with an adapter rows are longer than those of the weight, so never whole."""
-        if self.down_transposed:
-            return self.regime.transposed
-        return _INLINE_DOWN if self.down_rank and self.regime.down.whole_rows else self.regime.down
+        """Of the down projection."""
+        return self.regime.transposed if self.down_transposed else self.regime.down
 
     @property
     def slot_dtype(self) -> torch.dtype:
