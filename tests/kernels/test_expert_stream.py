@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
