@@ -37,8 +37,8 @@ def _way(
         return by_tiles
     if stream_reason(load) is not None:
         return ()  # another backend's
-    chosen = regime(load, intermediate_size)
-    streamed = chosen, None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)
+    regimes = (regime(load, intermediate_size, has_adapter=has_adapter) for has_adapter in (False, True))
+    streamed = (*((each, None if each.inline_pairs else pairs_per_lane(load.num_pairs)) for each in regimes),)
     return (*streamed, *by_tiles) if training else streamed  # however few the tokens are, gradients go by tiles
 
 

@@ -13,7 +13,7 @@ from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.combine import combine, combine_workspace
-from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
@@ -63,7 +63,7 @@ class FusedBackend:
         if direction == "backward" or takes_tiles(call.load, call.hidden_size):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
-        return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size).tokens} tokens"
+        return f"weight stream, chunks of up to {_regime(call).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
@@ -112,6 +112,10 @@ def tiles_reason(load: Load, hidden_size: int) -> str | None:
     return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 
+def _regime(call: ExpertsCall) -> Regime:
+    return regime(call.load, call.intermediate_size, has_adapter=call.adapter_rank > 0)
+
+
 def stream(
     call: ExpertsCall,
     tensors: ExpertsTensors,
@@ -130,7 +134,7 @@ def stream(
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     of_gate_up, of_down = packed_adapters(call, tensors) if call.adapter_rank else (None, None)
     shape = shape_of(
-        regime(call.load, call.intermediate_size),
+        _regime(call),
         call.dtype,
         top_k_index.dtype,
         call.activation,

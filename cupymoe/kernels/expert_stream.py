@@ -16,6 +16,9 @@ MAX_PAIRS = 8192
 MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
+# 64 take 161 us with tiles of 32 rows, and 165 with the next regime's; 96 take 225 and 211, because what an adapter
+# adds comes from memory for each tile.
+_INLINE_PAIRS_WITH_ADAPTER = 64
 # Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
 _INLINE_PAIRS_PER_EXPERT = 2
 
@@ -129,11 +132,14 @@ def _inline_regime(intermediate_size: int) -> Regime:
 
 
 @functools.lru_cache(maxsize=4096)
-def regime(load: Load, intermediate_size: int) -> Regime:
+def regime(load: Load, intermediate_size: int, *, has_adapter: bool = False) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
-    (benchmarks/NOTES.md)."""
+    (benchmarks/NOTES.md); with an adapter, on an H200."""
     pairs = load.pairs_per_expert
-    if load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT:
+    if (
+        load.num_pairs <= (_INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS)
+        and pairs <= _INLINE_PAIRS_PER_EXPERT
+    ):
         return _inline_regime(intermediate_size)
     if pairs <= 4:
         return _UP_TO_4_PAIRS

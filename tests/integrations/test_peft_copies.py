@@ -577,6 +577,7 @@ def test_refresh_is_refused_in_a_capture():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
 def test_a_captured_training_step_ends_the_trust_in_versions(seen):
     """Its replays change the parameters, and Python sees nothing of it."""
     model, arguments = on_gpu()
