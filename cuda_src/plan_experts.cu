@@ -68,9 +68,15 @@ plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restri
     u32 first_slot = block_exclusive_sum(count, warp_sums[0], kept);
     u32 index = block_exclusive_sum((count + TOKENS - 1) / TOKENS, warp_sums[1], total_chunks);
     if (expert < NUM_EXPERTS) {
+#if __CUDA_ARCH__ >= 1000  // there, unrolled by the compiler's own choice, these two loops would spill registers
+#pragma unroll 1
+#endif
         for (u32 done = 0; done < count; done += TOKENS) {
             chunks[index++] = {(int)expert, (int)(first_slot + done), (int)min(count - done, (u32)TOKENS), 0};
         }
+#if __CUDA_ARCH__ >= 1000
+#pragma unroll 4
+#endif
         for (u32 w = 0; w < WARPS; w++) {
             u32 of_warp = counts[w][expert];
             counts[w][expert] = first_slot;

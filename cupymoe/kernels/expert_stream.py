@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.load import Load
 
 MAX_PAIRS = 8192
+"""Of a call that plan_experts.cu plans; more are sorted before."""
+MAX_SORTED_PAIRS = 2**22
+"""Units of all chunks are counted in 32 bits."""
 MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
@@ -77,7 +82,8 @@ class Regime:
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
 _TRANSPOSED = Tile(128, 4)
 
-# By the most pairs of an expert on average.
+# By the most pairs of an expert on average; beyond the last of these is one more.
+_MOST_PAIRS = (4, 16, 32)
 _UP_TO_4_PAIRS = Regime(
     tokens=32,
     up=Tile(256, 4, k_warps=2),
@@ -128,12 +134,54 @@ def _inline_regime(intermediate_size: int) -> Regime:
     )
 
 
+# What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
+_STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
+
+
+def _fitted(tile: Tile, tokens: int, shared_bytes: int) -> Tile:
+    """The tile with as many stages as fit: the more of them, the more bytes are on their way."""
+    stages = 2
+    while replace(tile, stages=stages + 1).shared_bytes(tokens) <= shared_bytes:
+        stages += 1
+    return replace(tile, stages=stages)
+
+
+@functools.cache
+def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
+    """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
+
+    No ring is of whole rows, which would need more. With 99 KB a stage is half as deep, and a chunk of few tokens
+    leaves room for a fourth.
+    """
+    is_small = shared_bytes < 160 * 1024
+    block_k = 128 if is_small else 256
+
+    def new(tokens: int, tile: Tile, transposed: Tile, inline_pairs: int = 0, *, fp32_slots: bool = False) -> Regime:
+        room = shared_bytes - (_STATIC_BYTES_OF_PLAN if inline_pairs else _STATIC_BYTES)
+        of_both = _fitted(tile, tokens, room)
+        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), inline_pairs, fp32_slots)
+
+    few = 24 if is_small else 32
+    two_warps, wide = Tile(block_k, 2, k_warps=2), Tile(64, 2)
+    return (
+        new(8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _INLINE_PAIRS, fp32_slots=True),
+        new(few, two_warps, wide if is_small else Tile(128, 2), fp32_slots=True),
+        new(few, two_warps, wide if is_small else Tile(128, 2)),
+        new(48, Tile(128, 2, k_warps=2), wide),
+        new(80, wide, wide),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
-def regime(load: Load, intermediate_size: int) -> Regime:
+def regime(load: Load, intermediate_size: int, arch: Arch = HOPPER) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
     (benchmarks/NOTES.md)."""
     pairs = load.pairs_per_expert
-    if load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT:
+    is_inline = load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT
+    if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
+        inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
+        return inline if is_inline else planned[bisect.bisect_left(_MOST_PAIRS, pairs)]
+    if is_inline:
         return _inline_regime(intermediate_size)
     if pairs <= 4:
         return _UP_TO_4_PAIRS
@@ -162,6 +210,9 @@ class Shape:
     has_down_bias: bool = False
     keeps_gate_up: bool = False
     """Whether the gate_up projection also stores what the activation is applied to."""
+    arch: Arch = HOPPER
+    sorted_pairs: bool = False
+    """Whether sort_by_expert.cu and plan_chunks.cu make the plan, in which slots then have tokens, and not pairs."""
 
     @property
     def up(self) -> Tile:
@@ -184,7 +235,7 @@ class Shape:
             f"SCALAR={SCALARS[self.dtype]}",
             f"INDEX={INDEX_TYPES[self.index_dtype]}",
             f"NUM_EXPERTS={self.num_experts}",
-            f"TOP_K={self.top_k}",
+            f"TOP_K={1 if self.sorted_pairs else self.top_k}",
             f"HIDDEN={self.hidden_size}",
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
@@ -206,6 +257,10 @@ class Workspace(NamedTuple):
     slot_of_pair: int
     intermediate: int
     expert_output: int
+
+    def of_sorted(self, token_of_slot: torch.Tensor, slot_of_pair: torch.Tensor) -> Workspace:
+        """The same, where a sort has made these two, which the caller keeps."""
+        return self._replace(pair_of_slot=token_of_slot.data_ptr(), slot_of_pair=slot_of_pair.data_ptr())
 
 
 @functools.lru_cache(maxsize=4096)
