@@ -16,9 +16,9 @@
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
     !defined(TRANSPOSED) || !defined(HAS_BIAS)
-#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"

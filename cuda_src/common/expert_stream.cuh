@@ -10,8 +10,10 @@
 //        TRANSPOSED: weights are [NUM_EXPERTS, depth, rows] in memory, and a stage has them as BLOCK_K k rows of TILE_ROWS. A
 //        16-byte pack is 8 weight rows at one k, and ldmatrix makes of it what a lane would have loaded from 8 rows: the
 //        order of the sums is the same, so are their bits where K_WARPS is.
-// Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: WARPS / K_WARPS side by side
-//        over the rows, K_WARPS over the 32-wide k steps of a stage.
+// Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: ROW_WARPS side by side over the
+//        rows, ROW_BLOCKS times 16 of them each, and either K_WARPS over the 32-wide k steps of a stage or TOKEN_WARPS over
+//        the groups of 8 tokens, in turn. What a warp loads of a stage it multiplies ROW_BLOCKS or TOKEN_GROUPS times: where
+//        products take the time, and not the weights, several of both halve the loads.
 // Order  An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
 //        it depends on its own row and token alone. With HAS_BIAS the first of them begins with the bias of its row.
 // Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
@@ -26,14 +28,14 @@
 #define CONSUMER_THREADS (WARPS * 32)
 #define PRODUCER_THREADS (PRODUCER_WARPS * 32)
 #define BLOCK_THREADS (CONSUMER_THREADS + PRODUCER_THREADS)
-#define ROW_WARPS (WARPS / K_WARPS)
-#define TILE_ROWS (ROW_WARPS * 16)
+#define ROW_WARPS (WARPS / K_WARPS / TOKEN_WARPS)
+#define TILE_ROWS (ROW_WARPS * ROW_BLOCKS * 16)
 #define TILE_UNITS (TILE_ROWS / 2)
 #define PACKS_PER_ROW (BLOCK_K / 8)
 #define ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_ROW)
 #define WEIGHT_PASSES (TILE_ROWS / ROWS_PER_PASS)
 #define TOKEN_PASSES ((TOKENS + ROWS_PER_PASS - 1) / ROWS_PER_PASS)
-#define TOKEN_GROUPS (TOKENS / 8)
+#define TOKEN_GROUPS (TOKENS / 8 / TOKEN_WARPS)                   // of a warp
 #define STEPS ((BLOCK_K / 32 + K_WARPS - 1) / K_WARPS)
 #define ROW_BYTES (BLOCK_K * 2)
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
@@ -50,6 +52,8 @@ static_assert(HAS_BULK_COPY || !WHOLE_ROWS, "WHOLE_ROWS needs bulk copies, which
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0 && PRODUCER_THREADS % PACKS_PER_ROW == 0 && TILE_ROWS % ROWS_PER_PASS == 0, "BLOCK_K");
 static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
+static_assert(TOKEN_WARPS == 1 || TOKEN_WARPS == 2 && K_WARPS == 1 && TOKENS % 16 == 0, "TOKEN_WARPS");
+static_assert(ROW_BLOCKS == 1 || ROW_BLOCKS == 2, "ROW_BLOCKS");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
 static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32 && PRODUCER_THREADS % PACKS_PER_K_ROW == 0, "TRANSPOSED");
 
@@ -127,16 +131,35 @@ template <class Gemm> __device__ __forceinline__ void prefetch_first_tile(const 
     prefetch_bulk(weight_row(gemm, expert, first_unit, row), min(PREFETCH_BYTES / TILE_ROWS, Gemm::kDepth * 2));
 }
 
-typedef float Sums[TOKEN_GROUPS][4];
+typedef float Sums[ROW_BLOCKS][TOKEN_GROUPS][4];
+
+// Which part of a tile a consumer's warp has.
+struct Place {
+    u32 row_warp, k_warp, token_warp;
+
+    __device__ __forceinline__ Place() {
+        u32 warp = threadIdx.x / 32;
+        row_warp = warp % ROW_WARPS;
+        k_warp = TOKEN_WARPS > 1 ? 0 : warp / ROW_WARPS;
+        token_warp = TOKEN_WARPS > 1 ? warp / ROW_WARPS : 0;
+    }
+
+    // How many of a chunk's groups of 8 tokens are this warp's.
+    __device__ __forceinline__ u32 groups(u32 tokens) const {
+        u32 all = (tokens + 7) / 8;
+        return TOKEN_WARPS > 1 ? (all + TOKEN_WARPS - 1 - token_warp) / TOKEN_WARPS : all;
+    }
+};
 
 // Pack p of a k row of transposed weights lies at p ^ swap_of_k(k), so that the 8 k rows that ldmatrix reads together, 0, 1,
 // 8, 9, 16, 17, 24, 25 and as many more of each, are in different banks. With 4 packs a row, k % 2 is in the address already.
 // Where a and b have no binary digit in common, swap_of_k(a + b) is swap_of_k(a) ^ swap_of_k(b).
 __device__ __forceinline__ constexpr u32 swap_of_k(u32 k) { return PACKS_PER_K_ROW >= 8 ? k / 8 % 4 * 2 + k % 2 : k / 8 % 4; }
 
-// Where in a stage this lane's k row of load_transposed_fragments is, in the first k step of its warp.
+// Where in a stage this lane's k row of load_transposed_fragments is, in the first k step of its warp and the first of its
+// blocks of 16 rows; the second is two packs on, whose distance is a binary digit that swap_of_k may flip: 32 bytes, exclusive or.
 __device__ __forceinline__ u32 k_row_of_fragment(u32 row_warp, u32 k_warp, u32 lane) {
-    u32 k = k_of_matrix_row(lane), pack = row_warp * 2 + lane / 8 % 2;
+    u32 k = k_of_matrix_row(lane), pack = row_warp * ROW_BLOCKS * 2 + lane / 8 % 2;
     return (k_warp * 32 + k) * K_ROW_BYTES + (pack ^ swap_of_k(k)) * 16;
 }
 
@@ -146,15 +169,21 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 toke
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
+        Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
+#pragma unroll
+        for (int b = 0; b < ROW_BLOCKS; b++) {
 #if TRANSPOSED
-        Fragment low, high;
-        load_transposed_fragments(low, high, weights + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
+            load_transposed_fragments(low[b], high[b], (weights ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
 #else
-        Fragment low = load_fragment(weights + packs[s]), high = load_fragment(weights + packs[s] + 8 * ROW_BYTES);
+            low[b] = load_fragment(weights + packs[s] + b * 16 * ROW_BYTES);
+            high[b] = load_fragment(weights + packs[s] + (b * 16 + 8) * ROW_BYTES);
 #endif
+        }
 #pragma unroll
         for (int g = 0; g < kGroups; g++) {
-            multiply(sums[g], low, high, load_fragment(tokens + packs[s] + g * 8 * ROW_BYTES), scalar_t());
+            Fragment of_tokens = load_fragment(tokens + packs[s] + g * TOKEN_WARPS * 8 * ROW_BYTES);
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], low[b], high[b], of_tokens, scalar_t());
         }
     }
 }
@@ -162,28 +191,33 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 toke
 // The smallest compiled number of groups that holds `groups`.
 template <int kGroups>
 __device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
-    constexpr int kMore = kGroups < 4 ? kGroups + 1 : kGroups + 2;
-    if constexpr (kMore <= TOKEN_GROUPS) {
+    constexpr int kNext = kGroups < 4 ? kGroups + 1 : kGroups + 2, kMore = kNext < TOKEN_GROUPS ? kNext : TOKEN_GROUPS;
+    if constexpr (kGroups < TOKEN_GROUPS) {
         if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
     }
     multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
 }
 
-// The biases of this lane's two rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
-template <class Gemm> __device__ __forceinline__ Pack<scalar_t, 2> biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
-    Pack<scalar_t, 2> biases = {};
-    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * 16 + threadIdx.x % 32 / 4;
+typedef Pack<scalar_t, 2 * ROW_BLOCKS> Biases;
+
+// The biases of this lane's rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
+template <class Gemm> __device__ __forceinline__ Biases biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
+    Biases biases = {};
+    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * (ROW_BLOCKS * 16) + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < 2; i++, row += 8) {
-        if (!HAS_BIAS || warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
+    for (int i = 0; i < 2 * ROW_BLOCKS; i++, row += 8) {
+        if (!HAS_BIAS || K_WARPS > 1 && warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
         biases.values[i] = load_from_l2(gemm.bias + Gemm::row_of(tile.chunk.expert, tile.first_unit, row));
     }
     return biases;
 }
 
-__device__ __forceinline__ void begin_sums(Sums& sums, Pack<scalar_t, 2> biases) {
+__device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
 #pragma unroll
-    for (int i = 0; i < TOKEN_GROUPS * 4; i++) (&sums[0][0])[i] = HAS_BIAS ? to_float(biases.values[i / 2 % 2]) : 0.0f;
+    for (int b = 0; b < ROW_BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+    }
 }
 
 // Stores a tile's outputs. The sums go through shared memory, PASS_TOKENS tokens at a time: the K_WARPS parts of a sum meet
@@ -191,18 +225,23 @@ __device__ __forceinline__ void begin_sums(Sums& sums, Pack<scalar_t, 2> biases)
 // still meanwhile: with a look-up for each token experts_down took 10% longer at 512 tokens.
 template <class Gemm>
 __device__ __forceinline__ void store_tile(const Gemm& gemm, const Cursor<Gemm>& tile, const Sums& sums, float* shared) {
-    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
-    float* mine = shared + (k_warp * PASS_TOKENS + lane % 4 * 2) * SUMS_PITCH + row_warp * 16 + lane / 4;
+    Place place;
+    u32 lane = threadIdx.x % 32;
+    float* mine = shared + (place.k_warp * PASS_TOKENS + place.token_warp * 8 + lane % 4 * 2) * SUMS_PITCH +
+                  place.row_warp * (ROW_BLOCKS * 16) + lane / 4;
 #pragma unroll
     for (int first = 0; first < TOKENS; first += PASS_TOKENS) {
         if (first >= tile.chunk.tokens) break;
         sync_threads(1, CONSUMER_THREADS);  // the last pass has been read
 #pragma unroll
-        for (int group = 0; group < PASS_TOKENS / 8; group++) {
-            if (first / 8 + group >= TOKEN_GROUPS) break;
-            const float* s = sums[first / 8 + group];
-            float* to = mine + group * 8 * SUMS_PITCH;
-            to[0] = s[0], to[SUMS_PITCH] = s[1], to[8] = s[2], to[SUMS_PITCH + 8] = s[3];
+        for (int group = 0; group < PASS_TOKENS / 8 / TOKEN_WARPS; group++) {
+            if (first / 8 / TOKEN_WARPS + group >= TOKEN_GROUPS) break;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) {
+                const float* s = sums[b][first / 8 / TOKEN_WARPS + group];
+                float* to = mine + group * 8 * SUMS_PITCH + b * 16;
+                to[0] = s[0], to[SUMS_PITCH] = s[1], to[8] = s[2], to[SUMS_PITCH + 8] = s[3];
+            }
         }
         sync_threads(1, CONSUMER_THREADS);
         u32 tokens = min(tile.chunk.tokens - first, PASS_TOKENS);
@@ -370,11 +409,12 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
 
 template <class Gemm>
 __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan, Ring ring, float* shared_sums) {
-    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
+    Place place;
+    u32 lane = threadIdx.x % 32;
     u32 swap = WHOLE_ROWS ? 0 : lane / 4 % 2 * 64;
     u32 packs[STEPS];  // where this lane's pack of each of its k steps lies in a row
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + k_warp) * 64 + lane % 4 * 16) ^ swap;
+    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + place.k_warp) * 64 + lane % 4 * 16) ^ swap;
     u32 fragment_row = lane / 4 * ROW_BYTES;
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
@@ -382,16 +422,18 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
         u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
-        if (row_warp * 8 < cursor.units) {
-            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(row_warp, k_warp, lane) : rows + row_warp * 16 * ROW_BYTES;
-            multiply_groups<1>((cursor.chunk.tokens + 7) / 8, sums, weights, rows + WEIGHT_BYTES, packs, k_warp);
+        if (place.row_warp * (ROW_BLOCKS * 8) < cursor.units) {
+            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(place.row_warp, place.k_warp, lane)
+                                     : rows + place.row_warp * (ROW_BLOCKS * 16) * ROW_BYTES;
+            u32 tokens = rows + WEIGHT_BYTES + place.token_warp * 8 * ROW_BYTES;
+            multiply_groups<1>(place.groups(cursor.chunk.tokens), sums, weights, tokens, packs, place.k_warp);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.emptied + turn.stage * 8);
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
-        Pack<scalar_t, 2> biases = biases_of(gemm, cursor);  // of the next tile, on their way while this one is stored
+        Biases biases = biases_of(gemm, cursor);  // of the next tile, on their way while this one is stored
         store_tile(gemm, tile, sums, shared_sums);
         begin_sums(sums, biases);
     }

@@ -27,7 +27,8 @@ _INLINE_PAIRS_PER_EXPERT = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """The ring of one GEMM: 16 weight rows for each of the warps that lie side by side, ``block_k`` deep a stage."""
+    """The ring of one GEMM: a stage is ``block_k`` deep, with 16 times ``row_blocks`` weight rows for each of the warps
+    that lie side by side over them."""
 
     block_k: int
     stages: int
@@ -38,6 +39,15 @@ class Tile:
     blocks_per_sm: int = 1
     whole_rows: bool = False
     """``block_k`` is the whole depth: a stage is two bulk copies, ordered by one thread."""
+    token_warps: int = 1
+    """Warps that share the rows and split a chunk's tokens, instead of the depth: 1 or 2."""
+    row_blocks: int = 1
+    """Of 16 rows, in a warp: 1 or 2."""
+
+    @property
+    def rows(self) -> int:
+        """Of a weight, in a stage."""
+        return self.warps // self.k_warps // self.token_warps * self.row_blocks * 16
 
     @property
     def threads(self) -> int:
@@ -46,9 +56,8 @@ class Tile:
 
     def shared_bytes(self, tokens: int) -> int:
         """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
-        rows = self.warps // self.k_warps * 16
-        sums = self.k_warps * min(tokens, 16) * (rows + 4) * 4
-        return self.stages * (rows + tokens) * self.block_k * 2 + sums
+        sums = self.k_warps * min(tokens, 16) * (self.rows + 4) * 4
+        return self.stages * (self.rows + tokens) * self.block_k * 2 + sums
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tile."""
@@ -56,6 +65,8 @@ class Tile:
             f"WARPS={self.warps}",
             f"BLOCKS_PER_SM={self.blocks_per_sm}",
             f"K_WARPS={self.k_warps}",
+            f"TOKEN_WARPS={self.token_warps}",
+            f"ROW_BLOCKS={self.row_blocks}",
             f"BLOCK_K={self.block_k}",
             f"STAGES={self.stages}",
             f"WHOLE_ROWS={int(self.whole_rows)}",
@@ -151,7 +162,8 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
 
     No ring is of whole rows, which would need more. With 99 KB a stage is half as deep, and a chunk of few tokens
-    leaves room for a fourth.
+    leaves room for a fourth. The last regime has no tiles behind it that would take over from it: chunks are as large
+    as fit, and warps lie two by four over tokens and rows.
     """
     is_small = shared_bytes < 160 * 1024
     block_k = 128 if is_small else 256
@@ -161,14 +173,15 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
         of_both = _fitted(tile, tokens, room)
         return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), inline_pairs, fp32_slots)
 
-    few = 24 if is_small else 32
+    few, most = (24, 112) if is_small else (32, 128)
     two_warps, wide = Tile(block_k, 2, k_warps=2), Tile(64, 2)
+    square = Tile(64, 2, token_warps=2, row_blocks=2)
     return (
         new(8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _INLINE_PAIRS, fp32_slots=True),
         new(few, two_warps, wide if is_small else Tile(128, 2), fp32_slots=True),
         new(few, two_warps, wide if is_small else Tile(128, 2)),
         new(48, Tile(128, 2, k_warps=2), wide),
-        new(80, wide, wide),
+        new(most, square, square),
     )
 
 

@@ -16,9 +16,9 @@ from cupymoe.ops import experts_call
 from tests.helpers import laid_out, poison_free_memory, random_biases
 from tests.kernels.test_experts_stream import check, odd_case, streamed
 
-# (experts, hidden, intermediate, top_k), which fit no tile and no stage. A number of tokens for each regime, and the last
-# has more pairs than are planned at once.
+# (experts, hidden, intermediate, top_k), which fit no tile and no stage.
 SIZES = (64, 264, 200, 4)
+# A number of tokens for each regime; the last has more pairs than are planned at once.
 TOKENS = (1, 16, 40, 128, 400, 1024, 2100)
 
 each_build = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
