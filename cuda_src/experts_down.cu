@@ -3,6 +3,8 @@
 // Reads  intermediate [slots, INTERMEDIATE] SCALAR    written by the grid before this one
 //        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR   TRANSPOSED: [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
 //        bias         [NUM_EXPERTS, HIDDEN] SCALAR   only with HAS_BIAS
+//        factor       [NUM_EXPERTS, HIDDEN, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, HIDDEN]; and
+//        low          [slots, LOW_RANK] SCALAR: of an adapter, only with LOW_RANK, and then it is low that the grid before wrote
 //        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
@@ -16,12 +18,15 @@
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
-    !defined(TRANSPOSED) || !defined(HAS_BIAS)
-#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
+    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(LOW_RANK)
+#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
+
+// So many blocks. With an adapter a multiprocessor's registers are for experts_up, lora_shrink_chunks and this together.
+#define REGISTERS_FOR (LOW_RANK && INLINE_PAIRS && !TRANSPOSED ? 3 : BLOCKS_PER_SM)
 
 struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     static constexpr u32 kDepth = INTERMEDIATE;
@@ -29,6 +34,8 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     const scalar_t* weights;
     const scalar_t* bias;
     SLOT_SCALAR* expert_output;
+    const scalar_t* factor;
+    const scalar_t* low;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan&, u32 slot) const { return intermediate + (u64)slot * INTERMEDIATE; }
 
@@ -43,10 +50,10 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
-             u64 num_pairs, const scalar_t* __restrict__ bias) {
+             u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low) {
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
@@ -54,5 +61,5 @@ experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_pro
     empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
-    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output}, plan);
+    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output, factor, low}, plan);
 }

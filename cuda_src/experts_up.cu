@@ -5,6 +5,8 @@
 //                      not GATED: INTERMEDIATE rows, and the output is act(x W^T);
 //                      TRANSPOSED: [NUM_EXPERTS, HIDDEN, rows]
 //        bias          [NUM_EXPERTS, rows of gate_up_proj] SCALAR   only with HAS_BIAS
+//        factor        [NUM_EXPERTS, rows of gate_up_proj, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]; and
+//        low           [slots, LOW_RANK] SCALAR, written by the grid before this one: of an adapter, only with LOW_RANK
 //        top_k_index   [T * TOP_K] INDEX           only with INLINE_PAIRS
 //        chunks        [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes intermediate  [slots, INTERMEDIATE] SCALAR   rows in slot order (common/expert_plan.cuh)
@@ -21,9 +23,10 @@
 
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
-    !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP)
-#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
+    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || \
+    !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP) || !defined(LOW_RANK)
+#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -41,6 +44,8 @@ struct UpGemm : UpRows {
     const scalar_t* bias;
     scalar_t* intermediate;
     scalar_t* gate_up;
+    const scalar_t* factor;
+    const scalar_t* low;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan& plan, u32 slot) const {
         return hidden_states + (u64)(plan.pair_of_slot[slot] / TOP_K) * HIDDEN;
@@ -87,13 +92,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
 experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restrict__ gate_up_proj,
            const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
-           const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up) {
-    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up};
+           const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up, const scalar_t* __restrict__ factor,
+           const scalar_t* low) {
+    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low};
 #if !INLINE_PAIRS && !TRANSPOSED
     prefetch_first_tile(gemm);
 #endif
+#if !LOW_RANK
     wait_for_previous_grid();
     release_next_grid();
+#elif !INLINE_PAIRS
+    empty_l1();  // the grid before this one writes nothing but low, for which the producers wait
+#endif
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, blockIdx.x == 0 ? slot_of_pair : nullptr);

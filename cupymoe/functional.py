@@ -259,7 +259,9 @@ def _may_keep_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *oth
     """Whether a gradient will be asked for that a backend may compute from gate_up."""
     return (
         keep == "gate_up"
-        and not torch.compiler.is_exporting()  # whoever runs an exported graph asks for no gradient
+        # Whoever runs an exported graph asks for no gradient. Not torch.compiler.is_exporting(), which is true in every
+        # compiled function up to torch 2.11.
+        and not torch.compiler._is_exporting_flag
         and backend != "reference"
         and hidden_states.is_cuda
         and hidden_states.dtype in _KEPT_DTYPES

@@ -40,9 +40,9 @@ def _way(
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     load = Load.of(num_tokens, top_k, num_experts)
     by_tiles = *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
-    if takes_tiles(load, hidden_size, arch=arch):
+    if takes_tiles(load, hidden_size, arch):
         return by_tiles
-    if stream_reason(load, arch=arch) is not None:
+    if stream_reason(load, arch) is not None:
         return ()  # another backend's
     chosen = regime(load, intermediate_size, arch)
     planned: Any = None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)

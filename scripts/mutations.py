@@ -14,6 +14,7 @@ SORT = ("tests/kernels/test_sort_by_expert.py",)
 LINEAR = ("tests/kernels/test_grouped_linear.py",)
 OUTER = ("tests/kernels/test_grouped_outer.py",)
 SHRINK = ("tests/kernels/test_lora_shrink.py",)
+SHRINK_CHUNKS = ("tests/kernels/test_lora_shrink_chunks.py::test_every_slot",)
 PACK = ("tests/kernels/test_pack_adapter.py",)
 LOW_RANK_OUTER = ("tests/kernels/test_lora_outer.py",)
 EXPERTS = (
@@ -23,6 +24,10 @@ EXPERTS = (
     "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
+STREAMED_ADAPTERS = (
+    "tests/kernels/test_experts_stream_adapters.py::test_every_kind_of_experts",
+    "tests/kernels/test_experts_stream_adapters.py::test_gemma_4_s_sizes",
+)
 TILES = ("tests/kernels/test_experts_wgmma.py",)
 ADAPTERS = ("tests/kernels/test_experts_wgmma_adapters.py::test_every_slot",)
 BIASED_TILES = ("tests/kernels/test_experts_wgmma.py::test_one_transposed_weight_one_bias_and_float16",)
@@ -247,6 +252,79 @@ MUTATIONS = (
         "source, k < depth ? 16 : 0, policy",
         "source, 16, policy",
         SHRINK,
+    ),
+    cuda(
+        "the factor of the first expert for all chunks",
+        "lora_shrink_chunks.cu",
+        "factor += (u64)chunk.expert * RANK * DEPTH;",
+        "",
+        SHRINK_CHUNKS,
+    ),
+    cuda(
+        "rows and factors read past their last k",
+        "lora_shrink_chunks.cu",
+        "return k < DEPTH ?",
+        "return true ?",
+        SHRINK_CHUNKS,
+    ),
+    cuda(
+        "a barrier dropped: the warps' sums added before they are there",
+        "lora_shrink_chunks.cu",
+        "    __syncthreads();\n    u32 slot",
+        "    u32 slot",
+        SHRINK_CHUNKS,
+    ),
+    cuda(
+        "the odd column of a transposed factor in the place of the even one",
+        "lora_shrink_chunks.cu",
+        "0x5410",
+        "0x7632",
+        SHRINK_CHUNKS,
+        defines=("TRANSPOSED=1",),
+    ),
+    cuda(
+        "an adapter's product of intermediates that are still being written",
+        "lora_shrink_chunks.cu",
+        "    if (!GATHERED) wait_for_previous_grid();\n",
+        "",
+        STREAMED_ADAPTERS,
+        defines=("GATHERED=0",),
+    ),
+    cuda(
+        "low of the first slots for all chunks",
+        "common/expert_stream.cuh",
+        "gemm.low + (u64)(cursor.chunk.first_slot + row)",
+        "gemm.low + (u64)row",
+        STREAMED_ADAPTERS,
+        source="experts_up",
+        defines=("LOW_RANK=16",),
+    ),
+    cuda(
+        "a row of the weight read on past its depth, where the adapter's begins",
+        "common/expert_stream.cuh",
+        "if (is_past_depth(column)) load_weight_rows",
+        "if (false) load_weight_rows",
+        STREAMED_ADAPTERS,
+        source="experts_up",
+        defines=("LOW_RANK=16", "TRANSPOSED=0"),
+    ),
+    cuda(
+        "the same of a transposed weight",
+        "common/expert_stream.cuh",
+        "is_past_depth(first_k + k) ? from_factor : from",
+        "from",
+        STREAMED_ADAPTERS,
+        source="experts_up",
+        defines=("LOW_RANK=16", "TRANSPOSED=1"),
+    ),
+    cuda(
+        "low taken before it is written",
+        "common/expert_stream.cuh",
+        "is_past_depth(BLOCK_K - 1)) wait_for_previous_grid(), release",
+        "is_past_depth(BLOCK_K - 1)) release",
+        STREAMED_ADAPTERS,
+        source="experts_up",
+        defines=("LOW_RANK=16",),
     ),
     cuda("padding that is read", "pack_adapter.cu", "load_where(first + own + step < end,", "load_where(true,", PACK),
     cuda(

@@ -184,6 +184,28 @@ def run_training(
         check(torch.randn(tokens, hidden_size).to(dtype), *masked_routing(tokens, num_experts))
 
 
+def run_streamed_adapters() -> None:
+    """The weight stream with adapters, of both layouts and in each of its regimes, and lora_shrink_chunks.cu for it."""
+    for dtype, transposed in product((torch.bfloat16, torch.float16), (False, True)):
+        weights = expert_weights(64, HIDDEN_SIZE, 48, dtype)
+        shapes = [shape for weight in weights for shape in ((RANK, weight.shape[2]), (weight.shape[1], RANK))]
+        factors = [0.1 * torch.randn(64, *shape).to(dtype) for shape in shapes]
+        merged = [
+            weight.double() + b.double() @ a.double()
+            for weight, a, b in zip(weights, factors[::2], factors[1::2], strict=True)
+        ]
+        on_gpu = [each.mT.contiguous().cuda().mT if transposed else each.cuda() for each in (*weights, *factors)]
+        adapters = LowRank(*on_gpu[2:4]), LowRank(*on_gpu[4:])
+        for tokens in (1, 32, 33, 65, 257):
+            states, routed = torch.randn(tokens, HIDDEN_SIZE).to(dtype), masked_routing(tokens, 64)
+            output = lora_experts(
+                states.cuda(), *on_gpu[:2], *(each.cuda() for each in routed), *adapters, activation=MoEActivation.SILU
+            )
+            truth = reference.experts(states.double(), *merged, *routed, MoEActivation.SILU)
+            error = relative_error(output.cpu(), truth)
+            assert error < 0.01, f"{dtype}, {tokens} tokens: relative error {error:.4f}"
+
+
 def run_sorted_rows() -> None:
     """sort_by_expert.cu, gather.cu, gated_activation.cu up to a row, and combine.cu, as the grouped backend calls them.
 
@@ -281,6 +303,7 @@ SUITE = (
     run_grouped_products,
     run_low_rank_products,
     run_packed_factors,
+    run_streamed_adapters,
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),
     *(partial(run_training, *case, *size) for case, size in product(TRAINED, SIZES)),
 )

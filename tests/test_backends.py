@@ -171,20 +171,22 @@ def test_fused_streams_every_kind_of_experts(hopper, activation, num_tokens):
         assert registry()["fused"].way(call).startswith("weight stream")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 16, 511, 512, 4096])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_fused_adds_adapters_by_tiles(hopper, direction, num_tokens):
+def test_fused_goes_the_same_way_with_adapters(hopper, direction, num_tokens):
     call = CALL._replace(num_tokens=num_tokens, adapter_rank=128)
     assert registry()["fused"].unsupported_reason(call, direction) is None
-    assert registry()["fused"].way(call).startswith("tiles")
+    assert registry()["fused"].way(call, direction) == registry()["fused"].way(
+        CALL._replace(num_tokens=num_tokens), direction
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"adapter_rank": 144}, "tiles take adapters of ranks up to 128, not 144"),
-        ({"hidden_size": 2824}, "its tiles want a hidden size that is a multiple of 16, not 2824"),
+        ({"adapter_rank": 144}, "its kernels take adapters of ranks up to 128, not 144"),
+        ({"hidden_size": 2824, "num_tokens": 4096}, "its tiles want a hidden size that is a multiple of 16, not 2824"),
     ],
 )
 def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, reason):
@@ -222,7 +224,7 @@ NEWER = [(8, 0), (8, 6), (8, 9), (9, 1), (10, 0), (10, 3), (12, 0), (12, 1)]
 
 @pytest.mark.parametrize("capability", NEWER)
 def test_fused_streams_without_wgmma(monkeypatch, capability):
-    """Any number of tokens, forward; gradients and adapters need its tiles."""
+    """Any number of tokens, forward, with adapters or without; gradients need its tiles."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     fused, missing = registry()["fused"], f"its tiles need the wgmma of compute capability 9.0, not {capability[0]}."
     for dtype, num_tokens in itertools.product((torch.bfloat16, torch.float16), (1, 64, 1024, 32768)):
@@ -230,7 +232,7 @@ def test_fused_streams_without_wgmma(monkeypatch, capability):
         assert fused.unsupported_reason(call) is None
         assert fused.way(call).startswith("weight stream")
         assert missing in fused.unsupported_reason(call, "backward")
-        assert missing in fused.unsupported_reason(call._replace(adapter_rank=16))
+        assert fused.unsupported_reason(call._replace(adapter_rank=16)) is None
     assert "at most 4194304 (token, k) pairs, not 8388608" in fused.unsupported_reason(CALL._replace(num_tokens=2**20))
 
 

@@ -144,12 +144,12 @@ def test_adapters(hopper):
     )
     assert explain(model, 4)[0].way.startswith("weight stream")  # PEFT merges
     integration.use_low_rank(model)
-    assert [(each.backend, each.way[:5]) for each in explain(model, 4)] == [("fused", "tiles")] * 2
+    assert [(each.backend, each.way[:5]) for each in explain(model, 4)] == [("fused", "weigh"), ("fused", "tiles")]
     model.add_adapter("second", peft.LoraConfig(target_modules=[], target_parameters=targets, r=40))
     model.base_model.set_adapter(["default", "second"])
     for each in explain(model, 4):
         assert each.backend == "grouped"
-        assert "its tiles take adapters of ranks up to 128, not 140" in each.reasons["fused"]
+        assert "its kernels take adapters of ranks up to 128, not 140" in each.reasons["fused"]
 
 
 @pytest.mark.parametrize("tokens", [0, [], [1, -1], [True], "1", [1.0]])

@@ -203,11 +203,11 @@ def test_the_training_forward_has_the_bits_of_inference(num_tokens):
     assert torch.equal(kept["output"], plain)
     assert torch.equal(again["output"], plain)
     for name in EVERYTHING:
-        # Of what was kept, the narrow product is weighted; else what it is a product of: each rounds once more.
-        limit = 0.004 if name == "down_b" else 0.002
-        assert relative_error(kept[name], again[name].double()) < limit, name
+        if name != "down_b":  # of the kept narrow product, or of one that is made again from what gate_up is rounded to
+            assert relative_error(kept[name], again[name].double()) < 0.002, name
     assert not kept["top_k_weights"][::3, 1].any()
-    assert_close_to_float64(kept, tensors, grad)
+    for found in (kept, again):
+        assert_close_to_float64(found, tensors, grad)
 
 
 @pytest.mark.parametrize("adapted", [(True, False), (False, True)], ids=["gate_up", "down"])

@@ -114,7 +114,8 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 #endif
 }
 
-// Lets the next grid start its blocks. Only after wait_for_previous_grid(): then what is two grids back is complete too.
+// Lets the next grid start its blocks. Only after wait_for_previous_grid(): then what is two grids back is complete too. But for
+// lora_shrink_chunks.cu, which says why it may.
 __device__ __forceinline__ void release_next_grid() {
 #if HAS_PDL
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

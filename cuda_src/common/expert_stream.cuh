@@ -10,6 +10,10 @@
 //        TRANSPOSED: weights are [NUM_EXPERTS, depth, rows] in memory, and a stage has them as BLOCK_K k rows of TILE_ROWS. A
 //        16-byte pack is 8 weight rows at one k, and ldmatrix makes of it what a lane would have loaded from 8 rows: the
 //        order of the sums is the same, so are their bits where K_WARPS is.
+// Rank   With LOW_RANK a row goes on past the depth: a weight row in the factor b [NUM_EXPERTS, rows, LOW_RANK] of a low-rank
+//        adapter, which lies as the weight does (TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]), and a token's row in what
+//        lora_shrink_chunks.cu has made of it, low [slots, LOW_RANK]. So what the adapter adds is summed with the rest, and not
+//        rounded by itself.
 // Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: ROW_WARPS side by side over the
 //        rows, ROW_BLOCKS times 16 of them each, and either K_WARPS over the 32-wide k steps of a stage or TOKEN_WARPS over
 //        the groups of 8 tokens, in turn. What a warp loads of a stage it multiplies ROW_BLOCKS or TOKEN_GROUPS times: where
@@ -55,7 +59,11 @@ static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >=
 static_assert(TOKEN_WARPS == 1 || TOKEN_WARPS == 2 && K_WARPS == 1 && TOKENS % 16 == 0, "TOKEN_WARPS");
 static_assert(ROW_BLOCKS == 1 || ROW_BLOCKS == 2, "ROW_BLOCKS");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
+static_assert(LOW_RANK % 16 == 0 && !(LOW_RANK && WHOLE_ROWS), "LOW_RANK");
 static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32 && PRODUCER_THREADS % PACKS_PER_K_ROW == 0, "TRANSPOSED");
+
+// Of a row, with what goes on past the depth.
+template <class Gemm> constexpr u32 kLength = Gemm::kDepth + LOW_RANK;
 
 // The first element of a tile's row.
 template <class Gemm> __device__ __forceinline__ const scalar_t* weight_row(const Gemm& gemm, int expert, u32 first_unit, u32 row) {
@@ -114,7 +122,7 @@ template <class Gemm> struct Cursor {
     // True when the tile changed.
     __device__ __forceinline__ bool advance(const Plan& plan) {
         k += BLOCK_K;
-        if (k < Gemm::kDepth) return false;
+        if (k < kLength<Gemm>) return false;
         k = 0;
         position += units;
         open(plan);
@@ -308,6 +316,7 @@ template <class Gemm> struct Loader {
     int units_left, tokens_left;   // of the tile, from the first row's on; none past the end
     const scalar_t* weights;
     const scalar_t* tokens[TOKEN_PASSES];
+    const scalar_t *factor, *low;  // where weights and tokens go on, with LOW_RANK
     u64 evict_first, evict_last;
 #if TRANSPOSED
     u32 first_k, first_of_pack, k_row_offset;  // of the weights: first k row, its pack's first row, and where it goes
@@ -339,11 +348,15 @@ template <class Gemm> struct Loader {
         tokens_left = cursor.chunk.tokens - (int)row;
         weights = gemm.weights + ((u64)cursor.chunk.expert * Gemm::kDepth + first_k) * (2 * Gemm::kUnits) +
                   Gemm::row_of(0, cursor.first_unit, first_of_pack);
+        factor = gemm.factor + ((u64)cursor.chunk.expert * LOW_RANK + first_k) * (2 * Gemm::kUnits) +
+                 Gemm::row_of(0, cursor.first_unit, first_of_pack);
 #else
         units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
         tokens_left = cursor.chunk.tokens - (int)row;
         weights = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, row) + column;
+        factor = gemm.factor + Gemm::row_of(cursor.chunk.expert, cursor.first_unit, row) * LOW_RANK + column;
 #endif
+        low = gemm.low + (u64)(cursor.chunk.first_slot + row) * LOW_RANK + column;
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             int token = i * ROWS_PER_PASS;
@@ -351,31 +364,44 @@ template <class Gemm> struct Loader {
         }
     }
 
-    // 16 up to the depth, 0 past it.
-    __device__ __forceinline__ u32 bytes(u32 k) const { return Gemm::kDepth % BLOCK_K == 0 || cursor.k + k < Gemm::kDepth ? 16 : 0; }
+    // 16 up to the end of a row, 0 past it.
+    __device__ __forceinline__ u32 bytes(u32 k) const { return kLength<Gemm> % BLOCK_K == 0 || cursor.k + k < kLength<Gemm> ? 16 : 0; }
+
+    // Whether k of the stage is one of the adapter's; a pack is on one side.
+    __device__ __forceinline__ bool is_past_depth(u32 k) const { return LOW_RANK && cursor.k + k >= Gemm::kDepth; }
+
+    // Of the stage's first k, from the depth on: may be negative.
+    __device__ __forceinline__ long long past_depth() const { return (long long)cursor.k - Gemm::kDepth; }
+
+    template <u32 kPitch> __device__ __forceinline__ void load_weight_rows(u32 stage, const scalar_t* from) const {
+#pragma unroll
+        for (int i = 0; i < WEIGHT_PASSES; i++) {
+            copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
+                    from + Gemm::row_of(0, 0, i * ROWS_PER_PASS) * kPitch, bytes(column), evict_first);
+        }
+    }
 
     __device__ __forceinline__ void load_weights(u32 stage) const {
 #if TRANSPOSED
         const scalar_t* from = weights + (u64)cursor.k * (2 * Gemm::kUnits);
+        const scalar_t* from_factor = factor + past_depth() * (2 * Gemm::kUnits);
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k += K_ROWS_PER_PASS) {
-            copy_16(units_left > 0, stage + (k_row_offset ^ swap_of_k(k) * 16) + k * K_ROW_BYTES, from + (u64)k * (2 * Gemm::kUnits),
-                    bytes(first_k + k), evict_first);
+            copy_16(units_left > 0, stage + (k_row_offset ^ swap_of_k(k) * 16) + k * K_ROW_BYTES,
+                    (is_past_depth(first_k + k) ? from_factor : from) + (u64)k * (2 * Gemm::kUnits), bytes(first_k + k), evict_first);
         }
 #else
-#pragma unroll
-        for (int i = 0; i < WEIGHT_PASSES; i++) {
-            copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    weights + cursor.k + Gemm::row_of(0, 0, i * ROWS_PER_PASS) * Gemm::kDepth, bytes(column), evict_first);
-        }
+        if (is_past_depth(column)) load_weight_rows<LOW_RANK>(stage, factor + past_depth());
+        else load_weight_rows<Gemm::kDepth>(stage, weights + cursor.k);
 #endif
     }
 
     __device__ __forceinline__ void load_tokens(u32 stage) const {
+        bool is_low = is_past_depth(column);
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             copy_16(i * ROWS_PER_PASS < tokens_left, stage + WEIGHT_BYTES + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    tokens[i] + cursor.k, bytes(column), evict_last);
+                    is_low ? low + past_depth() + i * ROWS_PER_PASS * LOW_RANK : tokens[i] + cursor.k, bytes(column), evict_last);
         }
     }
 
@@ -385,8 +411,10 @@ template <class Gemm> struct Loader {
 };
 
 // kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
+// With LOW_RANK it writes low in any case; where that is all, everything else comes before its end.
 template <bool kTokensAreNew, class Gemm>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
+    constexpr bool kLowAloneIsNew = LOW_RANK && !kTokensAreNew;
     Loader<Gemm> loader(gemm, plan, threadIdx.x - CONSUMER_THREADS);
     if (kTokensAreNew) {
         Loader<Gemm> ahead = loader;
@@ -398,11 +426,13 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
         u32 stage = ring.data + turn.stage * STAGE_BYTES;
         wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
         if (!ahead) loader.load_weights(stage);
+        if (kLowAloneIsNew && loader.is_past_depth(BLOCK_K - 1)) wait_for_previous_grid(), release_next_grid();
         loader.load_tokens(stage);
         arrive_after_copies(ring.filled + turn.stage * 8);
         turn.next();
         if (turn.stage == 0) ahead = false;
     }
+    if (kLowAloneIsNew) wait_for_previous_grid();  // also where there was no tile: no grid ends before the one before it
     wait_for_copies();
 }
 #endif
@@ -439,7 +469,8 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     }
 }
 
-// Ends with every output of this block stored.
+// Ends with every output of this block stored. Where the previous grid writes what is read here, tokens or low, this waits for it;
+// then all that is read beside must be two grids back.
 template <bool kTokensAreNew, class Gemm>
 __device__ __forceinline__ void stream_experts(const Gemm& gemm, const Plan& plan) {
     __shared__ __align__(8) u64 barriers[2][STAGES];

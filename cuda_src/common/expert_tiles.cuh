@@ -25,7 +25,8 @@
 // Bias   Where there is one, it is added to the sums of a tile: each element is loaded once, whatever the number of products.
 // Rank   With LOW_RANK the sums go on over so many more k, those of an adapter: low [slots, LOW_RANK] times a factor that lies as
 //        the weight does, with LOW_RANK in the place of k. They come through the ring like k's own steps, so that what an adapter
-//        adds is not rounded by itself; of their last step only the k that there are, are multiplied.
+//        adds is not rounded by itself. Past LOW_RANK there are zeros up to a whole step: a loop of its own for fewer k would cost
+//        the main loop more than they do, as ptxas then has no registers left to describe products ahead.
 //
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
 // where a slot's token row is, kBoxes and box_start() of a part, prefetch_inputs(), which brings near what the store of a tile will
@@ -340,50 +341,30 @@ template <class Gemm> __device__ __forceinline__ void add_bias(const Gemm& gemm,
     }
 }
 
-// A descriptor so many 16 bytes further: only its low word changes. With LOW_RANK ptxas would add both words, one after the other and
-// with a carry, and the products would wait for that: experts_up took 20% longer with tiles of 128 weight rows.
-__device__ __forceinline__ u64 ahead(u64 descriptor, u32 packs) {
-    return LOW_RANK ? (descriptor & ~0xffffffffull) | (u32)((u32)descriptor + packs) : descriptor + packs;
-}
-
-// sums = (add ? sums : 0) + kProducts times 64 slots of this warpgroup x its weight rows, over kDepth k of a stage, which is free as
-// soon as it is multiplied.
-template <int kProducts, int kDepth, class Gemm>
-__device__ __forceinline__ void multiply_stage(TileSums& sums, bool add, const Pipeline& pipeline, const Turn& turn, u32 slot_group,
-                                               u32 row_group) {
-    u32 lane = threadIdx.x % 32;
-    wait_barrier(pipeline.filled(turn.stage), turn.parity);
-    if (kProducts > 0) {
-        if (!Gemm::kDenseTokens) order_copies_before_products();
-        u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
-        u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < kDepth / 16; k++) {
-#pragma unroll
-            for (int i = 0; i < kProducts; i++) {
-                u32 of_slots = k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16);
-                multiply_tiles(sums[i], ahead(a, of_slots), ahead(b, k * NEXT_16_K_OF_B), k > 0 || add, SCALAR());
-            }
-        }
-        commit_products();
-        wait_for_products();
-    }
-    if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
-}
-
-// sums = the products of a tile over all k, and over an adapter's.
+// sums = the products of a tile over all k, and over an adapter's: kProducts times 64 slots of this warpgroup x its weight rows. A stage
+// is free as soon as it is multiplied.
 template <int kProducts, class Gemm>
 __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pipeline, Turn& turn, u32 slot_group, u32 row_group) {
-    for (u32 step = 0; step < kDepthSteps<Gemm>; step++, turn.next()) {
-        multiply_stage<kProducts, BLOCK_K, Gemm>(sums, step > 0, pipeline, turn, slot_group, row_group);
-    }
-    for (int step = 0; step < LOW_RANK / BLOCK_K; step++, turn.next()) {
-        multiply_stage<kProducts, BLOCK_K, Gemm>(sums, true, pipeline, turn, slot_group, row_group);
-    }
-    if constexpr (LOW_RANK % BLOCK_K != 0) {
-        multiply_stage<kProducts, LOW_RANK % BLOCK_K, Gemm>(sums, true, pipeline, turn, slot_group, row_group);
-        turn.next();
+    u32 lane = threadIdx.x % 32;
+    for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
+        wait_barrier(pipeline.filled(turn.stage), turn.parity);
+        if (kProducts > 0) {
+            if (!Gemm::kDenseTokens) order_copies_before_products();
+            u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
+            u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K / 16; k++) {
+#pragma unroll
+                for (int i = 0; i < kProducts; i++) {
+                    u32 of_slots = k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16);
+                    multiply_tiles(sums[i], a + of_slots, b + k * NEXT_16_K_OF_B, step > 0 || k > 0, SCALAR());
+                }
+            }
+            commit_products();
+            wait_for_products();
+        }
+        if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
     }
 }
 

@@ -16,7 +16,8 @@ from cupymoe.backends import (
     fused_backward,
     row_packs_reason,
 )
-from cupymoe.backends.fused_adapters import packed_adapters, step
+from cupymoe.backends.adapters import adapters_of
+from cupymoe.backends.fused_adapters import packed_adapters, rank_of, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
@@ -29,6 +30,7 @@ from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
+from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
 
@@ -40,8 +42,8 @@ _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 32, "sm_86": 32, "sm_120": 32, None: 48}
 class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
     expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
-    the tensor cores, in four launches up to 1024 pairs and in five beyond, and in one more for each weight that has an
-    adapter. A launch begins while the one before still runs.
+    the tensor cores, in four launches up to 1024 pairs and in five beyond. Either takes one more for each weight that
+    has an adapter. A launch begins while the one before still runs.
 
     Cards without Hopper's tensor-core instructions stream any number of pairs, beyond 8192 in six launches; a launch
     begins while the one before still runs where the card can do that. Gradients are another backend's there.
@@ -74,11 +76,13 @@ class FusedBackend:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
             return "hidden_states and both weights must start on 16 bytes"
+        if call.adapter_rank > MAX_RANK:
+            return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
         arch = self.arch(call.device)
-        not_tiled = tiles_reason(call.load, call.hidden_size, call.adapter_rank, arch)
+        not_tiled = tiles_reason(call.load, call.hidden_size, arch)
         if direction == "backward":
             return not_tiled
-        not_streamed = stream_reason(call.load, call.adapter_rank, arch)
+        not_streamed = stream_reason(call.load, arch)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
     def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
@@ -91,7 +95,7 @@ class FusedBackend:
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
         arch = self.arch(call.device)
-        if direction == "backward" or takes_tiles(call.load, call.hidden_size, call.adapter_rank, arch):
+        if direction == "backward" or takes_tiles(call.load, call.hidden_size, arch):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size, arch).tokens} tokens"
@@ -113,7 +117,7 @@ class FusedBackend:
         kept: Kept | None = None,
     ) -> torch.Tensor:
         arch = self.build or _arch_of(tensors.hidden_states.get_device())
-        if takes_tiles(call.load, call.hidden_size, call.adapter_rank, arch):
+        if takes_tiles(call.load, call.hidden_size, arch):
             return tiles(call, tensors, out, kept)
         return stream(call, tensors, out, kept, arch)
 
@@ -136,16 +140,14 @@ def _arch_of(device: int) -> Arch:
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int, adapter_rank: int = 0, arch: Arch = HOPPER) -> bool:
+def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    prefers = prefers_tiles(load) or stream_reason(load, adapter_rank, arch) is not None
-    return prefers and tiles_reason(load, hidden_size, adapter_rank, arch) is None
+    prefers = prefers_tiles(load) or stream_reason(load, arch) is not None
+    return prefers and tiles_reason(load, hidden_size, arch) is None
 
 
-def stream_reason(load: Load, adapter_rank: int = 0, arch: Arch = HOPPER) -> str | None:
+def stream_reason(load: Load, arch: Arch = HOPPER) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
-    if adapter_rank:
-        return "the weight stream adds no low-rank products"
     if load.num_experts > expert_stream.MAX_EXPERTS:
         return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
     most = expert_stream.MAX_PAIRS if arch.wgmma else expert_stream.MAX_SORTED_PAIRS
@@ -154,12 +156,10 @@ def stream_reason(load: Load, adapter_rank: int = 0, arch: Arch = HOPPER) -> str
     return None
 
 
-def tiles_reason(load: Load, hidden_size: int, adapter_rank: int = 0, arch: Arch = HOPPER) -> str | None:
+def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if not arch.wgmma:
         return f"its tiles need the wgmma of compute capability 9.0, not {'.'.join(map(str, arch.capability))}"
-    if adapter_rank > MAX_RANK:
-        return f"its tiles take adapters of ranks up to {MAX_RANK}, not {adapter_rank}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
@@ -201,10 +201,16 @@ def stream(
         gate_up_bias is not None,
         down_bias is not None,
         kept is not None,
+        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
         arch,
         is_sorted,
     )
+    of_gate_up, of_down = packed_adapters(call, tensors)
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
+    up_factor = down_factor = gate_up = None
+    if kept is not None:
+        gate_up, *lows = kept
+        workspace = workspace.keeping(*lows)
     output = torch.empty_like(hidden_states) if out is None else out
     if is_sorted:
         pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
@@ -212,10 +218,14 @@ def stream(
         workspace = workspace.of_sorted(pairs.token_of_slot, pairs.slot_of_pair)
     elif not chosen.inline_pairs:
         plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch)
-    experts_up(
-        hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, None if kept is None else kept.gate_up
-    )
-    experts_down(down_proj, top_k_index, shape, workspace, down_bias)
+    if of_gate_up is not None:
+        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
+        up_factor = of_gate_up.b
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor)
+    if of_down is not None:
+        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
+        down_factor = of_down.b
+    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 

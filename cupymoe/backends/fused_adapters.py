@@ -1,4 +1,5 @@
-"""Low-rank adapters on the fused backend: what they add to the products of the tiles, and their own gradients.
+"""Low-rank adapters on the fused backend: what they add to the products of the tiles, and their own gradients. Those of
+the weight stream are packed here too.
 
 A projection adds ``(rows a^T) b^T`` to ``rows W^T``: ``lora_shrink`` makes the first, narrow product, and the tiles
 take the second one into their own sums. The way back adds ``(grad b) a`` to ``grad W`` just so.

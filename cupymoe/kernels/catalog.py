@@ -24,6 +24,7 @@ from cupymoe.kernels import (
     grouped_outer,
     lora_outer,
     lora_shrink,
+    lora_shrink_chunks,
     pack_adapter,
     plan_chunks,
     plan_experts,
@@ -117,6 +118,11 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_up.variant(shape)
         yield experts_up.variant(replace(shape, keeps_gate_up=True))
         yield experts_down.variant(shape)
+        adapted = replace(shape, gate_up_rank=lora_shrink.RANK_MULTIPLE, down_rank=lora_shrink.MAX_RANK)
+        yield experts_up.variant(adapted)
+        yield experts_down.variant(adapted)
+        for gathered in (False, True):
+            yield lora_shrink_chunks.variant(adapted, gathered=gathered)
     for tile_shape in _tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
         yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
@@ -137,7 +143,7 @@ def _variants(arch: Arch) -> Iterator[Variant]:
 
 def _fused_shapes(arch: Arch) -> Iterator[Shape]:
     """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row; of
-    GPT-OSS's kind of experts too. Every kind of experts in one regime."""
+    GPT-OSS's kind of experts too. Every kind of experts in one regime. Each is compiled with adapters, too."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
 
     def shape(

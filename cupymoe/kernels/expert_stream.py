@@ -129,12 +129,15 @@ _MORE_PAIRS = Regime(
 )
 
 
+_INLINE_DOWN = Tile(256, 5, k_warps=4)
+
+
 @functools.cache
 def _inline_regime(intermediate_size: int) -> Regime:
     # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
     # experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
+    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else _INLINE_DOWN
     return Regime(
         tokens=8,
         up=Tile(256, 4, k_warps=4),
@@ -223,6 +226,9 @@ class Shape:
     has_down_bias: bool = False
     keeps_gate_up: bool = False
     """Whether the gate_up projection also stores what the activation is applied to."""
+    gate_up_rank: int = 0
+    """Of an adapter of gate_up_proj, a multiple of 16; 0 without one."""
+    down_rank: int = 0
     arch: Arch = HOPPER
     sorted_pairs: bool = False
     """Whether sort_by_expert.cu and plan_chunks.cu make the plan, in which slots then have tokens, and not pairs."""
@@ -234,8 +240,10 @@ class Shape:
 
     @property
     def down(self) -> Tile:
-        """Of the down projection."""
-        return self.regime.transposed if self.down_transposed else self.regime.down
+        """Of the down projection; with an adapter rows are longer than those of the weight, so never whole."""
+        if self.down_transposed:
+            return self.regime.transposed
+        return _INLINE_DOWN if self.down_rank and self.regime.down.whole_rows else self.regime.down
 
     @property
     def slot_dtype(self) -> torch.dtype:
@@ -270,39 +278,53 @@ class Workspace(NamedTuple):
     slot_of_pair: int
     intermediate: int
     expert_output: int
+    gate_up_low: int
+    """``[slots, shape.gate_up_rank]``: hidden states times the first factor of gate_up_proj's adapter."""
+    down_low: int
+    """``[slots, shape.down_rank]``: the same of the intermediate and down_proj's."""
+
+    def keeping(self, gate_up_low: torch.Tensor | None, down_low: torch.Tensor | None) -> Workspace:
+        """The same, but that these are written where they are given: what outlives the call."""
+        return self._replace(
+            gate_up_low=self.gate_up_low if gate_up_low is None else gate_up_low.data_ptr(),
+            down_low=self.down_low if down_low is None else down_low.data_ptr(),
+        )
 
     def of_sorted(self, token_of_slot: torch.Tensor, slot_of_pair: torch.Tensor) -> Workspace:
         """The same, where a sort has made these two, which the caller keeps."""
         return self._replace(pair_of_slot=token_of_slot.data_ptr(), slot_of_pair=slot_of_pair.data_ptr())
 
 
+def most_chunks(shape: Shape, num_pairs: int) -> int:
+    """That ``num_pairs`` pairs may make."""
+    return min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
+
+
 @functools.lru_cache(maxsize=4096)
 def _layout(shape: Shape, num_pairs: int) -> tuple[int, ...]:
     """Offsets of the addresses of a :class:`Workspace` past chunks, and its size; rows start on 128 bytes."""
-    pair_of_slot = 16 * min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
+    pair_of_slot = 16 * most_chunks(shape, num_pairs)
     num_chunks = pair_of_slot + 4 * num_pairs
     slot_of_pair = num_chunks + 4
-    intermediate = -(-(slot_of_pair + 4 * num_pairs) // 128) * 128
-    intermediate_bytes = num_pairs * shape.intermediate_size * shape.dtype.itemsize
-    expert_output = -(-(intermediate + intermediate_bytes) // 128) * 128
-    size = expert_output + num_pairs * shape.hidden_size * shape.slot_dtype.itemsize
-    return pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size
+    starts, end = [pair_of_slot, num_chunks, slot_of_pair], slot_of_pair + 4 * num_pairs
+    for row_bytes in (
+        shape.intermediate_size * shape.dtype.itemsize,
+        shape.hidden_size * shape.slot_dtype.itemsize,
+        shape.gate_up_rank * shape.dtype.itemsize,
+        shape.down_rank * shape.dtype.itemsize,
+    ):
+        start = -(-end // 128) * 128
+        starts.append(start)
+        end = start + num_pairs * row_bytes
+    return *starts, end
 
 
 def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace:
     """Memory for ``num_pairs`` pairs, uninitialised, on the device of ``like``."""
-    pair_of_slot, num_chunks, slot_of_pair, intermediate, expert_output, size = _layout(shape, num_pairs)
+    *starts, size = _layout(shape, num_pairs)
     memory = like.new_empty(size, dtype=torch.uint8)
     base = memory.data_ptr()
-    return Workspace(
-        memory,
-        base,
-        base + pair_of_slot,
-        base + num_chunks,
-        base + slot_of_pair,
-        base + intermediate,
-        base + expert_output,
-    )
+    return Workspace(memory, base, *(base + start for start in starts))
 
 
 def grid(tile: Tile, device: int) -> tuple[int, int]:

@@ -38,9 +38,6 @@ _TILES_FROM = 32
 # for (1, 2), (1, 3) and (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and
 # 1248; 384 take 1340, 1360 and 1346; 512 take 1691, 1745 and 1659 (benchmarks/NOTES.md).
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
-# Of the gate_up projection with an adapter: at Gemma 4's sizes and rank 16 on an H200 (2, 2) takes 609 us at 4096
-# tokens where (1, 3) takes 800 and (1, 2) 789, and 1911 at 16384 where these take 2326 and 2264.
-_ADAPTER_CUT = 2, 2
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
 # Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
@@ -177,7 +174,7 @@ class TileShape:
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        cut = _ADAPTER_CUT if self.gate_up_rank else (self.blocks, self.products)
+        cut = self.blocks, self.products
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
         return tiling(*cut, best_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
 

@@ -23,6 +23,7 @@ def variant(shape: Shape) -> Variant:
             f"SLOT_SCALAR={SCALARS[shape.slot_dtype]}",
             f"TRANSPOSED={int(shape.down_transposed)}",
             f"HAS_BIAS={int(shape.has_down_bias)}",
+            f"LOW_RANK={shape.down_rank}",
         ),
     )
 
@@ -42,16 +43,21 @@ def experts_down(
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
     Args:
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
             ``transpose(1, 2)`` of a contiguous tensor.
-        top_k_index: ``[T, K]``, contiguous, as ``experts_up`` had it in the launch just before this one.
+        top_k_index: ``[T, K]``, contiguous, as ``experts_up`` had it in the launch just before this one, but for
+            :func:`lora_shrink_chunks` between them.
         shape: of the call.
         workspace: of the call.
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
+        factor: ``[E, H, R]``, the second of an adapter, 16-byte aligned, laid out as down_proj, where
+            ``shape.down_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the workspace, and
+            was the launch just before this one.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -68,4 +74,6 @@ def experts_down(
         workspace.expert_output,
         top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
+        workspace.down_low,
     )

@@ -26,6 +26,7 @@ def variant(shape: Shape) -> Variant:
             f"TRANSPOSED={int(shape.gate_up_transposed)}",
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
             f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
+            f"LOW_RANK={shape.gate_up_rank}",
         ),
     )
 
@@ -47,6 +48,7 @@ def experts_up(
     workspace: Workspace,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -59,6 +61,9 @@ def experts_up(
         workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` or ``[T * K, I]``, written in expert order where ``shape.keeps_gate_up``, else None.
+        factor: ``[E, 2 I, R]`` or ``[E, I, R]``, the second of an adapter, 16-byte aligned, laid out as gate_up_proj,
+            where ``shape.gate_up_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the
+            workspace, and was the launch just before this one.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -77,4 +82,6 @@ def experts_up(
         top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
+        workspace.gate_up_low,
     )

@@ -1,13 +1,15 @@
 """The weight stream without a GPU: regimes, the workspace, and what its kernels compile to."""
 
 import itertools
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cupymoe import Gemma4MoEConfig, MoEActivation
-from cupymoe.kernels import expert_stream, experts_down, experts_up
+from cupymoe.kernels import expert_stream, experts_down, experts_up, lora_shrink_chunks
 from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.expert_stream import Shape, Tile, new_workspace, regime
 from cupymoe.kernels.load import Load
@@ -41,7 +43,8 @@ def shape(num_tokens, num_experts, hidden, intermediate, top_k, activation=MoEAc
 
 
 def kinds(num_tokens, *sizes):
-    """Shapes of every layout of gate and up, of contiguous and transposed weights, with biases and without."""
+    """Shapes of every layout of gate and up, of contiguous and transposed weights, with biases and without, with
+    adapters and without."""
     for activation in (MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL):
         for transposed, biased in EITHER:
             kind = {
@@ -51,6 +54,7 @@ def kinds(num_tokens, *sizes):
                 "has_down_bias": biased,
             }
             yield shape(num_tokens, *sizes, activation, **kind)
+            yield shape(num_tokens, *sizes, activation, **kind, gate_up_rank=48, down_rank=16)
 
 
 @pytest.mark.parametrize("transposed", EITHER)
@@ -96,6 +100,37 @@ def test_every_kind_of_experts_compiles_without_spills(pairs_per_expert, sizes):
             assert "warning" not in report.log, report.log
 
 
+@pytest.mark.parametrize("num_tokens", [1, 32, 80, 256, 512])
+def test_with_an_adapter_rows_are_never_whole(num_tokens):
+    """Else each tile is the one without."""
+    plain = shape(num_tokens, 128, 2816, 704, 8)
+    adapted = replace(plain, gate_up_rank=16, down_rank=16)
+    assert not adapted.down.whole_rows
+    assert adapted.up is plain.up
+    assert adapted.down is plain.down or plain.down.whole_rows
+    assert replace(plain, gate_up_rank=16).down is plain.down
+
+
+@pytest.mark.parametrize("intermediate", [704, 176])
+@pytest.mark.parametrize("rank", [16, 128])
+def test_with_an_adapter_three_kernels_fit_a_multiprocessor(rank, intermediate):
+    """Of few tokens: experts_down begins beside experts_up and the block of lora_shrink_chunks between them."""
+    its_shape = shape(1, 128, 2816, intermediate, 8, gate_up_rank=rank, down_rank=rank)
+    blocks = [
+        (experts_up.variant(its_shape), its_shape.up.threads, its_shape.up.shared_bytes(8)),
+        (experts_down.variant(its_shape), its_shape.down.threads, its_shape.down.shared_bytes(8)),
+        (lora_shrink_chunks.variant(its_shape, gathered=False), 256, 0),
+    ]
+    registers = shared_bytes = 0
+    for variant, threads, dynamic in blocks:
+        report = compiled(variant, "sm_90a")
+        static = int(re.search(r"(\d+) bytes smem", report.log).group(1))
+        registers += -(-report.registers // 8) * 8 * threads
+        shared_bytes += static + dynamic + RESERVED_BYTES
+    assert registers <= 65536
+    assert shared_bytes <= SHARED_BYTES_OF_HOPPER + RESERVED_BYTES
+
+
 @pytest.mark.parametrize(
     ("intermediate", "whole_rows"), [(352, True), (704, True), (768, True), (176, False), (504, False), (800, False)]
 )
@@ -136,20 +171,32 @@ def test_few_pairs_of_fewer_experts_are_planned_ahead():
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 8), (127, 1), (16, 8), (129, 1), (17, 8), (1024, 8)])
-def test_workspace_parts_do_not_overlap(num_tokens, top_k):
+@pytest.mark.parametrize("ranks", [(0, 0), (16, 128), (48, 0)])
+def test_workspace_parts_do_not_overlap(num_tokens, top_k, ranks):
     num_pairs = num_tokens * top_k
-    its_shape = shape(num_tokens, 128, 2816, 704, top_k)
+    its_shape = shape(num_tokens, 128, 2816, 704, top_k, gate_up_rank=ranks[0], down_rank=ranks[1])
     workspace = new_workspace(torch.empty(0), its_shape, num_pairs)
     memory, *starts = workspace
     chunks = min(num_pairs, 128 + num_pairs // its_shape.regime.tokens)
     slot_bytes = its_shape.slot_dtype.itemsize
     sizes = [16 * chunks, 4 * num_pairs, 4, 4 * num_pairs, 2 * 704 * num_pairs, slot_bytes * 2816 * num_pairs]
+    sizes += [2 * rank * num_pairs for rank in ranks]
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
     assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
     assert starts[0] == memory.data_ptr()
     assert ends[-1] <= memory.data_ptr() + memory.numel()
     assert (workspace.intermediate - starts[0]) % 128 == 0
     assert (workspace.expert_output - starts[0]) % 128 == 0
+    assert (workspace.gate_up_low - starts[0]) % 128 == 0
+    assert (workspace.down_low - starts[0]) % 128 == 0
+
+
+def test_what_is_kept_is_written_where_it_is_kept():
+    workspace = new_workspace(torch.empty(0), shape(1, 128, 2816, 704, 8, gate_up_rank=16, down_rank=16), 8)
+    low = torch.empty(8, 16, dtype=torch.bfloat16)
+    assert workspace.keeping(None, None) == workspace
+    assert workspace.keeping(None, low) == workspace._replace(down_low=low.data_ptr())
+    assert workspace.keeping(low, None) == workspace._replace(gate_up_low=low.data_ptr())
 
 
 def test_limits_are_the_plan_s():

@@ -14,7 +14,9 @@ from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
 from tests.helpers import laid_out, poison_free_memory, random_biases
+from tests.kernels import test_experts_stream_adapters as adapters
 from tests.kernels.test_experts_stream import check, odd_case, streamed
+from tests.test_lora_fused import random_factors
 
 # (experts, hidden, intermediate, top_k), which fit no tile and no stage.
 SIZES = (64, 264, 200, 4)
@@ -98,6 +100,18 @@ def test_as_a_backend(tokens, build):
     out = torch.full_like(case.hidden_states, torch.nan)
     assert backend.forward(call, ExpertsTensors(*case), out) is out
     check(out, case, MoEActivation.SILU)
+
+
+@pytest.mark.gpu
+@each_build
+@pytest.mark.parametrize("layout", [(False, False), (True, True)], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_adapters(tokens, layout, build):
+    case = laid_out(odd_case(tokens, SIZES, MoEActivation.GELU_TANH, torch.bfloat16), layout)
+    factors = random_factors(case, 16)
+    poison_free_memory()
+    output = adapters.streamed(case, MoEActivation.GELU_TANH, factors, build)
+    adapters.check(output, case, MoEActivation.GELU_TANH, factors)
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ def test_training_reaches_both_ways_and_every_cut(sanitize):
     reached, cuts = set(), set()
     for num_experts, hidden_size, counts in sanitize.TRAINED:
         for load in (Load.of(count, sanitize.TOP_K, num_experts) for count in counts):
-            assert tiles_reason(load, hidden_size, sanitize.RANK) is None
+            assert tiles_reason(load, hidden_size) is None
             reached.add(cut(load, 48) if prefers_tiles(load) else regime(load, 48).inline_pairs > 0)
             cuts.add(cut(load, 48))
     assert (reached, cuts) == ({True, False, *CUTS}, {*CUTS})
