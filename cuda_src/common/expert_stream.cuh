@@ -151,12 +151,6 @@ struct Place {
         k_warp = TOKEN_WARPS > 1 ? 0 : warp / ROW_WARPS;
         token_warp = TOKEN_WARPS > 1 ? warp / ROW_WARPS : 0;
     }
-
-    // How many of a chunk's groups of 8 tokens are this warp's.
-    __device__ __forceinline__ u32 groups(u32 tokens) const {
-        u32 all = (tokens + 7) / 8;
-        return TOKEN_WARPS > 1 ? (all + TOKEN_WARPS - 1 - token_warp) / TOKEN_WARPS : all;
-    }
 };
 
 // Pack p of a k row of transposed weights lies at p ^ swap_of_k(k), so that the 8 k rows that ldmatrix reads together, 0, 1,
@@ -224,7 +218,9 @@ __device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
 #pragma unroll
     for (int b = 0; b < ROW_BLOCKS; b++) {
 #pragma unroll
-        for (int i = 0; i < TOKEN_GROUPS * 4; i++) sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
+            sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+        }
     }
 }
 
@@ -456,7 +452,9 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
             u32 weights = TRANSPOSED ? stage + k_row_of_fragment(place.row_warp, place.k_warp, lane)
                                      : rows + place.row_warp * (ROW_BLOCKS * 16) * ROW_BYTES;
             u32 tokens = rows + WEIGHT_BYTES + place.token_warp * 8 * ROW_BYTES;
-            multiply_groups<1>(place.groups(cursor.chunk.tokens), sums, weights, tokens, packs, place.k_warp);
+            // Every TOKEN_WARPS-th group of 8 tokens, from the token_warp-th on.
+            u32 groups = ((cursor.chunk.tokens + 7) / 8 + TOKEN_WARPS - 1 - place.token_warp) / TOKEN_WARPS;
+            multiply_groups<1>(groups, sums, weights, tokens, packs, place.k_warp);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.emptied + turn.stage * 8);
