@@ -2,8 +2,8 @@
 //
 // Reads  down_map       TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR, or where TRANSPOSED is 0 of
 //                       [NUM_EXPERTS, INTERMEDIATE, HIDDEN]: its columns are the rows of this product
-//        low_map        TensorMap of low [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
 //        factor_map     the same as down_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK
+//        low            [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
 //        grad_output    [T, HIDDEN] SCALAR      of the layer
 //        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32, weight_of_slot [slots] fp32   of sort_by_expert.cu
 //        ticket         u32                     0; counts the tiles that are taken after each cluster's first
@@ -189,9 +189,9 @@ struct DownBackGemm {
 };
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
-experts_down_back_wgmma(const __grid_constant__ TensorMap down_map, ADAPTER_PARAMETERS const scalar_t* grad_output,
+experts_down_back_wgmma(const __grid_constant__ TensorMap down_map, GATHERED_ADAPTER_PARAMETERS const scalar_t* grad_output,
                         const int* expert_offsets, const int* token_of_slot, const float* weight_of_slot, u32* ticket, const scalar_t* gate_up,
                         scalar_t* grad_gate_up, scalar_t* weighted, float* dot_parts) {
     DownBackGemm gemm = {grad_output, token_of_slot, weight_of_slot, gate_up, grad_gate_up, weighted, dot_parts};
-    multiply_experts(gemm, down_map, ADAPTER_MAPS, Schedule{expert_offsets, ticket});
+    multiply_experts(gemm, down_map, GATHERED_ADAPTER, Schedule{expert_offsets, ticket});
 }

@@ -105,6 +105,6 @@ struct DownGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
-                   ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output, const scalar_t* bias) {
-    multiply_experts(DownGemm{intermediate_map, expert_output, bias}, down_map, ADAPTER_MAPS, Schedule{expert_offsets, ticket});
+                   DENSE_ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output, const scalar_t* bias) {
+    multiply_experts(DownGemm{intermediate_map, expert_output, bias}, down_map, DENSE_ADAPTER, Schedule{expert_offsets, ticket});
 }

@@ -102,7 +102,7 @@ experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restric
     wait_for_previous_grid();
     release_next_grid();
 #elif !INLINE_PAIRS
-    empty_l1();  // the grid before this one writes nothing but low, for which the producers wait
+    empty_l1();  // the grid before this one writes nothing but low, for which the consumers wait
 #endif
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;

@@ -7,8 +7,8 @@
 //        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
 //        ticket         u32                      0; counts the tiles that are taken after each cluster's first
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
-//        low_map        TensorMap of low [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
 //        factor_map     the same as gate_up_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK
+//        low            [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
 //        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
 //                       backward; not written without KEEPS_GATE_UP
@@ -141,9 +141,9 @@ struct UpGemm {
 };
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
-experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, ADAPTER_PARAMETERS const scalar_t* hidden_states,
+experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, GATHERED_ADAPTER_PARAMETERS const scalar_t* hidden_states,
                  const int* expert_offsets, const int* token_of_slot, u32* ticket, scalar_t* intermediate, const scalar_t* bias,
                  scalar_t* gate_up) {
-    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate, bias, gate_up}, gate_up_map, ADAPTER_MAPS,
+    multiply_experts(UpGemm{hidden_states, token_of_slot, intermediate, bias, gate_up}, gate_up_map, GATHERED_ADAPTER,
                      Schedule{expert_offsets, ticket});
 }

@@ -17,20 +17,21 @@
 #include "common/dtypes.cuh"
 
 #if !defined(SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || !defined(INLINE_PAIRS) || !defined(TOKENS) || \
-    !defined(DEPTH) || !defined(RANK) || !defined(GATHERED) || !defined(TRANSPOSED) || !defined(WARPS)
-#error "define SCALAR, INDEX, NUM_EXPERTS, TOP_K, INLINE_PAIRS, TOKENS, DEPTH, RANK, GATHERED, TRANSPOSED and WARPS"
+    !defined(DEPTH) || !defined(RANK) || !defined(GATHERED) || !defined(TRANSPOSED) || !defined(PIECE) || !defined(WARPS)
+#error "define SCALAR, INDEX, NUM_EXPERTS, TOP_K, INLINE_PAIRS, TOKENS, DEPTH, RANK, GATHERED, TRANSPOSED, PIECE and WARPS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_plan.cuh"
 #include "common/mma.cuh"
 #define BLOCK_THREADS (WARPS * 32)
-#define PIECE (TOKENS < 16 ? 8 : 16)
 #define PIECES ((TOKENS + PIECE - 1) / PIECE)  // of a chunk
 #define GROUPS (PIECE / 8)                     // of the 8 tokens of a product
 #define STEPS ((DEPTH + 31) / 32)
 #define STEPS_AT_ONCE (GROUPS == 1 ? 3 : 2)  // of a warp: what 64 registers hold
 #define SUMS_PITCH 20                        // no bank conflict between a warp's four token pairs
-static_assert(DEPTH % 8 == 0 && RANK % 16 == 0 && TOKENS % 8 == 0, "DEPTH, RANK, TOKENS");
+// So many blocks: where experts_up and experts_down have the other registers of a multiprocessor, and else.
+#define REGISTERS_FOR ((!GATHERED && INLINE_PAIRS ? 1280 : 1024) / BLOCK_THREADS)
+static_assert(DEPTH % 8 == 0 && RANK % 16 == 0 && PIECE % 8 == 0 && PIECE * 8 <= BLOCK_THREADS, "DEPTH, RANK, PIECE");
 
 // What a lane multiplies in a step of 32 k: 8 of them of columns 2c and 2c + 1, c = lane / 4, and of a token in each group.
 struct Step {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void load_columns(Step& step, const scalar_t* factor,
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1024 / BLOCK_THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 lora_shrink_chunks(const scalar_t* rows, const scalar_t* factor, const INDEX* top_k_index, const Chunk* chunks,
                    const int* pair_of_slot, const int* num_chunks, scalar_t* low, u64 num_pairs) {
     if (GATHERED) wait_for_previous_grid();

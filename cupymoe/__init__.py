@@ -2,6 +2,7 @@
 
 from cupymoe import flops
 from cupymoe.activation import MoEActivation
+from cupymoe.adapter_copies import refresh_adapters
 from cupymoe.backends.slow import SlowWarning
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.experts import MoEExperts
@@ -43,6 +44,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "lora_experts",
     "moe_activation",
+    "refresh_adapters",
     "route",
     "selective_checkpoint_contexts",
     "set_keep",

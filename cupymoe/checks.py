@@ -121,6 +121,12 @@ def check_settings(expert_map: object, numerics: str, keep: str) -> None:
     check_keep(keep)
 
 
+def check_module(name: str, module: object) -> None:
+    """It is a module of torch."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+
+
 def check_keep(keep: object) -> None:
     """What a call that will be differentiated keeps is one of the two that it can."""
     if keep not in ("gate_up", "input"):

@@ -10,14 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
-from cupymoe.checks import check_keep
+from cupymoe.checks import check_keep, check_module
 from cupymoe.experts import MoEExperts
 from cupymoe.integrations import KEEP, are_experts_set_to_cupymoe
-
-
-def _check_module(name: str, module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
 
 
 def set_keep(model: nn.Module, keep: str) -> int:
@@ -39,7 +34,7 @@ def set_keep(model: nn.Module, keep: str) -> int:
         TypeError, ValueError: ``model`` is no module or holds no such experts, or ``keep`` is another; nothing was
             changed then.
     """
-    _check_module("model", model)
+    check_module("model", model)
     check_keep(keep)
     ours = [module for module in model.modules() if isinstance(module, MoEExperts)]
     theirs = [module for module in model.modules() if are_experts_set_to_cupymoe(module)]
@@ -92,7 +87,7 @@ def accumulate_in_float32(module: nn.Module) -> list[RemovableHandle]:
         TypeError: ``module`` is no module.
         ValueError: none of its parameters requires a gradient.
     """
-    _check_module("module", module)
+    check_module("module", module)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"module must have a parameter that requires a gradient; {type(module).__name__} has none")

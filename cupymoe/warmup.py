@@ -44,11 +44,11 @@ def _way(
         return by_tiles
     if stream_reason(load, arch) is not None:
         return ()  # another backend's
-    chosen = regime(load, intermediate_size, arch)
-    planned: Any = None if chosen.inline_pairs else pairs_per_lane(load.num_pairs)
-    if planned is not None and not plans_at_once(load, arch):
+    planned: Any = pairs_per_lane(load.num_pairs)
+    if not plans_at_once(load, arch):
         planned = block_of(load.num_pairs, num_experts)
-    streamed = chosen, planned
+    regimes = (regime(load, intermediate_size, arch, has_adapter=has_adapter) for has_adapter in (False, True))
+    streamed = (*((each, None if each.inline_pairs else planned) for each in regimes),)
     return (*streamed, *by_tiles) if training else streamed  # however few the tokens are, gradients go by tiles
 
 

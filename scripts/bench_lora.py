@@ -1,18 +1,26 @@
-"""What an unmerged adapter costs a forward without gradients, as ``bench.py --regime lora`` times it: beside none."""
+"""What an unmerged adapter costs a forward without gradients, as ``bench.py --regime lora`` times it: beside none.
+
+The adapters are PEFT's, on transformers' experts, and computed as ``use_low_rank`` lets them be: from packed copies
+that are kept between calls. ``refresh_us`` is what it takes to pack a layer's anew.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
+import click
 import torch
 from bench_peers import Case, Layer, Oracle, make_cases
-from bench_timing import capture, free_memory, time_in_turn
+from bench_timing import capture, free_memory, percentiles, time_in_turn
 from torch import nn
 
-from cupymoe import Gemma4MoEConfig, LowRank, fused_experts, lora_experts
+from cupymoe import Gemma4MoEConfig, LowRank, fused_experts, refresh_adapters
 from cupymoe.activation import MoEActivation
+from cupymoe.verification.transformers_peer import experts_of
 
 RANK = 16
 TOKENS = (1, 16, 4096)
@@ -96,19 +104,37 @@ def _plain(case: Case, activation: MoEActivation) -> torch.Tensor:
     return fused_experts(states, *case.weights, index, weights, activation=activation)
 
 
-def _adapted(case: Case, adapters: Adapters, activation: MoEActivation) -> torch.Tensor:
-    states, index, weights = case.inputs
-    return lora_experts(states, *case.weights, index, weights, *adapters, activation=activation)
+def unmerged_experts(layer: Layer, adapters: Adapters, config: Gemma4MoEConfig) -> Any:
+    """transformers' experts of a layer with PEFT's adapters, computed by cupymoe without merging."""
+    from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+    from cupymoe.integrations.peft import use_low_rank
+
+    module = experts_of(Gemma4TextConfig(**asdict(config)), *layer)
+    module.config._experts_implementation = "cupymoe"
+    experts = peft_experts(module, adapters)
+    use_low_rank(experts)
+    return experts
 
 
-def contenders(
-    cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig
-) -> dict[str, list[Callable[[], torch.Tensor]]]:
+def contenders(cases: list[Case], experts: list[Any], config: Gemma4MoEConfig) -> dict[str, list[Callable[[], Any]]]:
     """Calls without adapters, and with them, not merged."""
     return {
         "plain": [partial(_plain, case, config.activation) for case in cases],
-        "cupymoe": [partial(_adapted, case, adapters[case.layer], config.activation) for case in cases],
+        "cupymoe": [partial(experts[case.layer], *case.inputs) for case in cases],
     }
+
+
+def refresh_us(experts: Any) -> dict[str, float]:
+    """Of the copies of one layer's adapters, on an idle GPU."""
+    samples = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        refresh_adapters(experts)
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return percentiles(samples)
 
 
 def oracles(cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig) -> list[Oracle]:
@@ -122,17 +148,25 @@ def oracles(cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig
     return [found[i] for i in range(len(cases))]
 
 
+@torch.inference_mode(False)  # a change of inference tensors can't be seen, so that no copy of them is kept
+@torch.no_grad()
 def measure_lora(bench: Any) -> dict[str, Any]:
     """What ``lora.json`` holds beside the heading; ``bench`` is a ``bench_experts.Bench``, and keeps what was wrong."""
     rows = []
     for name, dtype in DTYPES.items():
         adapters = [Adapters.of(layer, dtype) for layer in bench.layers]
+        experts = [
+            unmerged_experts(layer, each, bench.config) for layer, each in zip(bench.layers, adapters, strict=True)
+        ]
+        refresh = refresh_us(experts[0])
+        click.echo(f"{name}: a layer's adapters are packed anew in {refresh['p50']} us")
         for tokens in TOKENS:
             cases = make_cases(bench.config, bench.layers, tokens)
             truths = oracles(cases, adapters, bench.config)
-            captured = {each: capture(calls) for each, calls in contenders(cases, adapters, bench.config).items()}
+            captured = {each: capture(calls) for each, calls in contenders(cases, experts, bench.config).items()}
             error = bench.error(f"cupymoe with {name} adapters", tokens, captured["cupymoe"], truths, ERROR_LIMIT)
-            rows.append({"tokens": tokens, "adapters": name, "ms": time_in_turn(captured), "error": error})
+            ms = time_in_turn(captured)
+            rows.append({"tokens": tokens, "adapters": name, "ms": ms, "refresh_us": refresh, "error": error})
             del captured
             free_memory()
     return {"rank": RANK, "rows": rows}

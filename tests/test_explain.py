@@ -150,6 +150,14 @@ def test_adapters(hopper):
     for each in explain(model, 4):
         assert each.backend == "grouped"
         assert "its kernels take adapters of ranks up to 128, not 140" in each.reasons["fused"]
+    experts = model.get_base_model().experts.get_base_layer()
+    with model.disable_adapter():
+        assert explain(model, 4)[0].backend == "fused"
+    handle = experts.register_forward_hook(lambda *_: None)
+    assert explain(model, 4)[0].backend == "fused"  # PEFT merges where there are hooks
+    handle.remove()
+    experts.backend = "fused"
+    assert explain(model, 4)[0].backend == "fused"  # and where a backend was asked for
 
 
 @pytest.mark.parametrize("tokens", [0, [], [1, -1], [True], "1", [1.0]])

@@ -226,8 +226,9 @@ def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, in
         elif tiles is None and (stream or prefers_tiles(load)):
             compiled = by_tiles
         else:
-            its = regime(load, intermediate_size)
-            compiled = its, not its.inline_pairs and pairs_per_lane(load.num_pairs), by_tiles if training else ()
+            plain, adapted = (regime(load, intermediate_size, has_adapter=has_one) for has_one in (False, True))
+            planned = [not its.inline_pairs and pairs_per_lane(load.num_pairs) for its in (plain, adapted)]
+            compiled = plain, adapted, *planned, by_tiles if training else ()
         ranges.setdefault(compiled, num_tokens)
     assert one_of_each_way(num_experts, top_k, hidden_size, intermediate_size, training) == tuple(ranges.values())
 

@@ -10,16 +10,16 @@
 //        TRANSPOSED: weights are [NUM_EXPERTS, depth, rows] in memory, and a stage has them as BLOCK_K k rows of TILE_ROWS. A
 //        16-byte pack is 8 weight rows at one k, and ldmatrix makes of it what a lane would have loaded from 8 rows: the
 //        order of the sums is the same, so are their bits where K_WARPS is.
-// Rank   With LOW_RANK a row goes on past the depth: a weight row in the factor b [NUM_EXPERTS, rows, LOW_RANK] of a low-rank
-//        adapter, which lies as the weight does (TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]), and a token's row in what
-//        lora_shrink_chunks.cu has made of it, low [slots, LOW_RANK]. So what the adapter adds is summed with the rest, and not
-//        rounded by itself.
+// Rank   With LOW_RANK a row's sums go on in the factor b [NUM_EXPERTS, rows, LOW_RANK] of a low-rank adapter, which lies as the
+//        weight does (TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]), times what lora_shrink_chunks.cu has made of the token, low
+//        [slots, LOW_RANK]: so what the adapter adds is not rounded by itself. Both are far less than a tile of weights, and come
+//        straight into registers while the tile before is stored; in the ring they would take the place of a stage.
 // Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: ROW_WARPS side by side over the
 //        rows, ROW_BLOCKS times 16 of them each, and either K_WARPS over the 32-wide k steps of a stage or TOKEN_WARPS over
 //        the groups of 8 tokens, in turn. What a warp loads of a stage it multiplies ROW_BLOCKS or TOKEN_GROUPS times: where
 //        products take the time, and not the weights, several of both halve the loads.
 // Order  An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
-//        it depends on its own row and token alone. With HAS_BIAS the first of them begins with the bias of its row.
+//        it depends on its own row and token alone. LOW_RANK's come last. With HAS_BIAS the first of them begins with the bias of its row.
 // Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
 #pragma once
 #include "async_copy.cuh"
@@ -44,6 +44,8 @@
 #define ROW_BYTES (BLOCK_K * 2)
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
+#define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
+#define RANK_AHEAD (ROW_BLOCKS == 1)                              // where sums leave registers for a step that is loaded ahead
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
 #define K_ROW_BYTES (TILE_ROWS * 2)                               // of TRANSPOSED weights
 #define PACKS_PER_K_ROW (TILE_ROWS / 8)                          // of TRANSPOSED weights
@@ -59,11 +61,8 @@ static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >=
 static_assert(TOKEN_WARPS == 1 || TOKEN_WARPS == 2 && K_WARPS == 1 && TOKENS % 16 == 0, "TOKEN_WARPS");
 static_assert(ROW_BLOCKS == 1 || ROW_BLOCKS == 2, "ROW_BLOCKS");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
-static_assert(LOW_RANK % 16 == 0 && !(LOW_RANK && WHOLE_ROWS), "LOW_RANK");
+static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
 static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32 && PRODUCER_THREADS % PACKS_PER_K_ROW == 0, "TRANSPOSED");
-
-// Of a row, with what goes on past the depth.
-template <class Gemm> constexpr u32 kLength = Gemm::kDepth + LOW_RANK;
 
 // The first element of a tile's row.
 template <class Gemm> __device__ __forceinline__ const scalar_t* weight_row(const Gemm& gemm, int expert, u32 first_unit, u32 row) {
@@ -122,7 +121,7 @@ template <class Gemm> struct Cursor {
     // True when the tile changed.
     __device__ __forceinline__ bool advance(const Plan& plan) {
         k += BLOCK_K;
-        if (k < kLength<Gemm>) return false;
+        if (k < Gemm::kDepth) return false;
         k = 0;
         position += units;
         open(plan);
@@ -224,6 +223,65 @@ __device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
     }
 }
 
+// What a lane needs for 32 of an adapter's k: of its weight rows and of its token in each group.
+struct RankStep {
+    Fragment low[ROW_BLOCKS], high[ROW_BLOCKS], tokens[TOKEN_GROUPS];
+};
+
+__device__ __forceinline__ Fragment fragment_from_l2(const scalar_t* address) {
+    const u64* words = reinterpret_cast<const u64*>(address);
+    u64 first = load_from_l2(words), second = load_from_l2(words + 1);
+    return {(u32)first, (u32)(first >> 32), (u32)second, (u32)(second >> 32)};
+}
+
+// Zeros past the rank, the tile and its tokens.
+template <class Gemm> __device__ __forceinline__ RankStep load_rank_step(const Gemm& gemm, const Cursor<Gemm>& tile, u32 index) {
+    RankStep step = {};
+    Place place;
+    u32 lane = threadIdx.x % 32, k = (index * K_WARPS + place.k_warp) * 32 + lane % 4 * 8;
+    if (k >= LOW_RANK || tile.done()) return step;
+    u32 row = place.row_warp * (ROW_BLOCKS * 16) + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2 * ROW_BLOCKS; half++, row += 8) {
+        if (Gemm::unit_of_row(row) >= tile.units) continue;
+        Fragment& fragment = half % 2 ? step.high[half / 2] : step.low[half / 2];
+#if TRANSPOSED
+        const scalar_t* from = gemm.factor + ((u64)tile.chunk.expert * LOW_RANK + k) * (2 * Gemm::kUnits) +
+                               Gemm::row_of(0, tile.first_unit, row);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 bits = load_from_l2(reinterpret_cast<const unsigned short*>(from + (u64)i * (2 * Gemm::kUnits)));
+            fragment.words[i / 2] |= bits << i % 2 * 16;
+        }
+#else
+        fragment = fragment_from_l2(gemm.factor + Gemm::row_of(tile.chunk.expert, tile.first_unit, row) * LOW_RANK + k);
+#endif
+    }
+#pragma unroll
+    for (int g = 0; g < TOKEN_GROUPS; g++) {
+        u32 token = (g * TOKEN_WARPS + place.token_warp) * 8 + lane / 4;
+        if (token < tile.chunk.tokens) step.tokens[g] = fragment_from_l2(gemm.low + (u64)(tile.chunk.first_slot + token) * LOW_RANK + k);
+    }
+    return step;
+}
+
+// sums += what the adapter adds; with RANK_AHEAD the first step has been loaded.
+template <class Gemm>
+__device__ __forceinline__ void add_adapter(const Gemm& gemm, const Cursor<Gemm>& tile, Sums& sums, RankStep step) {
+    Place place;
+#pragma unroll 1
+    for (int index = 0; index < RANK_STEPS; index++) {
+        if ((index * K_WARPS + place.k_warp) * 32 >= LOW_RANK) break;
+        if (index > 0 || !RANK_AHEAD) step = load_rank_step(gemm, tile, index);
+#pragma unroll
+        for (int g = 0; g < TOKEN_GROUPS; g++) {
+            if ((g * TOKEN_WARPS + (int)place.token_warp) * 8 >= tile.chunk.tokens) continue;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], step.low[b], step.high[b], step.tokens[g], scalar_t());
+        }
+    }
+}
+
 // Stores a tile's outputs. The sums go through shared memory, PASS_TOKENS tokens at a time: the K_WARPS parts of a sum meet
 // there, and a warp then writes neighbouring outputs of one token. Nothing here waits for global memory, as the ring stands
 // still meanwhile: with a look-up for each token experts_down took 10% longer at 512 tokens.
@@ -312,7 +370,6 @@ template <class Gemm> struct Loader {
     int units_left, tokens_left;   // of the tile, from the first row's on; none past the end
     const scalar_t* weights;
     const scalar_t* tokens[TOKEN_PASSES];
-    const scalar_t *factor, *low;  // where weights and tokens go on, with LOW_RANK
     u64 evict_first, evict_last;
 #if TRANSPOSED
     u32 first_k, first_of_pack, k_row_offset;  // of the weights: first k row, its pack's first row, and where it goes
@@ -344,15 +401,11 @@ template <class Gemm> struct Loader {
         tokens_left = cursor.chunk.tokens - (int)row;
         weights = gemm.weights + ((u64)cursor.chunk.expert * Gemm::kDepth + first_k) * (2 * Gemm::kUnits) +
                   Gemm::row_of(0, cursor.first_unit, first_of_pack);
-        factor = gemm.factor + ((u64)cursor.chunk.expert * LOW_RANK + first_k) * (2 * Gemm::kUnits) +
-                 Gemm::row_of(0, cursor.first_unit, first_of_pack);
 #else
         units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
         tokens_left = cursor.chunk.tokens - (int)row;
         weights = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, row) + column;
-        factor = gemm.factor + Gemm::row_of(cursor.chunk.expert, cursor.first_unit, row) * LOW_RANK + column;
 #endif
-        low = gemm.low + (u64)(cursor.chunk.first_slot + row) * LOW_RANK + column;
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             int token = i * ROWS_PER_PASS;
@@ -360,44 +413,31 @@ template <class Gemm> struct Loader {
         }
     }
 
-    // 16 up to the end of a row, 0 past it.
-    __device__ __forceinline__ u32 bytes(u32 k) const { return kLength<Gemm> % BLOCK_K == 0 || cursor.k + k < kLength<Gemm> ? 16 : 0; }
-
-    // Whether k of the stage is one of the adapter's; a pack is on one side.
-    __device__ __forceinline__ bool is_past_depth(u32 k) const { return LOW_RANK && cursor.k + k >= Gemm::kDepth; }
-
-    // Of the stage's first k, from the depth on: may be negative.
-    __device__ __forceinline__ long long past_depth() const { return (long long)cursor.k - Gemm::kDepth; }
-
-    template <u32 kPitch> __device__ __forceinline__ void load_weight_rows(u32 stage, const scalar_t* from) const {
-#pragma unroll
-        for (int i = 0; i < WEIGHT_PASSES; i++) {
-            copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    from + Gemm::row_of(0, 0, i * ROWS_PER_PASS) * kPitch, bytes(column), evict_first);
-        }
-    }
+    // 16 up to the depth, 0 past it.
+    __device__ __forceinline__ u32 bytes(u32 k) const { return Gemm::kDepth % BLOCK_K == 0 || cursor.k + k < Gemm::kDepth ? 16 : 0; }
 
     __device__ __forceinline__ void load_weights(u32 stage) const {
 #if TRANSPOSED
         const scalar_t* from = weights + (u64)cursor.k * (2 * Gemm::kUnits);
-        const scalar_t* from_factor = factor + past_depth() * (2 * Gemm::kUnits);
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k += K_ROWS_PER_PASS) {
-            copy_16(units_left > 0, stage + (k_row_offset ^ swap_of_k(k) * 16) + k * K_ROW_BYTES,
-                    (is_past_depth(first_k + k) ? from_factor : from) + (u64)k * (2 * Gemm::kUnits), bytes(first_k + k), evict_first);
+            copy_16(units_left > 0, stage + (k_row_offset ^ swap_of_k(k) * 16) + k * K_ROW_BYTES, from + (u64)k * (2 * Gemm::kUnits),
+                    bytes(first_k + k), evict_first);
         }
 #else
-        if (is_past_depth(column)) load_weight_rows<LOW_RANK>(stage, factor + past_depth());
-        else load_weight_rows<Gemm::kDepth>(stage, weights + cursor.k);
+#pragma unroll
+        for (int i = 0; i < WEIGHT_PASSES; i++) {
+            copy_16((int)Gemm::unit_of_row(i * ROWS_PER_PASS) < units_left, stage + offset + i * ROWS_PER_PASS * ROW_BYTES,
+                    weights + cursor.k + Gemm::row_of(0, 0, i * ROWS_PER_PASS) * Gemm::kDepth, bytes(column), evict_first);
+        }
 #endif
     }
 
     __device__ __forceinline__ void load_tokens(u32 stage) const {
-        bool is_low = is_past_depth(column);
 #pragma unroll
         for (int i = 0; i < TOKEN_PASSES; i++) {
             copy_16(i * ROWS_PER_PASS < tokens_left, stage + WEIGHT_BYTES + offset + i * ROWS_PER_PASS * ROW_BYTES,
-                    is_low ? low + past_depth() + i * ROWS_PER_PASS * LOW_RANK : tokens[i] + cursor.k, bytes(column), evict_last);
+                    tokens[i] + cursor.k, bytes(column), evict_last);
         }
     }
 
@@ -407,10 +447,8 @@ template <class Gemm> struct Loader {
 };
 
 // kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
-// With LOW_RANK it writes low in any case; where that is all, everything else comes before its end.
 template <bool kTokensAreNew, class Gemm>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
-    constexpr bool kLowAloneIsNew = LOW_RANK && !kTokensAreNew;
     Loader<Gemm> loader(gemm, plan, threadIdx.x - CONSUMER_THREADS);
     if (kTokensAreNew) {
         Loader<Gemm> ahead = loader;
@@ -422,13 +460,11 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
         u32 stage = ring.data + turn.stage * STAGE_BYTES;
         wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
         if (!ahead) loader.load_weights(stage);
-        if (kLowAloneIsNew && loader.is_past_depth(BLOCK_K - 1)) wait_for_previous_grid(), release_next_grid();
         loader.load_tokens(stage);
         arrive_after_copies(ring.filled + turn.stage * 8);
         turn.next();
         if (turn.stage == 0) ahead = false;
     }
-    if (kLowAloneIsNew) wait_for_previous_grid();  // also where there was no tile: no grid ends before the one before it
     wait_for_copies();
 }
 #endif
@@ -445,6 +481,8 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
     if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
+    RankStep rank_step;
+    if (LOW_RANK && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
         u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
@@ -461,14 +499,17 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
-        Biases biases = biases_of(gemm, cursor);  // of the next tile, on their way while this one is stored
+        if (LOW_RANK) add_adapter(gemm, tile, sums, rank_step);
+        // Of the next tile, on their way while this one is stored.
+        Biases biases = biases_of(gemm, cursor);
+        if (LOW_RANK && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
         store_tile(gemm, tile, sums, shared_sums);
         begin_sums(sums, biases);
     }
 }
 
-// Ends with every output of this block stored. Where the previous grid writes what is read here, tokens or low, this waits for it;
-// then all that is read beside must be two grids back.
+// Ends with every output of this block stored. With LOW_RANK the previous grid writes low, for which the consumers wait; without
+// kTokensAreNew all else that is read must be two grids back.
 template <bool kTokensAreNew, class Gemm>
 __device__ __forceinline__ void stream_experts(const Gemm& gemm, const Plan& plan) {
     __shared__ __align__(8) u64 barriers[2][STAGES];
@@ -482,7 +523,7 @@ __device__ __forceinline__ void stream_experts(const Gemm& gemm, const Plan& pla
     }
     __syncthreads();
     if (threadIdx.x < CONSUMER_THREADS) {
-        if (kTokensAreNew) wait_for_previous_grid(), release_next_grid();
+        if (kTokensAreNew || LOW_RANK) wait_for_previous_grid(), release_next_grid();
         consume_ring(gemm, plan, ring, reinterpret_cast<float*>(block_memory + STAGES * STAGE_BYTES));
     } else {
         fill_ring<kTokensAreNew>(gemm, plan, ring);

@@ -69,18 +69,24 @@ struct alignas(16) Tile {
     int column;      // times TILE_ROWS: the first weight row
 };
 
-// Of an adapter, where there is one.
-struct AdapterMaps {
-    const TensorMap* low;
+// Of an adapter, where there is one. low comes as token rows do: by the copy engine where these are dense, else by address. Where
+// 16-byte copies fill the other stages, boxes of the copy engine took 160 us of 4096 tokens' 680.
+struct Adapter {
     const TensorMap* factor;
+    const TensorMap* low_map;
+    const SCALAR* low;
 };
 
 #if LOW_RANK
-#define ADAPTER_PARAMETERS const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap factor_map,
-#define ADAPTER_MAPS AdapterMaps{&low_map, &factor_map}
+#define GATHERED_ADAPTER_PARAMETERS const __grid_constant__ TensorMap factor_map, const SCALAR* low,
+#define GATHERED_ADAPTER Adapter{&factor_map, nullptr, low}
+#define DENSE_ADAPTER_PARAMETERS const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap factor_map,
+#define DENSE_ADAPTER Adapter{&factor_map, &low_map, nullptr}
 #else
-#define ADAPTER_PARAMETERS
-#define ADAPTER_MAPS AdapterMaps{nullptr, nullptr}
+#define GATHERED_ADAPTER_PARAMETERS
+#define GATHERED_ADAPTER Adapter{}
+#define DENSE_ADAPTER_PARAMETERS
+#define DENSE_ADAPTER Adapter{}
 #endif
 static_assert(LOW_RANK % 16 == 0, "the rank is padded to whole products");
 
@@ -230,11 +236,21 @@ template <class Gemm> struct RowLoader {
             break;
         }
     }
+
+    // The same of low, rows in slot order; zeros past the rank.
+    __device__ __forceinline__ void load_low(u32 stage, const Tile& tile, const SCALAR* low, u32 step, u64 policy) const {
+        u32 row = (threadIdx.x - CONSUMER_THREADS) / 8, k = step * BLOCK_K + threadIdx.x % 8 * 8, to = stage + offset;
+#pragma unroll 1
+        for (u32 i = 0; i < passes; i++, to += ROWS_PER_PASS * ROW_BYTES) {
+            u32 slot = tile.first_slot + min((int)(row + i * ROWS_PER_PASS), tile.slots - 1);
+            copy_pack(to, low + (u64)slot * LOW_RANK + k, (int)k < LOW_RANK ? 16 : 0, policy);
+        }
+    }
 };
 
 // Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
 template <class Gemm>
-__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const AdapterMaps& adapter,
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Adapter& adapter,
                                           const Schedule& schedule, const Pipeline& pipeline) {
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
     u64 weights_policy = evict_unchanged_policy(), tokens_policy = weights_policy;
@@ -245,22 +261,17 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
     }
     bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
     auto of_adapter = [](u32 step) { return LOW_RANK > 0 && step >= kDepthSteps<Gemm>; };
-    // Weights; or of an adapter the factor, and low for all slots that a tile may have: registers spill where fewer are counted.
+    auto step_of_adapter = [](u32 step) { return step - kDepthSteps<Gemm>; };
+    // Or of an adapter the factor.
     auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
-        u32 token_bytes = of_adapter(step) ? TOKEN_BYTES : Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
+        u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
         const TensorMap& map = of_adapter(step) ? *adapter.factor : weights;
         arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
         u32 to = pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), part = tile.column * BLOCKS + rank;
 #pragma unroll
         for (int box = 0; box < Gemm::kBoxes; box++, to += BLOCK_N * ROW_BYTES / Gemm::kBoxes) {
-            BoxStart start = gemm.box_start(tile.expert, part, box, (of_adapter(step) ? step - kDepthSteps<Gemm> : step) * BLOCK_K);
+            BoxStart start = gemm.box_start(tile.expert, part, box, (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K);
             copy_box_to_blocks<BLOCKS>(to, map, start, pipeline.filled(stage), weights_policy);
-        }
-        if (!of_adapter(step)) return;
-#pragma unroll 1
-        for (int slot = 0; slot < BLOCK_SLOTS; slot += 64) {
-            copy_box(pipeline.tokens(stage) + slot * ROW_BYTES, *adapter.low, (step - kDepthSteps<Gemm>) * BLOCK_K,
-                     tile.first_slot + slot, pipeline.filled(stage));
         }
     };
     u32 ticket = 0;
@@ -291,9 +302,10 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
                     wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                     load_weights(tile, step, turn.stage);
                 }
-                if (of_adapter(step)) continue;
+                const TensorMap& tokens = of_adapter(step) ? *adapter.low_map : gemm.token_map;
+                u32 column = (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K;
                 for (int slot = 0; slot < tile.slots; slot += 64) {
-                    copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K, tile.first_slot + slot,
+                    copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, tokens, column, tile.first_slot + slot,
                              pipeline.filled(turn.stage));
                 }
             }
@@ -304,7 +316,9 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& wei
             for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
                 wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                 if (leader) load_weights(tile, step, turn.stage);
-                if (!of_adapter(step)) loader.load(pipeline.tokens(turn.stage), step, tokens_policy);
+                u32 to = pipeline.tokens(turn.stage);
+                if (of_adapter(step)) loader.load_low(to, tile, adapter.low, step_of_adapter(step), tokens_policy);
+                else loader.load(to, step, tokens_policy);
                 arrive_after_copies(pipeline.filled(turn.stage));
             }
         }
@@ -397,7 +411,7 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
 }
 
 template <class Gemm>
-__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const AdapterMaps& adapter,
+__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const Adapter& adapter,
                                                  const Schedule& schedule) {
     Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
     Pipeline pipeline = {shared, shared_address(block_memory)};
@@ -416,7 +430,7 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
     }
     if (!Gemm::kDenseTokens) {
         wait_for_previous_grid();
-        if (LOW_RANK > 0) order_writes_before_bulk_copies();  // which low may be
+        if (LOW_RANK > 0) order_writes_before_bulk_copies();  // which the factor may be
         release_next_grid();
     }
     if (threadIdx.x / 32 == CONSUMER_THREADS / 32) count_tiles(schedule.expert_offsets, shared);

@@ -9,7 +9,7 @@ import torch
 
 from cupymoe.backends import ExpertsCall, ExpertsTensors
 from cupymoe.kernels.pack_adapter import has_experts_innermost, pack_adapter
-from cupymoe.lora import LowRank, Packed, padded_rank
+from cupymoe.lora import LowRank, Packed, is_packed, packed_shapes
 
 
 def adapters_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[LowRank | None, LowRank | None]:
@@ -27,26 +27,48 @@ def packed(adapter: LowRank, weight: torch.Tensor) -> Packed:
 
     A factor that is as it should be already is taken as it is.
     """
-    num_experts, out_size, in_size = weight.shape
-    rank = padded_rank(adapter.a.shape[1])
+    a_shape, b_shape = packed_shapes(weight, adapter.a.shape[1])
     return Packed(
-        _packed(adapter.a, (num_experts, rank, in_size), weight, 1.0),
-        _packed(adapter.b, (num_experts, out_size, rank), weight, adapter.scaling),
-        adapter,
+        _packed(adapter.a, a_shape, weight, 1.0), _packed(adapter.b, b_shape, weight, adapter.scaling), adapter
     )
 
 
 def _packed(factor: torch.Tensor, shape: tuple[int, int, int], weight: torch.Tensor, scale: float) -> torch.Tensor:
-    transposed = not weight.is_contiguous()
-    num_experts, lines, columns = shape
-    in_memory = (num_experts, columns, lines) if transposed else shape
-    source = factor.transpose(1, 2) if transposed else factor
-    is_packed = source.shape == in_memory and source.is_contiguous() and source.data_ptr() % 16 == 0
-    if is_packed and source.dtype == weight.dtype and scale == 1.0:
+    if takes_as_it_is(factor, shape, weight, scale):
         return factor
-    output = weight.new_empty(in_memory)
-    pack_adapter(source, output, scale)
-    return output.transpose(1, 2) if transposed else output
+    output = new_packed(shape, weight)
+    pack_adapter(factor, output, scale)
+    return output
+
+
+def takes_as_it_is(factor: torch.Tensor, shape: tuple[int, int, int], weight: torch.Tensor, scale: float) -> bool:
+    """Whether the kernels read a factor where it lies, and ``scale`` changes nothing."""
+    return is_packed(factor, shape, weight, scale) and factor.data_ptr() % 16 == 0
+
+
+def new_packed(shape: tuple[int, int, int], weight: torch.Tensor) -> torch.Tensor:
+    """Memory for a factor as it is packed for a weight."""
+    if weight.is_contiguous():
+        return weight.new_empty(shape)
+    num_experts, lines, columns = shape
+    return weight.new_empty((num_experts, columns, lines)).transpose(1, 2)
+
+
+def pack_into(output: torch.Tensor, factor: torch.Tensor, scale: float) -> None:
+    """Write ``scale * factor``, rounded once to the dtype of ``output``, and zeros where that is larger.
+
+    Args:
+        output: ``[E, M, N]`` bfloat16, float16 or float32, on CUDA or the CPU.
+        factor: ``[E, m, n]``, m <= M and n <= N, any of these dtypes.
+        scale: used in float32.
+    """
+    if output.is_cuda:
+        pack_adapter(factor, output, scale)
+        return
+    _, rows, columns = factor.shape
+    output[:, rows:].zero_()
+    output[..., columns:].zero_()
+    output[:, :rows, :columns].copy_(factor.float() * scale)
 
 
 def new_gradient(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,13 +16,12 @@ from cupymoe.backends import (
     fused_backward,
     row_packs_reason,
 )
-from cupymoe.backends.adapters import adapters_of
-from cupymoe.backends.fused_adapters import packed_adapters, rank_of, step
+from cupymoe.backends.fused_adapters import packed_adapters, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.combine import combine, combine_workspace
-from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
@@ -98,7 +97,7 @@ class FusedBackend:
         if direction == "backward" or takes_tiles(call.load, call.hidden_size, arch):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
-        return f"weight stream, chunks of up to {regime(call.load, call.intermediate_size, arch).tokens} tokens"
+        return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
@@ -166,6 +165,10 @@ def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER) -> str | Non
     return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 
+def _regime(call: ExpertsCall, arch: Arch) -> Regime:
+    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0)
+
+
 def stream(
     call: ExpertsCall,
     tensors: ExpertsTensors,
@@ -185,7 +188,8 @@ def stream(
     arch = arch or _arch_of(tensors.hidden_states.get_device())
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    chosen = regime(call.load, call.intermediate_size, arch)
+    of_gate_up, of_down = packed_adapters(call, tensors) if call.adapter_rank else (None, None)
+    chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
     shape = shape_of(
         chosen,
@@ -201,11 +205,11 @@ def stream(
         gate_up_bias is not None,
         down_bias is not None,
         kept is not None,
-        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
+        0 if of_gate_up is None else of_gate_up.a.shape[1],
+        0 if of_down is None else of_down.a.shape[1],
         arch,
         is_sorted,
     )
-    of_gate_up, of_down = packed_adapters(call, tensors)
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
     if kept is not None:

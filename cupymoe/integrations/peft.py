@@ -3,17 +3,22 @@
 PEFT's ``target_parameters=["experts.gate_up_proj", "experts.down_proj"]`` works with cupymoe as it is: each call then
 merges the adapters into a temporary copy of the experts' weights. :func:`use_low_rank` makes the calls of a model cost
 the low-rank products instead; everything else (saving, loading, merging, several adapters) stays PEFT's.
+
+Where no gradient will be asked for, the adapters are read from packed copies that are kept
+(:mod:`cupymoe.adapter_copies`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft.tuners.lora import layer
 from torch import nn
 
+from cupymoe.adapter_copies import AdapterCopy, Adapters, are_stand_ins_about
 from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
@@ -66,13 +71,97 @@ def _low_rank(wrapper: layer.ParamWrapper, name: str) -> LowRank:
     return LowRank(a, b, wrapper.scaling[name])
 
 
-def _adapter(wrapper: layer.ParamWrapper) -> LowRank | None:
-    """The active adapters as one of the sum of their ranks; None if there are none, or merged ones."""
-    adapters = [_low_rank(wrapper, name) for name in _names(wrapper)]
-    if len(adapters) < 2:
-        return adapters[0] if adapters else None
+def _sum(adapters: list[LowRank]) -> LowRank:
+    """All of them as one of the sum of their ranks."""
+    if len(adapters) == 1:
+        return adapters[0]
     scaled = [adapter.b * adapter.scaling for adapter in adapters]
     return LowRank(torch.cat([adapter.a for adapter in adapters], 1), torch.cat(scaled, 2))
+
+
+_copies: WeakKeyDictionary[layer.ParamWrapper, dict[tuple[str, ...], AdapterCopy]] = WeakKeyDictionary()
+"""By wrapper and the adapters that were active together. Not in the modules, which are saved, moved and copied."""
+_replayed: WeakSet[layer.ParamWrapper] = WeakSet()
+"""Wrappers whose training was captured: replays change their parameters, and nobody sees it."""
+
+
+class _Adapted(NamedTuple):
+    """A weight, and adapters that are added to it: at least one."""
+
+    weight: torch.Tensor
+    """``[E, out, in]``"""
+    wrapper: layer.ParamWrapper
+    names: tuple[str, ...]
+
+    @classmethod
+    def by(cls, wrapper: layer.ParamWrapper | None, weight: torch.Tensor) -> _Adapted | None:
+        """By the wrapper's active adapters; None without any, or if they are merged."""
+        names = () if wrapper is None else tuple(_names(wrapper))
+        return cls(weight, wrapper, names) if names else None
+
+    def views(self) -> list[LowRank]:
+        """Each adapter by itself."""
+        return [_low_rank(self.wrapper, name) for name in self.names]
+
+    def given(self) -> LowRank:
+        """The adapters as one."""
+        return _sum(self.views())
+
+    def adapters(self) -> Adapters:
+        """What a copy is made of."""
+        wrapper, names = self.wrapper, self.names
+        owners = [part[name] for part in (wrapper.lora_A, wrapper.lora_B) for name in names]
+        # FSDP gathers parameters for each call, into memory whose writes torch does not count.
+        is_sharded = any("_is_fsdp_managed_module" in vars(owner) for owner in owners)
+        parameters = [owner.weight for owner in owners]
+        return Adapters(parameters, [wrapper.scaling[name] for name in names], self.views, not is_sharded)
+
+    def copy(self) -> AdapterCopy:
+        """What the adapters are kept in."""
+        copies = _copies.get(self.wrapper)
+        if copies is None:
+            copies = _copies.setdefault(self.wrapper, {})
+        if self.names not in copies:
+            for names in [names for names in [*copies] if not all(name in self.wrapper.lora_A for name in names)]:
+                del copies[names]  # an adapter was deleted
+            copies.setdefault(self.names, AdapterCopy())
+        return copies[self.names]
+
+    def packed(self, adapters: Adapters) -> LowRank:
+        """The adapters as one, from their copy where one can be kept."""
+        kept = None
+        if self.wrapper not in _replayed and adapters.can_be_kept(self.weight):
+            kept = self.copy().of(self.weight, adapters)
+        return self.given() if kept is None else kept
+
+    def distrust(self) -> None:
+        """A gradient will be asked for, and the step of an optimizer may follow, of which some write behind torch's
+        back."""
+        for copy in [*_copies.get(self.wrapper, {}).values()]:
+            copy.distrust()
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            _replayed.add(self.wrapper)
+
+
+def _added(adapted: Sequence[_Adapted | None], others: Sequence[Any]) -> list[LowRank | None]:
+    """What a call adds to its weights: copies that are kept where no gradient of it will be asked for.
+
+    Args:
+        adapted: of each weight, if anything is added to it.
+        others: the tensors of the call beside the adapters, None among them.
+    """
+    if torch.compiler.is_compiling():
+        return [each and each.given() for each in adapted]
+    adapters = [each and each.adapters() for each in adapted]
+    parameters = [parameter for each in adapters if each for parameter in each.parameters]
+    is_differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*parameters, *others)
+    if is_differentiated:
+        for each, its in zip(adapted, adapters, strict=True):
+            if each and its and torch._C._any_requires_grad(*its.parameters):
+                each.distrust()
+    if is_differentiated or are_stand_ins_about():
+        return [each and each.given() for each in adapted]
+    return [each and its and each.packed(its) for each, its in zip(adapted, adapters, strict=True)]
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
@@ -88,9 +177,34 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             yield wrapper
             wrapper = wrapper.base_layer
 
+    def _is_ours(self) -> bool:
+        """Whether nothing stands between the call and the experts but adapters that are to be added."""
+        chain = [*self._wrappers()]
+        experts = self.get_base_layer()
+        return (
+            {wrapper.parameter_name for wrapper in chain} <= set(_PARAMETERS)
+            and not any(wrapper.disable_adapters for wrapper in chain)
+            and not any(hooks_of(module) or "forward" in vars(module) for module in (*chain[1:], experts))
+        )
+
     def largest_rank(self) -> int:
-        """Of what the active adapters add to a parameter; 0 without any."""
+        """Of what is added to a parameter unmerged; 0 if nothing is."""
+        if not self._is_ours() or _arguments(self.get_base_layer()) is None:
+            return 0
         return max(sum(int(wrapper.r[name]) for name in _names(wrapper)) for wrapper in self._wrappers())
+
+    def refresh_copies(self) -> int:
+        """Pack what is kept of this parameter's adapters, and of the active ones in any case; how many copies there
+        are."""
+        arguments = _arguments(self.get_base_layer())
+        if arguments is None:
+            return 0
+        _replayed.discard(self)
+        weight = arguments[0][self.parameter_name == "down_proj"]
+        kept = [names for names in [*_copies.get(self, {})] if all(name in self.lora_A for name in names)]
+        adapted = [_Adapted(weight, self, names) for names in dict.fromkeys([*kept, tuple(_names(self))]) if names]
+        pairs = [(each, each.adapters()) for each in adapted]
+        return sum(each.copy().refresh(weight, its) for each, its in pairs if its.can_be_kept(weight))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[T, H]`` of ``x`` [T, H], ``top_k_index`` and ``top_k_weights`` [T, K].
@@ -99,25 +213,24 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         arguments.
         """
         experts: Any = self.get_base_layer()
-        chain = [*self._wrappers()]
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in chain}
-        plain = (
-            not kwargs
-            and len(args) == 2
-            and not any(wrapper.disable_adapters for wrapper in chain)
-            and not any(hooks_of(module) or "forward" in vars(module) for module in (*chain[1:], experts))
-        )
-        arguments = _arguments(experts) if plain and wrappers.keys() <= set(_PARAMETERS) else None
+        arguments = _arguments(experts) if not kwargs and len(args) == 2 and self._is_ours() else None
         if arguments is None:
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output
+        weights, settings = arguments
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
         pair = wrappers.get("gate_up_proj", wrappers.get("up_proj")), wrappers.get("down_proj")
-        adapters = [None if wrapper is None else _adapter(wrapper) for wrapper in pair]
-        if adapters == [None, None]:
+        adapted = [_Adapted.by(wrapper, weight) for wrapper, weight in zip(pair, weights, strict=True)]
+        if adapted == [None, None]:
             output = experts(x, *args)
             return output
-        weights, settings = arguments
+        adapters = _added(adapted, (x, *args, *weights, settings["gate_up_bias"], settings["down_bias"]))
         return lora_experts(x.to(weights[0].dtype), *weights, *args, *adapters, **settings).to(x.dtype)
+
+
+def low_rank_wrappers(model: nn.Module) -> list[ParamWrapper]:
+    """Those of a model that :func:`use_low_rank` has changed."""
+    return [module for module in model.modules() if isinstance(module, ParamWrapper)]
 
 
 def use_low_rank(model: nn.Module) -> int:

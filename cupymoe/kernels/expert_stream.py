@@ -21,6 +21,9 @@ MAX_SORTED_PAIRS = 2**22
 MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
+# 64 take 161 us with tiles of 32 rows, and 165 with the next regime's; 96 take 225 and 211, because what an adapter
+# adds comes from memory for each tile.
+_INLINE_PAIRS_WITH_ADAPTER = 64
 # Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
 _INLINE_PAIRS_PER_EXPERT = 2
 
@@ -129,15 +132,12 @@ _MORE_PAIRS = Regime(
 )
 
 
-_INLINE_DOWN = Tile(256, 5, k_warps=4)
-
-
 @functools.cache
 def _inline_regime(intermediate_size: int) -> Regime:
     # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
     # experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else _INLINE_DOWN
+    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
     return Regime(
         tokens=8,
         up=Tile(256, 4, k_warps=4),
@@ -189,11 +189,12 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def regime(load: Load, intermediate_size: int, arch: Arch = HOPPER) -> Regime:
+def regime(load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
-    (benchmarks/NOTES.md)."""
+    (benchmarks/NOTES.md); with an adapter, on an H200."""
     pairs = load.pairs_per_expert
-    is_inline = load.num_pairs <= _INLINE_PAIRS and pairs <= _INLINE_PAIRS_PER_EXPERT
+    most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
+    is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
     if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
         return inline if is_inline else planned[bisect.bisect_left(_MOST_PAIRS, pairs)]
@@ -240,10 +241,8 @@ class Shape:
 
     @property
     def down(self) -> Tile:
-        """Of the down projection; with an adapter rows are longer than those of the weight, so never whole."""
-        if self.down_transposed:
-            return self.regime.transposed
-        return _INLINE_DOWN if self.down_rank and self.regime.down.whole_rows else self.regime.down
+        """Of the down projection."""
+        return self.regime.transposed if self.down_transposed else self.regime.down
 
     @property
     def slot_dtype(self) -> torch.dtype:

@@ -15,7 +15,6 @@ from cupymoe.kernels.expert_tiles import (
     AdapterStep,
     TileShape,
     grid,
-    slot_map,
     transposed_boxes,
 )
 from cupymoe.kernels.jit import Variant, kernel
@@ -63,7 +62,7 @@ def _plan(shape: TileShape, stores_weighted: bool, device: int) -> tuple[Kernel,
         device,
         shared_bytes=shape.down_back.shared_bytes,
         dependent=True,
-        tensor_maps=3 if shape.down_rank else 1,
+        tensor_maps=2 if shape.down_rank else 1,
     )
     return run, grid(shape.down_back, device)
 
@@ -122,8 +121,8 @@ def experts_down_back_wgmma(
         THREADS,
         current_stream(device),
         *_down_map(down_proj.data_ptr(), shape, shape.hidden_size),
-        *(() if adapter is None else slot_map(adapter.low)),
         *(() if adapter is None else _down_map(adapter.factor.data_ptr(), shape, shape.down_rank)),
+        *(() if adapter is None else (adapter.low.data_ptr(),)),
         grad_output.data_ptr(),
         pairs.expert_offsets.data_ptr(),
         pairs.token_of_slot.data_ptr(),

@@ -8,7 +8,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
+from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -43,7 +43,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.up.shared_bytes,
         dependent=True,
-        tensor_maps=3 if shape.gate_up_rank else 1,
+        tensor_maps=2 if shape.gate_up_rank else 1,
     )
     return run, grid(shape.up, device)
 
@@ -101,8 +101,8 @@ def experts_up_wgmma(
         THREADS,
         current_stream(device),
         *_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),
-        *(() if adapter is None else slot_map(adapter.low)),
         *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
+        *(() if adapter is None else (adapter.low.data_ptr(),)),
         hidden_states.data_ptr(),
         pairs.expert_offsets.data_ptr(),
         pairs.token_of_slot.data_ptr(),

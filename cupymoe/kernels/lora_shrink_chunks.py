@@ -12,8 +12,14 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 _COLUMNS = 16
-# Of gate_up_proj, and of down_proj, where a block shares the registers of a multiprocessor with both projections.
+# By ``gathered``: of gate_up_proj; and of down_proj, where a block shares the registers of a multiprocessor with both
+# projections.
 _WARPS = {True: 16, False: 8}
+
+
+def _piece(shape: Shape) -> int:
+    """The most slots of a block."""
+    return min(shape.regime.tokens, 16)
 
 
 def variant(shape: Shape, *, gathered: bool) -> Variant:
@@ -26,16 +32,17 @@ def variant(shape: Shape, *, gathered: bool) -> Variant:
             f"RANK={shape.gate_up_rank if gathered else shape.down_rank}",
             f"GATHERED={int(gathered)}",
             f"TRANSPOSED={int(shape.gate_up_transposed if gathered else shape.down_transposed)}",
+            f"PIECE={_piece(shape)}",
             f"WARPS={_WARPS[gathered]}",
         ),
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _plan(shape: Shape, gathered: bool, num_pairs: int, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     run = kernel(variant(shape, gathered=gathered), "lora_shrink_chunks", device, dependent=True, arch=shape.arch)
-    pieces = -(-shape.regime.tokens // (8 if shape.regime.tokens < 16 else 16))
+    pieces = -(-shape.regime.tokens // _piece(shape))
     rank = shape.gate_up_rank if gathered else shape.down_rank
     return run, (pieces * most_chunks(shape, num_pairs), rank // _COLUMNS), _WARPS[gathered] * 32
 

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -98,17 +97,6 @@ def test_every_kind_of_experts_compiles_without_spills(pairs_per_expert, sizes):
             assert report.registers > 0
             assert report.spill_bytes == 0, report.log
             assert "warning" not in report.log, report.log
-
-
-@pytest.mark.parametrize("num_tokens", [1, 32, 80, 256, 512])
-def test_with_an_adapter_rows_are_never_whole(num_tokens):
-    """Else each tile is the one without."""
-    plain = shape(num_tokens, 128, 2816, 704, 8)
-    adapted = replace(plain, gate_up_rank=16, down_rank=16)
-    assert not adapted.down.whole_rows
-    assert adapted.up is plain.up
-    assert adapted.down is plain.down or plain.down.whole_rows
-    assert replace(plain, gate_up_rank=16).down is plain.down
 
 
 @pytest.mark.parametrize("intermediate", [704, 176])

@@ -133,14 +133,13 @@ def test_no_pair_is_kept(num_tokens):
     assert not streamed(case, GELU_TANH, random_factors(case, 16)).any()
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("num_tokens", TOKENS[:-1])  # as the backend streams
 def test_what_is_kept_changes_no_bit(num_tokens):
     """And gate_up and both narrow products are what they should be, of the kept pairs."""
     case = odd_case(num_tokens, SIZES, GELU_TANH, torch.bfloat16)
     factors = random_factors(case, 48)
     call, tensors = call_of(case, GELU_TANH, factors, {})
-    if takes_tiles(call.load, call.hidden_size):
-        pytest.skip("goes by tiles")
+    assert not takes_tiles(call.load, call.hidden_size)
     poison_free_memory()
     output, kept = FusedBackend().forward_keeping(call, tensors)
     assert torch.equal(output, stream(call, tensors))
@@ -158,7 +157,7 @@ def test_what_is_kept_changes_no_bit(num_tokens):
 
 @pytest.mark.parametrize("num_tokens", [2, 20, 45, 100])
 def test_an_adapter_of_zeros_changes_no_bit(num_tokens):
-    """But of the down projection of few tokens, which without an adapter takes another order of its sums."""
+    """Where down_proj's rows are not whole ones: of these the sums have another order without an adapter."""
     case = odd_case(num_tokens, SIZES, GELU_TANH, torch.bfloat16)
     factors = random_factors(case, 16)
     factors["gate_up_b"].zero_(), factors["down_b"].zero_()
