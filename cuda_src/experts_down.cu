@@ -25,8 +25,9 @@
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
 
-// So many blocks. With an adapter a multiprocessor's registers are for experts_up, lora_shrink_chunks and this together.
-#define REGISTERS_FOR (LOW_RANK && INLINE_PAIRS && !TRANSPOSED ? 3 : BLOCKS_PER_SM)
+// So many blocks. With an adapter and rings that fit together, a multiprocessor's registers are for experts_up,
+// lora_shrink_chunks and this; a block with four producer warps would spill them.
+#define REGISTERS_FOR (LOW_RANK && WHOLE_ROWS ? 3 : BLOCKS_PER_SM)
 
 struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     static constexpr u32 kDepth = INTERMEDIATE;

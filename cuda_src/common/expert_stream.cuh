@@ -45,7 +45,7 @@
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
-#define RANK_AHEAD (ROW_BLOCKS == 1)                              // where sums leave registers for a step that is loaded ahead
+#define RANK_AHEAD (ROW_BLOCKS == 1 && (TOKENS <= 48 || !TRANSPOSED))  // where sums leave registers for a step that is loaded ahead
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
 #define K_ROW_BYTES (TILE_ROWS * 2)                               // of TRANSPOSED weights
 #define PACKS_PER_K_ROW (TILE_ROWS / 8)                          // of TRANSPOSED weights
@@ -481,8 +481,8 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
     if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
-    RankStep rank_step;
-    if (LOW_RANK && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
+    [[maybe_unused]] RankStep rank_step;
+    if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
         u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
@@ -499,10 +499,10 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
-        if (LOW_RANK) add_adapter(gemm, tile, sums, rank_step);
+        if constexpr (LOW_RANK > 0) add_adapter(gemm, tile, sums, rank_step);
         // Of the next tile, on their way while this one is stored.
         Biases biases = biases_of(gemm, cursor);
-        if (LOW_RANK && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
+        if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
         store_tile(gemm, tile, sums, shared_sums);
         begin_sums(sums, biases);
     }
