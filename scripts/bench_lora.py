@@ -159,6 +159,8 @@ def measure_lora(bench: Any) -> dict[str, Any]:
             unmerged_experts(layer, each, bench.config) for layer, each in zip(bench.layers, adapters, strict=True)
         ]
         refresh = refresh_us(experts[0])
+        for each in experts:
+            refresh_adapters(each)  # before the capture, which else packs in the graph
         click.echo(f"{name}: a layer's adapters are packed anew in {refresh['p50']} us")
         for tokens in TOKENS:
             cases = make_cases(bench.config, bench.layers, tokens)

@@ -206,9 +206,9 @@ def test_the_training_forward_has_the_bits_of_inference(num_tokens):
         if name != "down_b":  # of the kept narrow product, or of one that is made again from what gate_up is rounded to
             assert relative_error(kept[name], again[name].double()) < 0.002, name
     assert not kept["top_k_weights"][::3, 1].any()
-    assert_close_to_float64(kept, tensors, grad)
-    if num_tokens > 1:  # one slot of an expert evens out nothing of what gate_up was rounded by
-        assert_close_to_float64(again, tensors, grad)
+    # Of one slot of an expert nothing evens out: 0.0056 of down_b, whose six factors are rounded.
+    for found in (kept, again):
+        assert_close_to_float64(found, tensors, grad, limit=0.0055 if num_tokens > 1 else 0.008)
 
 
 @pytest.mark.parametrize("adapted", [(True, False), (False, True)], ids=["gate_up", "down"])
