@@ -23,10 +23,10 @@
 
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(BLOCK_K) || !defined(STAGES) || !defined(WHOLE_ROWS) || \
-    !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP) || \
-    !defined(LOW_RANK)
-#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
+    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || \
+    !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP) || !defined(LOW_RANK)
+#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"

@@ -30,7 +30,7 @@ typedef SCALAR scalar_t;
 #define STEPS_AT_ONCE (GROUPS == 1 ? 3 : 2)  // of a warp: what 64 registers hold
 #define SUMS_PITCH 20                        // no bank conflict between a warp's four token pairs
 // So many blocks: where experts_up and experts_down have the other registers of a multiprocessor, and else.
-#define REGISTERS_FOR ((!GATHERED && INLINE_PAIRS ? 1280 : 1024) / BLOCK_THREADS)
+#define REGISTERS_FOR ((!GATHERED && INLINE_PAIRS && HAS_PDL ? 1280 : 1024) / BLOCK_THREADS)
 static_assert(DEPTH % 8 == 0 && RANK % 16 == 0 && PIECE % 8 == 0 && PIECE * 8 <= BLOCK_THREADS, "DEPTH, RANK, PIECE");
 
 // What a lane multiplies in a step of 32 k: 8 of them of columns 2c and 2c + 1, c = lane / 4, and of a token in each group.

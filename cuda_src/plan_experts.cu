@@ -19,6 +19,7 @@
 #include "common/expert_plan.cuh"
 #include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
+#define FEWER_REGISTERS (__CUDA_ARCH__ >= 1000)  // ptxas spills there what it unrolls by its own choice
 static_assert(NUM_EXPERTS <= BLOCK_THREADS && BLOCK_THREADS * PAIRS_PER_LANE <= 65536, "a thread owns an expert; pairs fit 16 bits");
 
 // The sum of value over the threads before this one.
@@ -28,6 +29,9 @@ __device__ __forceinline__ u32 block_exclusive_sum(u32 value, u32* warp_sums, u3
     __syncthreads();
     u32 before = 0;
     total = 0;
+#if FEWER_REGISTERS
+#pragma unroll 1
+#endif
     for (u32 w = 0; w < WARPS; w++) {
         if (w < warp) before += warp_sums[w];
         total += warp_sums[w];
@@ -68,6 +72,9 @@ plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restri
     u32 first_slot = block_exclusive_sum(count, warp_sums[0], kept);
     u32 index = block_exclusive_sum((count + TOKENS - 1) / TOKENS, warp_sums[1], total_chunks);
     if (expert < NUM_EXPERTS) {
+#if FEWER_REGISTERS
+#pragma unroll 1
+#endif
         for (u32 done = 0; done < count; done += TOKENS) {
             chunks[index++] = {(int)expert, (int)(first_slot + done), (int)min(count - done, (u32)TOKENS), 0};
         }

@@ -15,12 +15,12 @@ import torch
 
 import cupymoe
 from cupymoe import reports, verification
-from cupymoe.backends import ExpertsCall, registry
+from cupymoe.backends import DIRECTIONS, ExpertsCall, registry, serving
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.checkpoint.files import on_disk
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
-from cupymoe.kernels.arch import Arch
+from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -114,6 +114,14 @@ def info() -> None:
         for kind, call in calls.items():
             reason = backend.unsupported_reason(call)
             click.echo(f"  {name:10} {kind:9} {'serves it' if reason is None else reason}")
+    click.echo("\nwhat auto takes (bfloat16)")
+    for tokens in (1, 64, 1024, 16384):
+        for direction in DIRECTIONS:
+            call = calls["bfloat16"]._replace(num_tokens=tokens)
+            taken = serving(call, direction)
+            click.echo(f"  {tokens:5} tokens, {direction:8} {taken.name}: {taken.way(call, direction)}")
+    if device.type == "cuda" and (arch := Arch.of(device)) != HOPPER:
+        click.echo(f"\n{_never_run(arch)}")
     click.echo("\nCUDA sources")
     for name in cuda_sources.names():
         click.echo(f"  {name:18} {_readiness(name, device)}")
@@ -123,6 +131,18 @@ def info() -> None:
         reason = reports.stale_reason(path)
         state = "of the present kernels" if reason is None else f"stale: {reason}"
         click.echo(f"  {path.parent.name}/{path.name:12} {state}")
+
+
+def _never_run(arch: Arch) -> str:
+    capability = ".".join(map(str, arch.capability))
+    if arch.capability < (8, 0):
+        return f"cupymoe has no kernel for compute capability {capability}: torch computes everything, slowly"
+    build = build_of(arch)
+    ran = "its weight stream was, on Hopper" if build is None else f"its build {build} was, on Hopper"
+    return (
+        f"No kernel was ever run on a card of compute capability {capability}; {ran}. `cupymoe verify` checks "
+        "them here, and its output is welcome as an issue."
+    )
 
 
 def _nvrtc_version() -> str:
@@ -160,9 +180,12 @@ def _readiness(source: str, device: torch.device) -> str:
     """How long a source took to get its first variant ready, compiled or out of the cache; or why it is not."""
     if device.type != "cuda":
         return "not compiled: no CUDA device"
-    if not catalog.is_served(source, Arch.of(device)):
+    arch = Arch.of(device)
+    if not catalog.is_served(source, arch):
         return "not compiled: it serves compute capability 9.0 only"
-    variant = next(variant for variant in catalog.variants() if variant.source == source)
+    if arch.capability < (8, 0):
+        return "not compiled: it needs compute capability 8.0 or newer"
+    variant = next(variant for variant in catalog.variants(arch) if variant.source == source)
     start = time.perf_counter()
     try:
         jit.kernel(variant, source, device.index)

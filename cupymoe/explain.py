@@ -88,7 +88,9 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, top_k: int
         if backend is taken:
             break
         reason = backend.unsupported_reason(call, direction)
-        reasons[other] = f"backend={name!r} was asked for" if reason is None else reason
+        if reason is None:
+            reason = f"backend={name!r} was asked for" if named else f"{taken.name} was faster at such a load"
+        reasons[other] = reason
     return Explanation(path, tokens, direction, taken.name, taken.way(call, direction), "plain", reasons)
 
 

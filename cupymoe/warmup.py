@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cupymoe.backends.fused import stream_reason, takes_tiles
+from cupymoe.backends.fused import plans_at_once, stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
 from cupymoe.integrations import are_experts_set_to_cupymoe, keep_of, sizes_of
+from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
@@ -28,26 +29,40 @@ _MAX_TOKENS = 32768
 
 
 def _way(
-    num_tokens: int, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, training: bool
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    training: bool,
+    arch: Arch,
 ) -> tuple[Any, ...]:
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
     load = Load.of(num_tokens, top_k, num_experts)
     by_tiles = *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
-    if takes_tiles(load, hidden_size):
+    if takes_tiles(load, hidden_size, arch):
         return by_tiles
-    if stream_reason(load) is not None:
+    if stream_reason(load, arch) is not None:
         return ()  # another backend's
-    regimes = (regime(load, intermediate_size, has_adapter=has_adapter) for has_adapter in (False, True))
-    streamed = (*((each, None if each.inline_pairs else pairs_per_lane(load.num_pairs)) for each in regimes),)
+    planned: Any = pairs_per_lane(load.num_pairs)
+    if not plans_at_once(load, arch):
+        planned = block_of(load.num_pairs, num_experts)
+    regimes = (regime(load, intermediate_size, arch, has_adapter=has_adapter) for has_adapter in (False, True))
+    streamed = (*((each, None if each.inline_pairs else planned) for each in regimes),)
     return (*streamed, *by_tiles) if training else streamed  # however few the tokens are, gradients go by tiles
 
 
 def one_of_each_way(
-    num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, training: bool = False
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    training: bool = False,
+    arch: Arch = HOPPER,
 ) -> tuple[int, ...]:
     """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
     too."""
-    sizes = num_experts, top_k, hidden_size, intermediate_size, training
+    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch
     counts: list[int] = []
 
     def stretch(num_tokens: int) -> tuple[Any, ...]:
@@ -125,7 +140,8 @@ def warmup(
         )
     for each in found.values():
         with _shards_as_tensors(each.module):
-            for count in counts or one_of_each_way(*_sizes(each.module), training):
+            arch = Arch.of(each.device) if each.device.type == "cuda" else HOPPER
+            for count in counts or one_of_each_way(*_sizes(each.module), training, arch):
                 _call(each, count)
                 if training:
                     _call(each, count, differentiates=True)

@@ -7,6 +7,7 @@ are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
 ``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers' and a floor.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
+``portable``: the whole call by other cards' builds of the kernels, beside this card's own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bench_lora import measure_lora
 from bench_models import MODELS, measure_models, report_name
 from bench_models import TOKENS as MODELS_TOKENS
 from bench_peers import imported_contender
+from bench_portable import TOKENS as PORTABLE_TOKENS
+from bench_portable import measure_portable
 from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import free_memory
@@ -38,6 +41,7 @@ from readme_table import (
     memory_table,
     models_table,
     percentiles_table,
+    portable_table,
     skewed_table,
     stages_table,
     training_table,
@@ -97,8 +101,8 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 @click.option(
     "--tokens",
     callback=parse_tokens,
-    help="Numbers of tokens of the experts regime (else 1 to 16384) and of the models regime (else 1 to 8192). The "
-    "report holds these rows and no others.",
+    help="Numbers of tokens of the experts regime (else 1 to 16384), of the models regime (else 1 to 8192) and of the "
+    "portable regime (else 1 to 4096). The report holds these rows and no others.",
 )
 @click.option(
     "--models",
@@ -108,7 +112,9 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 )
 @click.option(
     "--regime",
-    type=click.Choice(["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "models", "all"]),
+    type=click.Choice(
+        ["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "models", "portable", "all"]
+    ),
     default="experts",
     show_default=True,
     help="What to measure; all: experts, stages, host and lora.",
@@ -189,6 +195,12 @@ def main(
     if regime == "training":
         bench = Bench(config, device, imported, installed=False)
         tables.append(training_table(keep("training", measure_training(bench), bench.failures)))
+        del bench
+        free_memory()
+    if regime == "portable":
+        bench = Bench(config, device, imported, installed=False)
+        report = keep("portable", measure_portable(bench, tokens or PORTABLE_TOKENS), bench.failures)
+        tables.append(portable_table(report))
         del bench
         free_memory()
     if regime == "models":

@@ -14,6 +14,7 @@ import cupymoe
 from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.audit.targets import resolve
 from cupymoe.backends import ExpertsTensors, fused, registry
+from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
 from cupymoe.verification.transformers_peer import experts_of
@@ -183,7 +184,11 @@ def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, C
 def ways_of_fused(config: Gemma4MoEConfig, case: Case) -> dict[str, Contender]:
     """The two ways of the fused backend, where they serve the case, whichever of them it takes."""
     load = Load.of(*case.inputs.top_k_index.shape, config.num_experts)
-    reasons = {fused.stream: fused.stream_reason(load), fused.tiles: fused.tiles_reason(load, config.hidden_size)}
+    arch = Arch.of(case.inputs.hidden_states.device)
+    reasons = {
+        fused.stream: fused.stream_reason(load, arch),
+        fused.tiles: fused.tiles_reason(load, config.hidden_size, arch),
+    }
 
     def bind(way: Callable[..., torch.Tensor], case: Case) -> Callable[[], torch.Tensor]:
         hidden_states, index, weights = case.inputs

@@ -83,7 +83,7 @@ def models_table(report: Report) -> str:
 
 def rows_table(report: Report) -> str:
     """The table of a report's ``"rows"``: of many models, of training, of adapters, or of one model's calls."""
-    tables = {"model": models_table, "mode": training_table, "adapters": lora_table}
+    tables = {"model": models_table, "mode": training_table, "adapters": lora_table, "build": portable_table}
     return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
@@ -238,6 +238,22 @@ def training_table(report: Report) -> str:
     return markdown(
         ["tokens", "mode", "floor ms", "cupymoe ms (x floor)", "forward", "backward", "grouped_mm ms", *columns], rows
     )
+
+
+def portable_table(report: Report) -> str:
+    """The table of ``portable.json``: medians in microseconds, a build's over the floor and over Hopper's own kernels,
+    the others' over the build's, and its error.
+    """
+    rows = []
+    for row in report["rows"]:
+        medians = {name: ms["p50"] for name, ms in row["ms"].items()}
+        ours, peers = medians["cupymoe"], [name for name in medians if name not in ("cupymoe", "hopper")]
+        cells = [row["build"], str(row["tokens"]), microseconds(row["floor_ms"])]
+        cells += [f"{microseconds(ours)} ({ours / row['floor_ms']:.2f})", f"{ours / medians['hopper']:.3f}"]
+        cells += [f"{microseconds(medians[name])} ({medians[name] / ours:.2f}x)" for name in peers]
+        rows.append([*cells, f"{row['error']:.5f}"])
+    names = [f"{name} us" for name in report["rows"][0]["ms"] if name not in ("cupymoe", "hopper")]
+    return markdown(["build", "tokens", "floor us", "us (x floor)", "x hopper", *names, "error"], rows)
 
 
 def model_table(report: Report) -> str:

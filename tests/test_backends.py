@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cupymoe import MoEActivation
+from cupymoe import MoEActivation, backends
 from cupymoe.backends import (
     DIRECTIONS,
     ExpertsCall,
@@ -113,7 +113,7 @@ def test_tiles_serve_biases_and_transposed_weights(hopper, activation):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"device": torch.device("cpu")}, r"compute capability 9.0, not on cpu"),
+        ({"device": torch.device("cpu")}, r"compute capability 8.0 or newer, not on cpu"),
         ({"dtype": torch.float32}, r"bfloat16 and float16, not torch.float32"),
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"aligned_hidden_states": False}, r"hidden_states and both weights must start on 16 bytes"),
@@ -219,16 +219,51 @@ def test_simt_serves_any_alignment_sizes_dtype_and_activation(monkeypatch, capab
             assert select("simt", call).name == serving(call).name == "simt"
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)])
-def test_fused_was_run_on_hopper_only(monkeypatch, capability):
+NEWER = [(8, 0), (8, 6), (8, 9), (9, 1), (10, 0), (10, 3), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize("capability", NEWER)
+def test_fused_streams_without_wgmma(monkeypatch, capability):
+    """Any number of tokens, forward, with adapters or without; gradients need its tiles."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert "compute capability 9.0 only" in registry()["fused"].unsupported_reason(CALL)
+    fused, missing = registry()["fused"], f"its tiles need the wgmma of compute capability 9.0, not {capability[0]}."
+    for dtype, num_tokens in itertools.product((torch.bfloat16, torch.float16), (1, 64, 1024, 32768)):
+        call = CALL._replace(dtype=dtype, num_tokens=num_tokens)
+        assert fused.unsupported_reason(call) is None
+        assert fused.way(call).startswith("weight stream")
+        assert missing in fused.unsupported_reason(call, "backward")
+        assert fused.unsupported_reason(call._replace(adapter_rank=16)) is None
+    assert "at most 4194304 (token, k) pairs, not 8388608" in fused.unsupported_reason(CALL._replace(num_tokens=2**20))
 
 
-@pytest.mark.parametrize("name", ["grouped", "simt"])
-def test_grouped_and_simt_want_ampere(monkeypatch, name):
+@pytest.mark.parametrize("capability", NEWER)
+def test_auto_streams_without_wgmma_where_that_was_faster(monkeypatch, capability):
+    """Grouped serves bfloat16 alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for dtype, many in ((torch.bfloat16, "grouped"), (torch.float16, "fused")):
+        assert serving(CALL._replace(dtype=dtype)).name == "fused"
+        assert serving(CALL._replace(dtype=dtype, num_tokens=16384)).name == many
+    assert select("fused", CALL._replace(num_tokens=16384)).name == "fused"
+
+
+def test_one_line_says_that_a_card_was_never_seen(monkeypatch, caplog):
+    backends._warn_that_it_was_never_run.cache_clear()
+    for capability in ((9, 0), (8, 6), (8, 6)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, its=capability: its)
+        select.cache_clear()
+        for num_tokens in (1, 64):
+            select("auto", CALL._replace(num_tokens=num_tokens))
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "never been run on a card of compute capability 8.6" in warning
+    assert "`cupymoe verify`" in warning
+
+
+@pytest.mark.parametrize("name", ["fused", "grouped", "simt"])
+def test_an_older_card_is_told_what_it_lacks(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert registry()[name].unsupported_reason(CALL) == "it needs compute capability 8.0 or newer"
+    reason = registry()[name].unsupported_reason(CALL)
+    assert reason.startswith("it needs compute capability 8.0 or newer, which began bfloat16 products and copies")
+    assert reason.endswith("this device has 7.5")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])

@@ -14,8 +14,10 @@
 //        weight does (TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]), times what lora_shrink_chunks.cu has made of the token, low
 //        [slots, LOW_RANK]: so what the adapter adds is not rounded by itself. Both are far less than a tile of weights, and come
 //        straight into registers while the tile before is stored; in the ring they would take the place of a stage.
-// Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: WARPS / K_WARPS side by side
-//        over the rows, K_WARPS over the 32-wide k steps of a stage.
+// Warps  PRODUCER_WARPS fill the ring and run ahead as far as it reaches; WARPS consume it: ROW_WARPS side by side over the
+//        rows, ROW_BLOCKS times 16 of them each, and either K_WARPS over the 32-wide k steps of a stage or TOKEN_WARPS over
+//        the groups of 8 tokens, in turn. What a warp loads of a stage it multiplies ROW_BLOCKS or TOKEN_GROUPS times: where
+//        products take the time, and not the weights, several of both halve the loads.
 // Order  An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
 //        it depends on its own row and token alone. LOW_RANK's come last. With HAS_BIAS the first of them begins with the bias of its row.
 // Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
@@ -30,19 +32,20 @@
 #define CONSUMER_THREADS (WARPS * 32)
 #define PRODUCER_THREADS (PRODUCER_WARPS * 32)
 #define BLOCK_THREADS (CONSUMER_THREADS + PRODUCER_THREADS)
-#define ROW_WARPS (WARPS / K_WARPS)
-#define TILE_ROWS (ROW_WARPS * 16)
+#define ROW_WARPS (WARPS / K_WARPS / TOKEN_WARPS)
+#define TILE_ROWS (ROW_WARPS * ROW_BLOCKS * 16)
 #define TILE_UNITS (TILE_ROWS / 2)
 #define PACKS_PER_ROW (BLOCK_K / 8)
 #define ROWS_PER_PASS (PRODUCER_THREADS / PACKS_PER_ROW)
 #define WEIGHT_PASSES (TILE_ROWS / ROWS_PER_PASS)
 #define TOKEN_PASSES ((TOKENS + ROWS_PER_PASS - 1) / ROWS_PER_PASS)
-#define TOKEN_GROUPS (TOKENS / 8)
+#define TOKEN_GROUPS (TOKENS / 8 / TOKEN_WARPS)                   // of a warp
 #define STEPS ((BLOCK_K / 32 + K_WARPS - 1) / K_WARPS)
 #define ROW_BYTES (BLOCK_K * 2)
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + TOKENS * ROW_BYTES)
 #define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
+#define RANK_AHEAD (ROW_BLOCKS == 1 && (TOKENS <= 48 || !TRANSPOSED))  // where sums leave registers for a step that is loaded ahead
 #define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
 #define K_ROW_BYTES (TILE_ROWS * 2)                               // of TRANSPOSED weights
 #define PACKS_PER_K_ROW (TILE_ROWS / 8)                          // of TRANSPOSED weights
@@ -55,6 +58,8 @@ static_assert(HAS_BULK_COPY || !WHOLE_ROWS, "WHOLE_ROWS needs bulk copies, which
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0 && PRODUCER_THREADS % PACKS_PER_ROW == 0 && TILE_ROWS % ROWS_PER_PASS == 0, "BLOCK_K");
 static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
+static_assert(TOKEN_WARPS == 1 || TOKEN_WARPS == 2 && K_WARPS == 1 && TOKENS % 16 == 0, "TOKEN_WARPS");
+static_assert(ROW_BLOCKS == 1 || ROW_BLOCKS == 2, "ROW_BLOCKS");
 static_assert(CONSUMER_THREADS % (TILE_UNITS / 2) == 0, "WARPS");
 static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
 static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32 && PRODUCER_THREADS % PACKS_PER_K_ROW == 0, "TRANSPOSED");
@@ -133,16 +138,29 @@ template <class Gemm> __device__ __forceinline__ void prefetch_first_tile(const 
     prefetch_bulk(weight_row(gemm, expert, first_unit, row), min(PREFETCH_BYTES / TILE_ROWS, Gemm::kDepth * 2));
 }
 
-typedef float Sums[TOKEN_GROUPS][4];
+typedef float Sums[ROW_BLOCKS][TOKEN_GROUPS][4];
+
+// Which part of a tile a consumer's warp has.
+struct Place {
+    u32 row_warp, k_warp, token_warp;
+
+    __device__ __forceinline__ Place() {
+        u32 warp = threadIdx.x / 32;
+        row_warp = warp % ROW_WARPS;
+        k_warp = TOKEN_WARPS > 1 ? 0 : warp / ROW_WARPS;
+        token_warp = TOKEN_WARPS > 1 ? warp / ROW_WARPS : 0;
+    }
+};
 
 // Pack p of a k row of transposed weights lies at p ^ swap_of_k(k), so that the 8 k rows that ldmatrix reads together, 0, 1,
 // 8, 9, 16, 17, 24, 25 and as many more of each, are in different banks. With 4 packs a row, k % 2 is in the address already.
 // Where a and b have no binary digit in common, swap_of_k(a + b) is swap_of_k(a) ^ swap_of_k(b).
 __device__ __forceinline__ constexpr u32 swap_of_k(u32 k) { return PACKS_PER_K_ROW >= 8 ? k / 8 % 4 * 2 + k % 2 : k / 8 % 4; }
 
-// Where in a stage this lane's k row of load_transposed_fragments is, in the first k step of its warp.
+// Where in a stage this lane's k row of load_transposed_fragments is, in the first k step of its warp and the first of its
+// blocks of 16 rows; the second is two packs on, whose distance is a binary digit that swap_of_k may flip: 32 bytes, exclusive or.
 __device__ __forceinline__ u32 k_row_of_fragment(u32 row_warp, u32 k_warp, u32 lane) {
-    u32 k = k_of_matrix_row(lane), pack = row_warp * 2 + lane / 8 % 2;
+    u32 k = k_of_matrix_row(lane), pack = row_warp * ROW_BLOCKS * 2 + lane / 8 % 2;
     return (k_warp * 32 + k) * K_ROW_BYTES + (pack ^ swap_of_k(k)) * 16;
 }
 
@@ -152,15 +170,21 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 toke
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
+        Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
+#pragma unroll
+        for (int b = 0; b < ROW_BLOCKS; b++) {
 #if TRANSPOSED
-        Fragment low, high;
-        load_transposed_fragments(low, high, weights + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
+            load_transposed_fragments(low[b], high[b], (weights ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
 #else
-        Fragment low = load_fragment(weights + packs[s]), high = load_fragment(weights + packs[s] + 8 * ROW_BYTES);
+            low[b] = load_fragment(weights + packs[s] + b * 16 * ROW_BYTES);
+            high[b] = load_fragment(weights + packs[s] + (b * 16 + 8) * ROW_BYTES);
 #endif
+        }
 #pragma unroll
         for (int g = 0; g < kGroups; g++) {
-            multiply(sums[g], low, high, load_fragment(tokens + packs[s] + g * 8 * ROW_BYTES), scalar_t());
+            Fragment of_tokens = load_fragment(tokens + packs[s] + g * TOKEN_WARPS * 8 * ROW_BYTES);
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], low[b], high[b], of_tokens, scalar_t());
         }
     }
 }
@@ -168,33 +192,40 @@ __device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 toke
 // The smallest compiled number of groups that holds `groups`.
 template <int kGroups>
 __device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
-    constexpr int kMore = kGroups < 4 ? kGroups + 1 : kGroups + 2;
-    if constexpr (kMore <= TOKEN_GROUPS) {
+    constexpr int kNext = kGroups < 4 ? kGroups + 1 : kGroups + 2, kMore = kNext < TOKEN_GROUPS ? kNext : TOKEN_GROUPS;
+    if constexpr (kGroups < TOKEN_GROUPS) {
         if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
     }
     multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
 }
 
-// The biases of this lane's two rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
-template <class Gemm> __device__ __forceinline__ Pack<scalar_t, 2> biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
-    Pack<scalar_t, 2> biases = {};
-    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * 16 + threadIdx.x % 32 / 4;
+typedef Pack<scalar_t, 2 * ROW_BLOCKS> Biases;
+
+// The biases of this lane's rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
+template <class Gemm> __device__ __forceinline__ Biases biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
+    Biases biases = {};
+    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * (ROW_BLOCKS * 16) + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < 2; i++, row += 8) {
-        if (!HAS_BIAS || warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
+    for (int i = 0; i < 2 * ROW_BLOCKS; i++, row += 8) {
+        if (!HAS_BIAS || K_WARPS > 1 && warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
         biases.values[i] = load_from_l2(gemm.bias + Gemm::row_of(tile.chunk.expert, tile.first_unit, row));
     }
     return biases;
 }
 
-__device__ __forceinline__ void begin_sums(Sums& sums, Pack<scalar_t, 2> biases) {
+__device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
 #pragma unroll
-    for (int i = 0; i < TOKEN_GROUPS * 4; i++) (&sums[0][0])[i] = HAS_BIAS ? to_float(biases.values[i / 2 % 2]) : 0.0f;
+    for (int b = 0; b < ROW_BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
+            sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+        }
+    }
 }
 
-// What a lane needs for 32 of an adapter's k: of its two weight rows and of its token in each group.
+// What a lane needs for 32 of an adapter's k: of its weight rows and of its token in each group.
 struct RankStep {
-    Fragment low, high, tokens[TOKEN_GROUPS];
+    Fragment low[ROW_BLOCKS], high[ROW_BLOCKS], tokens[TOKEN_GROUPS];
 };
 
 __device__ __forceinline__ Fragment fragment_from_l2(const scalar_t* address) {
@@ -206,14 +237,14 @@ __device__ __forceinline__ Fragment fragment_from_l2(const scalar_t* address) {
 // Zeros past the rank, the tile and its tokens.
 template <class Gemm> __device__ __forceinline__ RankStep load_rank_step(const Gemm& gemm, const Cursor<Gemm>& tile, u32 index) {
     RankStep step = {};
-    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u32 k = (index * K_WARPS + warp / ROW_WARPS) * 32 + lane % 4 * 8;
+    Place place;
+    u32 lane = threadIdx.x % 32, k = (index * K_WARPS + place.k_warp) * 32 + lane % 4 * 8;
     if (k >= LOW_RANK || tile.done()) return step;
-    u32 row = warp % ROW_WARPS * 16 + lane / 4;
+    u32 row = place.row_warp * (ROW_BLOCKS * 16) + lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; half++, row += 8) {
+    for (int half = 0; half < 2 * ROW_BLOCKS; half++, row += 8) {
         if (Gemm::unit_of_row(row) >= tile.units) continue;
-        Fragment& fragment = half ? step.high : step.low;
+        Fragment& fragment = half % 2 ? step.high[half / 2] : step.low[half / 2];
 #if TRANSPOSED
         const scalar_t* from = gemm.factor + ((u64)tile.chunk.expert * LOW_RANK + k) * (2 * Gemm::kUnits) +
                                Gemm::row_of(0, tile.first_unit, row);
@@ -228,23 +259,25 @@ template <class Gemm> __device__ __forceinline__ RankStep load_rank_step(const G
     }
 #pragma unroll
     for (int g = 0; g < TOKEN_GROUPS; g++) {
-        u32 token = g * 8 + lane / 4;
+        u32 token = (g * TOKEN_WARPS + place.token_warp) * 8 + lane / 4;
         if (token < tile.chunk.tokens) step.tokens[g] = fragment_from_l2(gemm.low + (u64)(tile.chunk.first_slot + token) * LOW_RANK + k);
     }
     return step;
 }
 
-// sums += what the adapter adds; the first step has been loaded.
+// sums += what the adapter adds; with RANK_AHEAD the first step has been loaded.
 template <class Gemm>
 __device__ __forceinline__ void add_adapter(const Gemm& gemm, const Cursor<Gemm>& tile, Sums& sums, RankStep step) {
-    u32 k_warp = threadIdx.x / 32 / ROW_WARPS;
+    Place place;
 #pragma unroll 1
     for (int index = 0; index < RANK_STEPS; index++) {
-        if ((index * K_WARPS + k_warp) * 32 >= LOW_RANK) break;
-        if (index > 0) step = load_rank_step(gemm, tile, index);
+        if ((index * K_WARPS + place.k_warp) * 32 >= LOW_RANK) break;
+        if (index > 0 || !RANK_AHEAD) step = load_rank_step(gemm, tile, index);
 #pragma unroll
         for (int g = 0; g < TOKEN_GROUPS; g++) {
-            if (g * 8 < tile.chunk.tokens) multiply(sums[g], step.low, step.high, step.tokens[g], scalar_t());
+            if ((g * TOKEN_WARPS + (int)place.token_warp) * 8 >= tile.chunk.tokens) continue;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], step.low[b], step.high[b], step.tokens[g], scalar_t());
         }
     }
 }
@@ -254,18 +287,23 @@ __device__ __forceinline__ void add_adapter(const Gemm& gemm, const Cursor<Gemm>
 // still meanwhile: with a look-up for each token experts_down took 10% longer at 512 tokens.
 template <class Gemm>
 __device__ __forceinline__ void store_tile(const Gemm& gemm, const Cursor<Gemm>& tile, const Sums& sums, float* shared) {
-    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
-    float* mine = shared + (k_warp * PASS_TOKENS + lane % 4 * 2) * SUMS_PITCH + row_warp * 16 + lane / 4;
+    Place place;
+    u32 lane = threadIdx.x % 32;
+    float* mine = shared + (place.k_warp * PASS_TOKENS + place.token_warp * 8 + lane % 4 * 2) * SUMS_PITCH +
+                  place.row_warp * (ROW_BLOCKS * 16) + lane / 4;
 #pragma unroll
     for (int first = 0; first < TOKENS; first += PASS_TOKENS) {
         if (first >= tile.chunk.tokens) break;
         sync_threads(1, CONSUMER_THREADS);  // the last pass has been read
 #pragma unroll
-        for (int group = 0; group < PASS_TOKENS / 8; group++) {
-            if (first / 8 + group >= TOKEN_GROUPS) break;
-            const float* s = sums[first / 8 + group];
-            float* to = mine + group * 8 * SUMS_PITCH;
-            to[0] = s[0], to[SUMS_PITCH] = s[1], to[8] = s[2], to[SUMS_PITCH + 8] = s[3];
+        for (int group = 0; group < PASS_TOKENS / 8 / TOKEN_WARPS; group++) {
+            if (first / 8 / TOKEN_WARPS + group >= TOKEN_GROUPS) break;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) {
+                const float* s = sums[b][first / 8 / TOKEN_WARPS + group];
+                float* to = mine + group * 8 * SUMS_PITCH + b * 16;
+                to[0] = s[0], to[SUMS_PITCH] = s[1], to[8] = s[2], to[SUMS_PITCH + 8] = s[3];
+            }
         }
         sync_threads(1, CONSUMER_THREADS);
         u32 tokens = min(tile.chunk.tokens - first, PASS_TOKENS);
@@ -433,33 +471,38 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
 
 template <class Gemm>
 __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan, Ring ring, float* shared_sums) {
-    u32 row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
+    Place place;
+    u32 lane = threadIdx.x % 32;
     u32 swap = WHOLE_ROWS ? 0 : lane / 4 % 2 * 64;
     u32 packs[STEPS];  // where this lane's pack of each of its k steps lies in a row
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + k_warp) * 64 + lane % 4 * 16) ^ swap;
+    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + place.k_warp) * 64 + lane % 4 * 16) ^ swap;
     u32 fragment_row = lane / 4 * ROW_BYTES;
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
     if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
-    RankStep rank_step;
-    if (LOW_RANK) rank_step = load_rank_step(gemm, cursor, 0);
+    [[maybe_unused]] RankStep rank_step;
+    if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
         u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
-        if (row_warp * 8 < cursor.units) {
-            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(row_warp, k_warp, lane) : rows + row_warp * 16 * ROW_BYTES;
-            multiply_groups<1>((cursor.chunk.tokens + 7) / 8, sums, weights, rows + WEIGHT_BYTES, packs, k_warp);
+        if (place.row_warp * (ROW_BLOCKS * 8) < cursor.units) {
+            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(place.row_warp, place.k_warp, lane)
+                                     : rows + place.row_warp * (ROW_BLOCKS * 16) * ROW_BYTES;
+            u32 tokens = rows + WEIGHT_BYTES + place.token_warp * 8 * ROW_BYTES;
+            // Every TOKEN_WARPS-th group of 8 tokens, from the token_warp-th on.
+            u32 groups = ((cursor.chunk.tokens + 7) / 8 + TOKEN_WARPS - 1 - place.token_warp) / TOKEN_WARPS;
+            multiply_groups<1>(groups, sums, weights, tokens, packs, place.k_warp);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.emptied + turn.stage * 8);
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
-        if (LOW_RANK) add_adapter(gemm, tile, sums, rank_step);
+        if constexpr (LOW_RANK > 0) add_adapter(gemm, tile, sums, rank_step);
         // Of the next tile, on their way while this one is stored.
-        Pack<scalar_t, 2> biases = biases_of(gemm, cursor);
-        if (LOW_RANK) rank_step = load_rank_step(gemm, cursor, 0);
+        Biases biases = biases_of(gemm, cursor);
+        if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
         store_tile(gemm, tile, sums, shared_sums);
         begin_sums(sums, biases);
     }

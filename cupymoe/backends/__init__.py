@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.kernels.arch import Arch
+from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.load import Load
 
 _log = logging.getLogger("cupymoe")
@@ -120,6 +120,9 @@ class Backend(Protocol):
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """Why this backend can't serve a direction of the call; None if it can."""
 
+    def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
+        """Name of a later backend that ``"auto"`` takes instead, where both serve the call; None: none is known."""
+
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """How it computes a direction of a call that it serves, in a few words for a reader."""
 
@@ -150,8 +153,12 @@ def ampere_reason(call: ExpertsCall) -> str | None:
     """Why the device of a call is none of Ampere's architecture or a newer one; None if it is."""
     if call.device.type != "cuda":
         return f"it runs on CUDA devices of compute capability 8.0 or newer, not on {call.device.type}"
-    if Arch.of(call.device).capability < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    major, minor = Arch.of(call.device).capability
+    if major < 8:
+        return (
+            "it needs compute capability 8.0 or newer, which began bfloat16 products and copies to shared memory past "
+            f"the registers; this device has {major}.{minor}"
+        )
     return None
 
 
@@ -191,8 +198,10 @@ def check_name(name: str) -> None:
 
 
 def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
-    """The first backend that serves a direction of a call; the last one serves every call."""
-    return next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
+    """The first backend that serves a direction of a call, or one that is faster; the last one serves every call."""
+    first = next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
+    faster = registry().get(first.faster(call, direction) or "")
+    return first if faster is None or faster.unsupported_reason(call, direction) is not None else faster
 
 
 @functools.lru_cache(maxsize=4096)
@@ -230,7 +239,18 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     return _logged(chosen, call, direction)
 
 
+@functools.cache
+def _warn_that_it_was_never_run(capability: tuple[int, int]) -> None:
+    _log.warning(
+        "cupymoe's kernels have never been run on a card of compute capability %d.%d, only compiled for it: "
+        "`cupymoe verify` checks them here, and its output is welcome as an issue",
+        *capability,
+    )
+
+
 def _logged(chosen: Backend, call: ExpertsCall, direction: Direction) -> Backend:
+    if call.device.type == "cuda" and chosen.name != "reference" and (arch := Arch.of(call.device)) != HOPPER:
+        _warn_that_it_was_never_run(arch.capability)
     _log.info(
         "%s of %d tokens over %d experts [%d, %d] in %s on %s: %s (%s)",
         direction,

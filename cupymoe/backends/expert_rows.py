@@ -19,7 +19,7 @@ from torch.nn.functional import grouped_mm
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
+from cupymoe.backends import DIFFERENTIABLE, Direction, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import adapters_of, packed
 from cupymoe.gradients import activation_backward
 from cupymoe.lora import LowRank, Packed
@@ -376,6 +376,10 @@ class RowsBackend:
 
     rows: type[ExpertRows]
     uses_gate_up = True
+
+    def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
+        """See :class:`cupymoe.backends.Backend`."""
+        return None
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""

@@ -7,11 +7,19 @@ from collections.abc import Sequence
 
 import torch
 
-from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept, fused_backward, row_packs_reason
+from cupymoe.backends import (
+    Direction,
+    ExpertsCall,
+    ExpertsTensors,
+    Kept,
+    ampere_reason,
+    fused_backward,
+    row_packs_reason,
+)
 from cupymoe.backends.fused_adapters import packed_adapters, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.kernels import expert_stream, sort_by_expert
-from cupymoe.kernels.arch import HOPPER, Arch
+from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
@@ -22,7 +30,12 @@ from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
-from cupymoe.kernels.plan_experts import plan_experts
+from cupymoe.kernels.plan_chunks import plan_chunks
+from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
+
+# Pairs of an expert on average up to which each of arch.BUILDS was faster than ``grouped`` on Hopper, and Hopper's own
+# stream (None) for the cards that would run it as it is. At Gemma 4's sizes 16 are 256 tokens.
+_FASTER_THAN_GROUPED_UP_TO = {"sm_80": 32, "sm_86": 32, "sm_120": 32, None: 48}
 
 
 class FusedBackend:
@@ -31,19 +44,31 @@ class FusedBackend:
     the tensor cores, in four launches up to 1024 pairs and in five beyond. Either takes one more for each weight that
     has an adapter. A launch begins while the one before still runs.
 
+    Cards without Hopper's tensor-core instructions stream any number of pairs, beyond 8192 in six launches; a launch
+    begins while the one before still runs where the card can do that. Gradients are another backend's there.
+
     The intermediate is rounded once, after ``act(gate) * up``.
+
+    Args:
+        build: one of ``arch.BUILDS``, as which the kernels are then compiled whatever the device is: how tests and
+            benchmarks run on a Hopper card what other cards would.
     """
 
     name = "fused"
     is_slow = False
     uses_gate_up = True
 
+    def __init__(self, build: Arch | None = None) -> None:
+        self.build = build
+
+    def arch(self, device: torch.device) -> Arch:
+        """Whose kernels the calls on a CUDA device are computed by."""
+        return self.build or Arch.of(device)
+
     def unsupported_reason(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
-        """What its kernels were not built or not run for."""
-        if call.device.type != "cuda":
-            return f"it runs on CUDA devices of compute capability 9.0, not on {call.device.type}"
-        if Arch.of(call.device) != HOPPER:
-            return "it has been run on compute capability 9.0 only"
+        """What its kernels were not built for."""
+        if (reason := ampere_reason(call)) is not None:
+            return reason
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
         if (reason := row_packs_reason(call)) is not None:
@@ -52,29 +77,48 @@ class FusedBackend:
             return "hidden_states and both weights must start on 16 bytes"
         if call.adapter_rank > MAX_RANK:
             return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
-        not_tiled = tiles_reason(call.load, call.hidden_size)
+        arch = self.arch(call.device)
+        not_tiled = tiles_reason(call.load, call.hidden_size, arch)
         if direction == "backward":
             return not_tiled
-        not_streamed = stream_reason(call.load)
+        not_streamed = stream_reason(call.load, arch)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
+
+    def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
+        """See :class:`cupymoe.backends.Backend`; where its build on Hopper was not faster than ``grouped`` there."""
+        arch = self.arch(call.device)
+        if arch.wgmma or call.load.pairs_per_expert <= _FASTER_THAN_GROUPED_UP_TO[build_of(arch)]:
+            return None
+        return "grouped"
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        if direction == "backward" or takes_tiles(call.load, call.hidden_size):
+        arch = self.arch(call.device)
+        if direction == "backward" or takes_tiles(call.load, call.hidden_size, arch):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
-        return f"weight stream, chunks of up to {_regime(call).tokens} tokens"
+        return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        compute = tiles if takes_tiles(call.load, call.hidden_size) else stream
-        return compute(call, tensors, out)
+        return self._compute(call, tensors, out)
 
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
-        compute = tiles if takes_tiles(call.load, call.hidden_size) else stream
         kept = new_kept(call, tensors)
-        return compute(call, tensors, kept=kept), kept
+        return self._compute(call, tensors, kept=kept), kept
+
+    def _compute(
+        self,
+        call: ExpertsCall,
+        tensors: ExpertsTensors,
+        out: torch.Tensor | None = None,
+        kept: Kept | None = None,
+    ) -> torch.Tensor:
+        arch = self.build or _arch_of(tensors.hidden_states.get_device())
+        if takes_tiles(call.load, call.hidden_size, arch):
+            return tiles(call, tensors, out, kept)
+        return stream(call, tensors, out, kept, arch)
 
     def backward(
         self,
@@ -88,32 +132,41 @@ class FusedBackend:
         return fused_backward.backward(call, tensors, kept, grad, needed)
 
 
+@functools.cache
+def _arch_of(device: int) -> Arch:
+    """As Arch.of, which asks torch each time."""
+    return Arch.of(device)
+
+
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int) -> bool:
+def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    prefers = prefers_tiles(load) or stream_reason(load) is not None
-    return prefers and tiles_reason(load, hidden_size) is None
+    prefers = prefers_tiles(load) or stream_reason(load, arch) is not None
+    return prefers and tiles_reason(load, hidden_size, arch) is None
 
 
-def stream_reason(load: Load) -> str | None:
+def stream_reason(load: Load, arch: Arch = HOPPER) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
     if load.num_experts > expert_stream.MAX_EXPERTS:
         return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
-    if load.num_pairs > expert_stream.MAX_PAIRS:
-        return f"the weight stream serves at most {expert_stream.MAX_PAIRS} (token, k) pairs, not {load.num_pairs}"
+    most = expert_stream.MAX_PAIRS if arch.wgmma else expert_stream.MAX_SORTED_PAIRS
+    if load.num_pairs > most:
+        return f"the weight stream serves at most {most} (token, k) pairs, not {load.num_pairs}"
     return None
 
 
-def tiles_reason(load: Load, hidden_size: int) -> str | None:
+def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
+    if not arch.wgmma:
+        return f"its tiles need the wgmma of compute capability 9.0, not {'.'.join(map(str, arch.capability))}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
     return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 
-def _regime(call: ExpertsCall) -> Regime:
-    return regime(call.load, call.intermediate_size, has_adapter=call.adapter_rank > 0)
+def _regime(call: ExpertsCall, arch: Arch) -> Regime:
+    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0)
 
 
 def stream(
@@ -121,6 +174,7 @@ def stream(
     tensors: ExpertsTensors,
     out: torch.Tensor | None = None,
     kept: Kept | None = None,
+    arch: Arch | None = None,
 ) -> torch.Tensor:
     """The way for few tokens, of a call that it serves: see :class:`cupymoe.backends.Backend`.
 
@@ -129,12 +183,16 @@ def stream(
         tensors: what it is computed with.
         out: where the output goes; None: a new tensor.
         kept: written with what the gradients are computed from, if it is given.
+        arch: whose kernels it is computed by; None: the device's.
     """
+    arch = arch or _arch_of(tensors.hidden_states.get_device())
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     of_gate_up, of_down = packed_adapters(call, tensors) if call.adapter_rank else (None, None)
+    chosen = _regime(call, arch)
+    is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
     shape = shape_of(
-        _regime(call),
+        chosen,
         call.dtype,
         top_k_index.dtype,
         call.activation,
@@ -149,6 +207,8 @@ def stream(
         kept is not None,
         0 if of_gate_up is None else of_gate_up.a.shape[1],
         0 if of_down is None else of_down.a.shape[1],
+        arch,
+        is_sorted,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
@@ -156,8 +216,12 @@ def stream(
         gate_up, *lows = kept
         workspace = workspace.keeping(*lows)
     output = torch.empty_like(hidden_states) if out is None else out
-    if not shape.regime.inline_pairs:
-        plan_experts(top_k_index, call.num_experts, shape.regime.tokens, workspace)
+    if is_sorted:
+        pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+        plan_chunks(pairs.expert_offsets, chosen.tokens, workspace, arch)
+        workspace = workspace.of_sorted(pairs.token_of_slot, pairs.slot_of_pair)
+    elif not chosen.inline_pairs:
+        plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch)
     if of_gate_up is not None:
         lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
         up_factor = of_gate_up.b
@@ -168,6 +232,12 @@ def stream(
     experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
+
+
+def plans_at_once(load: Load, arch: Arch) -> bool:
+    """Whether one block plans a streamed call; else its pairs are sorted before."""
+    fits = shared_bytes_of_plan(load.num_experts, load.num_pairs) <= arch.shared_bytes_of_block
+    return load.num_pairs <= expert_stream.MAX_PAIRS and fits
 
 
 def tiles(

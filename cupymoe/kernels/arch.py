@@ -13,7 +13,7 @@ class Arch:
     """One architecture of NVIDIA's GPUs."""
 
     name: str
-    """What NVRTC calls it."""
+    """What NVRTC calls it: ``sm_`` makes machine code, ``compute_`` PTX, which the driver compiles for its card."""
     capability: tuple[int, int]
     """Its compute capability."""
     shared_bytes_of_block: int
@@ -26,6 +26,14 @@ class Arch:
     """Whether blocks form clusters, in which they reach into each other's shared memory."""
     wgmma: bool
     """Whether a warpgroup multiplies tiles that lie in shared memory, by the instructions of sm_90a."""
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # every call looks its regime up by this; a name has its hash at hand
+
+    @property
+    def is_build(self) -> bool:
+        """Whether it stands for cards that are not here, as those of :data:`BUILDS` do."""
+        return self.name.startswith("compute_")
 
     @staticmethod
     def of(device: int | torch.device) -> Arch:
@@ -44,9 +52,29 @@ ARCHITECTURES = (
     Arch("sm_89", (8, 9), 99 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
     HOPPER,
     Arch("sm_100", (10, 0), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_103", (10, 3), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
     Arch("sm_120", (12, 0), 99 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_121", (12, 1), 99 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
 )
 """Every architecture that sources are compiled for without a GPU, by ascending capability."""
+
+BUILDS = {
+    "sm_80": Arch("compute_80", (8, 0), 163 * 1024, False, False, False, False),
+    "sm_86": Arch("compute_80", (8, 6), 99 * 1024, False, False, False, False),
+    "sm_120": Arch("compute_90", (12, 0), 99 * 1024, True, True, clusters=False, wgmma=False),
+}
+"""Architectures as a Hopper card can run them: their features and their shared memory, in PTX that it takes. ``sm_86``
+stands for 8.9 too, ``sm_120`` for 12.1. So the sources and their tiles are tested for cards that are not here. What the
+compiler makes of them for those cards, and how fast they are, is not."""
+
+
+def build_of(arch: Arch) -> str | None:
+    """Which of :data:`BUILDS` an architecture is run as on Hopper; None: it runs what Hopper does, but for wgmma."""
+
+    def features(of: Arch) -> tuple[int, bool, bool]:
+        return of.shared_bytes_of_block, of.dependent_launch, of.bulk_copies
+
+    return next((name for name, build in BUILDS.items() if features(build) == features(arch)), None)
 
 
 @functools.cache

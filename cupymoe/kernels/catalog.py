@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 
 import torch
 
@@ -26,6 +26,7 @@ from cupymoe.kernels import (
     lora_shrink,
     lora_shrink_chunks,
     pack_adapter,
+    plan_chunks,
     plan_experts,
     raw_read,
     route,
@@ -41,19 +42,15 @@ from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
 
 HOPPER_ONLY = (
-    "plan_experts",
-    "experts_up",
-    "experts_down",
     "experts_up_wgmma",
     "experts_down_wgmma",
     "experts_down_back_wgmma",
     "sum_parts",
     "experts_outer_wgmma",
     "lora_shrink",
-    "lora_shrink_chunks",
     "lora_outer",
 )
-"""The sources of the fused backend, which serves no other architecture (cupymoe/backends/fused.py)."""
+"""The sources of the fused backend that need wgmma, or come after one that does (cupymoe/backends/fused.py)."""
 
 
 def is_served(source: str, arch: Arch) -> bool:
@@ -66,16 +63,27 @@ def architectures(source: str) -> tuple[str, ...]:
     return tuple(arch.name for arch in ARCHITECTURES if is_served(source, arch))
 
 
-def variants() -> Iterator[Variant]:
-    """Every dtype, index type, vector width, regime and cut at Gemma 4's sizes, each compilation once.
+def compilations(source: str) -> Iterator[tuple[Variant, str]]:
+    """What is compiled of a source without a GPU, with NVRTC's name of an architecture: all variants for the oldest one
+    and for Hopper, and one for each other."""
+    for arch in ARCHITECTURES:
+        if is_served(source, arch):
+            each = (variant for variant in variants(arch) if variant.source == source)
+            all_of_them = arch in (ARCHITECTURES[0], HOPPER)
+            yield from ((variant, arch.name) for variant in (each if all_of_them else islice(each, 1)))
+
+
+def variants(arch: Arch = HOPPER) -> Iterator[Variant]:
+    """Every dtype, index type, vector width, regime and cut at Gemma 4's sizes, each compilation once, of those that an
+    architecture may reach.
 
     Every activation of ``gated_activation``; the fused backend's kernels with Gemma 4's own and with one of every other
     layout of gate and up, and with int64 indices.
     """
-    yield from dict.fromkeys(_variants())
+    yield from dict.fromkeys(each for each in _variants(arch) if is_served(each.source, arch))
 
 
-def _variants() -> Iterator[Variant]:
+def _variants(arch: Arch) -> Iterator[Variant]:
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for dtype in SCALARS:
         for width in (16 // dtype.itemsize, 1):
@@ -101,7 +109,8 @@ def _variants() -> Iterator[Variant]:
                 for has_weights in (False, True):
                     yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block, has_weights)
     yield raw_read.variant()
-    for shape in _fused_shapes():
+    for shape in _fused_shapes(arch):
+        yield plan_chunks.variant(shape.num_experts, shape.regime.tokens)
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
             for pairs_per_lane in (1, 2, 4, 8):
                 yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
@@ -132,7 +141,7 @@ def _variants() -> Iterator[Variant]:
                 yield lora_outer.variant(dtype, output_dtype, rank, gathered=gathered, weighted=other)
 
 
-def _fused_shapes() -> Iterator[Shape]:
+def _fused_shapes(arch: Arch) -> Iterator[Shape]:
     """Every regime of the fused backend at Gemma 4's sizes, and at a tensor-parallel slice that fits no whole row; of
     GPT-OSS's kind of experts too. Every kind of experts in one regime. Each is compiled with adapters, too."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
@@ -146,7 +155,7 @@ def _fused_shapes() -> Iterator[Shape]:
         has_bias: bool = False,
     ) -> Shape:
         return shape_of(
-            regime(Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), intermediate_size),
+            regime(Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), intermediate_size, arch),
             dtype,
             torch.int64,
             activation,
@@ -158,9 +167,11 @@ def _fused_shapes() -> Iterator[Shape]:
             transposed,
             has_bias,
             has_bias,
+            arch=arch,
+            sorted_pairs=num_tokens > 1024,
         )
 
-    for num_tokens in (16, 64, 256, 512, 1024):
+    for num_tokens in (16, 64, 256, 512, 1024) if arch.wgmma else (16, 64, 256, 512, 1024, 4096):
         for dtype in (torch.bfloat16, torch.float16):
             yield shape(num_tokens, dtype)
             yield shape(num_tokens, dtype, sizes.moe_intermediate_size // 4)

@@ -94,16 +94,22 @@ def combine(
     return output
 
 
+def _workspace_tuning(shape: Shape) -> tuple[int, int]:
+    return _MANY_TOKENS if shape.sorted_pairs else _FEW_TOKENS
+
+
 def workspace_variant(shape: Shape) -> Variant:
     """The compilation behind the experts of a shape."""
-    width = 16 // shape.slot_dtype.itemsize
-    return variant(shape.dtype, shape.slot_dtype, shape.hidden_size, width, shape.top_k, _FEW_TOKENS, old_choices=True)
+    width, tuning = 16 // shape.slot_dtype.itemsize, _workspace_tuning(shape)
+    return variant(shape.dtype, shape.slot_dtype, shape.hidden_size, width, shape.top_k, tuning, old_choices=True)
 
 
 @functools.cache
-def _workspace_plan(shape: Shape, device: int) -> tuple[Kernel, int]:
-    run = kernel(workspace_variant(shape), "combine", device, dependent=True)
-    return run, _blocks(shape.hidden_size, 16 // shape.slot_dtype.itemsize, _FEW_TOKENS)
+def _workspace_plan(shape: Shape, device: int) -> tuple[Kernel, int, int]:
+    """The kernel, the blocks of a row, and the threads of a block."""
+    tuning = _workspace_tuning(shape)
+    run = kernel(workspace_variant(shape), "combine", device, dependent=True, arch=shape.arch)
+    return run, _blocks(shape.hidden_size, 16 // shape.slot_dtype.itemsize, tuning), tuning[1]
 
 
 def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -114,10 +120,10 @@ def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.T
         output: ``[T, H]``, contiguous, 16-byte aligned.
     """
     device = output.get_device()
-    run, blocks = _workspace_plan(shape, device)
+    run, blocks, threads = _workspace_plan(shape, device)
     run(
         (output.shape[0], blocks),
-        _FEW_TOKENS[1],
+        threads,
         current_stream(device),
         workspace.expert_output,
         workspace.slot_of_pair,

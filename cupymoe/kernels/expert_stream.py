@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from cupymoe.activation import MoEActivation
+from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.load import Load
 
 MAX_PAIRS = 8192
+"""Of a call that plan_experts.cu plans; more are sorted before."""
+MAX_SORTED_PAIRS = 2**22
+"""Units of all chunks are counted in 32 bits."""
 MAX_EXPERTS = 1024
 
 _INLINE_PAIRS = 128
@@ -25,7 +30,8 @@ _INLINE_PAIRS_PER_EXPERT = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """The ring of one GEMM: 16 weight rows for each of the warps that lie side by side, ``block_k`` deep a stage."""
+    """The ring of one GEMM: a stage is ``block_k`` deep, with 16 times ``row_blocks`` weight rows for each of the warps
+    that lie side by side over them."""
 
     block_k: int
     stages: int
@@ -36,6 +42,15 @@ class Tile:
     blocks_per_sm: int = 1
     whole_rows: bool = False
     """``block_k`` is the whole depth: a stage is two bulk copies, ordered by one thread."""
+    token_warps: int = 1
+    """Warps that share the rows and split a chunk's tokens, instead of the depth: 1 or 2."""
+    row_blocks: int = 1
+    """Of 16 rows, in a warp: 1 or 2."""
+
+    @property
+    def rows(self) -> int:
+        """Of a weight, in a stage."""
+        return self.warps // self.k_warps // self.token_warps * self.row_blocks * 16
 
     @property
     def threads(self) -> int:
@@ -44,9 +59,8 @@ class Tile:
 
     def shared_bytes(self, tokens: int) -> int:
         """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
-        rows = self.warps // self.k_warps * 16
-        sums = self.k_warps * min(tokens, 16) * (rows + 4) * 4
-        return self.stages * (rows + tokens) * self.block_k * 2 + sums
+        sums = self.k_warps * min(tokens, 16) * (self.rows + 4) * 4
+        return self.stages * (self.rows + tokens) * self.block_k * 2 + sums
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tile."""
@@ -54,6 +68,8 @@ class Tile:
             f"WARPS={self.warps}",
             f"BLOCKS_PER_SM={self.blocks_per_sm}",
             f"K_WARPS={self.k_warps}",
+            f"TOKEN_WARPS={self.token_warps}",
+            f"ROW_BLOCKS={self.row_blocks}",
             f"BLOCK_K={self.block_k}",
             f"STAGES={self.stages}",
             f"WHOLE_ROWS={int(self.whole_rows)}",
@@ -80,7 +96,8 @@ class Regime:
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
 _TRANSPOSED = Tile(128, 4)
 
-# By the most pairs of an expert on average.
+# By the most pairs of an expert on average; beyond the last of these is one more.
+_MOST_PAIRS = (4, 16, 32)
 _UP_TO_4_PAIRS = Regime(
     tokens=32,
     up=Tile(256, 4, k_warps=2),
@@ -131,15 +148,57 @@ def _inline_regime(intermediate_size: int) -> Regime:
     )
 
 
+# What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
+_STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
+
+
+def _fitted(tile: Tile, tokens: int, shared_bytes: int) -> Tile:
+    """The tile with as many stages as fit: the more of them, the more bytes are on their way."""
+    stages = 2
+    while replace(tile, stages=stages + 1).shared_bytes(tokens) <= shared_bytes:
+        stages += 1
+    return replace(tile, stages=stages)
+
+
+@functools.cache
+def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
+    """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
+
+    No ring is of whole rows, which would need more. With 99 KB a stage is half as deep, and a chunk of few tokens
+    leaves room for a fourth. The last regime has no tiles behind it that would take over from it: chunks are as large
+    as fit, and warps lie two by four over tokens and rows.
+    """
+    is_small = shared_bytes < 160 * 1024
+    block_k = 128 if is_small else 256
+
+    def new(tokens: int, tile: Tile, transposed: Tile, inline_pairs: int = 0, *, fp32_slots: bool = False) -> Regime:
+        room = shared_bytes - (_STATIC_BYTES_OF_PLAN if inline_pairs else _STATIC_BYTES)
+        of_both = _fitted(tile, tokens, room)
+        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), inline_pairs, fp32_slots)
+
+    few, most = (24, 112) if is_small else (32, 128)
+    two_warps, wide = Tile(block_k, 2, k_warps=2), Tile(64, 2)
+    square = Tile(64, 2, token_warps=2, row_blocks=2)
+    return (
+        new(8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _INLINE_PAIRS, fp32_slots=True),
+        new(few, two_warps, wide if is_small else Tile(128, 2), fp32_slots=True),
+        new(few, two_warps, wide if is_small else Tile(128, 2)),
+        new(48, Tile(128, 2, k_warps=2), wide),
+        new(most, square, square),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
-def regime(load: Load, intermediate_size: int, *, has_adapter: bool = False) -> Regime:
+def regime(load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
     (benchmarks/NOTES.md); with an adapter, on an H200."""
     pairs = load.pairs_per_expert
-    if (
-        load.num_pairs <= (_INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS)
-        and pairs <= _INLINE_PAIRS_PER_EXPERT
-    ):
+    most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
+    is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
+    if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
+        inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
+        return inline if is_inline else planned[bisect.bisect_left(_MOST_PAIRS, pairs)]
+    if is_inline:
         return _inline_regime(intermediate_size)
     if pairs <= 4:
         return _UP_TO_4_PAIRS
@@ -171,6 +230,9 @@ class Shape:
     gate_up_rank: int = 0
     """Of an adapter of gate_up_proj, a multiple of 16; 0 without one."""
     down_rank: int = 0
+    arch: Arch = HOPPER
+    sorted_pairs: bool = False
+    """Whether sort_by_expert.cu and plan_chunks.cu make the plan, in which slots then have tokens, and not pairs."""
 
     @property
     def up(self) -> Tile:
@@ -193,7 +255,7 @@ class Shape:
             f"SCALAR={SCALARS[self.dtype]}",
             f"INDEX={INDEX_TYPES[self.index_dtype]}",
             f"NUM_EXPERTS={self.num_experts}",
-            f"TOP_K={self.top_k}",
+            f"TOP_K={1 if self.sorted_pairs else self.top_k}",
             f"HIDDEN={self.hidden_size}",
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
@@ -226,6 +288,10 @@ class Workspace(NamedTuple):
             gate_up_low=self.gate_up_low if gate_up_low is None else gate_up_low.data_ptr(),
             down_low=self.down_low if down_low is None else down_low.data_ptr(),
         )
+
+    def of_sorted(self, token_of_slot: torch.Tensor, slot_of_pair: torch.Tensor) -> Workspace:
+        """The same, where a sort has made these two, which the caller keeps."""
+        return self._replace(pair_of_slot=token_of_slot.data_ptr(), slot_of_pair=slot_of_pair.data_ptr())
 
 
 def most_chunks(shape: Shape, num_pairs: int) -> int:

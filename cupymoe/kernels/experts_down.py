@@ -33,7 +33,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.down
     shared_bytes = tile.shared_bytes(shape.regime.tokens)
-    run = kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True)
+    run = kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True, arch=shape.arch)
     return run, grid(tile, device), tile.threads
 
 

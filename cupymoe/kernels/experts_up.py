@@ -36,7 +36,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.up
     shared_bytes = tile.shared_bytes(shape.regime.tokens)
-    run = kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True)
+    run = kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True, arch=shape.arch)
     return run, grid(tile, device), tile.threads
 
 
@@ -58,7 +58,7 @@ def experts_up(
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
         top_k_index: ``[T, K]``, contiguous, at least one pair.
         shape: of the call.
-        workspace: of the call; after :func:`plan_experts` unless ``shape.regime.inline_pairs``.
+        workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` or ``[T * K, I]``, written in expert order where ``shape.keeps_gate_up``, else None.
         factor: ``[E, 2 I, R]`` or ``[E, I, R]``, the second of an adapter, 16-byte aligned, laid out as gate_up_proj,

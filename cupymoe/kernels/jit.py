@@ -7,17 +7,27 @@ This is the only module that knows NVRTC's options and how CuPy compiles.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.arch import Arch
-from cupymoe.kernels.cupy_import import check_cuda_major, import_cupy, import_nvrtc, warn_about_cache
+from cupymoe.kernels.cupy_import import (
+    cache_folder,
+    check_cuda_major,
+    import_cupy,
+    import_nvrtc,
+    warn_about_cache,
+)
 from cupymoe.kernels.launch import Kernel
 
 _lock = threading.RLock()
@@ -67,11 +77,16 @@ def _compile_error(variant: Variant, arch: str, log: str) -> CompileError:
 
 
 @functools.cache
-def _load(variant: Variant, device: int) -> Any:
+def _load(variant: Variant, device: int, build: Arch | None = None) -> Any:
     """The loaded module; callers hold the lock, so that each is compiled once."""
     cupy = import_cupy()
     check_cuda_major(cupy)
     import_nvrtc()
+    if build is not None:
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(path=str(_ptx_file(variant, build)))
+            _loaded_sources.add(variant.source)
+            return module
     arch = Arch.of(device).name
     code = cuda_sources.expanded(variant.source)
     with cupy.cuda.Device(device):
@@ -90,10 +105,36 @@ def _load(variant: Variant, device: int) -> Any:
     return module
 
 
+def _ptx_file(variant: Variant, build: Arch) -> Path:
+    """The variant as PTX for one of ``arch.BUILDS``, beside what CuPy keeps compiled.
+
+    CuPy asks NVRTC for machine code, and would not let another architecture's pass for the device's.
+    """
+    options = (*_options(variant, build.name), "-ftz=true")  # as CuPy
+    what = json.dumps([cuda_sources.expanded(variant.source), options, import_nvrtc().getVersion()])
+    path = Path(cache_folder()) / f"{hashlib.sha256(what.encode()).hexdigest()}.ptx"
+    if not path.is_file():
+        with _compiled_by_nvrtc(variant, build.name, options) as program:
+            ptx = import_nvrtc().getPTX(program)
+        # Another process never sees a file that is half written.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(ptx)
+        os.replace(file.name, path)
+    return path
+
+
 @functools.cache
-def _kernel(variant: Variant, entry: str, device: int, shared_bytes: int, dependent: bool, tensor_maps: int) -> Kernel:
-    module = _load(variant, device)
-    dependent = dependent and Arch.of(device).dependent_launch
+def _kernel(
+    variant: Variant,
+    entry: str,
+    device: int,
+    shared_bytes: int,
+    dependent: bool,
+    tensor_maps: int,
+    build: Arch | None = None,
+) -> Kernel:
+    module = _load(variant, device, build)
+    dependent = dependent and (build or Arch.of(device)).dependent_launch
     with import_cupy().cuda.Device(device):
         return Kernel(module.get_function(entry), shared_bytes, dependent, tensor_maps)
 
@@ -106,8 +147,15 @@ def kernel(
     shared_bytes: int = 0,
     dependent: bool = False,
     tensor_maps: int = 0,
+    arch: Arch | None = None,
 ) -> Kernel:
     """The entry point of a variant on a device, compiled and loaded when first asked for; see :class:`Kernel`.
+
+    Args:
+        variant, entry: what is launched.
+        device: where.
+        shared_bytes, dependent, tensor_maps: of :class:`Kernel`.
+        arch: one of ``arch.BUILDS``, as which it is then compiled; the device's own or None: as always.
 
     Raises:
         CompileError: NVRTC refused the source.
@@ -115,7 +163,8 @@ def kernel(
             install.
     """
     with _lock:
-        return _kernel(variant, entry, device, shared_bytes, dependent, tensor_maps)
+        build = arch if arch is not None and arch.is_build else None
+        return _kernel(variant, entry, device, shared_bytes, dependent, tensor_maps, build)
 
 
 def compiled_variants() -> int:
@@ -138,6 +187,25 @@ def offline_options(variant: Variant, arch: str) -> tuple[str, ...]:
     return options
 
 
+@contextmanager
+def _compiled_by_nvrtc(variant: Variant, arch: str, options: tuple[str, ...]) -> Iterator[Any]:
+    """NVRTC's program, compiled.
+
+    Raises:
+        CompileError: NVRTC refused the source.
+    """
+    nvrtc = import_nvrtc()
+    program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise _compile_error(variant, arch, nvrtc.getProgramLog(program)) from error
+    else:
+        yield program
+    finally:
+        nvrtc.destroyProgram(program)
+
+
 def compile_offline(variant: Variant, arch: str) -> CompileReport:
     """Compile for an architecture with NVRTC alone; needs no GPU and caches nothing.
 
@@ -145,19 +213,11 @@ def compile_offline(variant: Variant, arch: str) -> CompileReport:
         CompileError: NVRTC refused the source.
     """
     nvrtc = import_nvrtc()
-    options = offline_options(variant, arch)
-    program = nvrtc.createProgram(cuda_sources.expanded(variant.source), f"{variant.source}.cu", [], [])
     start = time.perf_counter()
-    try:
-        nvrtc.compileProgram(program, options)
-    except nvrtc.NVRTCError as error:
-        raise _compile_error(variant, arch, nvrtc.getProgramLog(program)) from error
-    else:
+    with _compiled_by_nvrtc(variant, arch, offline_options(variant, arch)) as program:
         seconds = time.perf_counter() - start
         # CuPy takes the cubin's last byte for the end of a string and drops it.
         log, cubin = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program) + b"\0"
-    finally:
-        nvrtc.destroyProgram(program)
     return CompileReport(
         registers=max(map(int, re.findall(r"Used (\d+) registers", log)), default=0),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),

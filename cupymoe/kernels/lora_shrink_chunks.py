@@ -41,7 +41,7 @@ def variant(shape: Shape, *, gathered: bool) -> Variant:
 @functools.lru_cache(maxsize=4096)
 def _plan(shape: Shape, gathered: bool, num_pairs: int, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
-    run = kernel(variant(shape, gathered=gathered), "lora_shrink_chunks", device, dependent=True)
+    run = kernel(variant(shape, gathered=gathered), "lora_shrink_chunks", device, dependent=True, arch=shape.arch)
     pieces = -(-shape.regime.tokens // _piece(shape))
     rank = shape.gate_up_rank if gathered else shape.down_rank
     return run, (pieces * most_chunks(shape, num_pairs), rank // _COLUMNS), _WARPS[gathered] * 32

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
 from cupymoe.kernels.expert_stream import Workspace
@@ -13,6 +14,11 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
 WARPS = 32
+
+
+def shared_bytes_of_plan(num_experts: int, num_pairs: int) -> int:
+    """Of its block: counters of each warp, and 2 bytes a pair."""
+    return WARPS * num_experts * 4 + WARPS * 32 * pairs_per_lane(num_pairs) * 2 + 2 * WARPS * 4
 
 
 def pairs_per_lane(num_pairs: int) -> int:
@@ -35,15 +41,23 @@ def variant(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_l
 
 
 @functools.cache
-def _kernel(index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_lane: int, device: int) -> Kernel:
+def _kernel(
+    index_dtype: torch.dtype, num_experts: int, tokens: int, pairs_per_lane: int, device: int, arch: Arch | None
+) -> Kernel:
     its_variant = variant(index_dtype, num_experts, tokens, pairs_per_lane)
-    return kernel(its_variant, "plan_experts", device, shared_bytes=WARPS * num_experts * 4, dependent=True)
+    counters = WARPS * num_experts * 4
+    return kernel(its_variant, "plan_experts", device, shared_bytes=counters, dependent=True, arch=arch)
 
 
-def plan_experts(top_k_index: torch.Tensor, num_experts: int, tokens: int, workspace: Workspace) -> None:
-    """Write chunks of at most ``tokens`` slots, and the slots of ``top_k_index`` ``[T, K]``, into the workspace."""
+def plan_experts(
+    top_k_index: torch.Tensor, num_experts: int, tokens: int, workspace: Workspace, arch: Arch | None = None
+) -> None:
+    """Write chunks of at most ``tokens`` slots, and the slots of ``top_k_index`` ``[T, K]``, into the workspace.
+
+    ``arch`` is as in :func:`cupymoe.kernels.jit.kernel`.
+    """
     device, num_pairs = top_k_index.get_device(), top_k_index.numel()
-    _kernel(top_k_index.dtype, num_experts, tokens, pairs_per_lane(num_pairs), device)(
+    _kernel(top_k_index.dtype, num_experts, tokens, pairs_per_lane(num_pairs), device, arch)(
         (1, 1),
         WARPS * 32,
         current_stream(device),

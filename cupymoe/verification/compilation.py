@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from cupymoe.kernels.catalog import architectures, variants
+from cupymoe.kernels import cuda_sources
+from cupymoe.kernels.catalog import compilations
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.offline_cache import compile_offline
 from cupymoe.verification.result import Result, Setting
@@ -15,19 +16,15 @@ from cupymoe.verification.result import Result, Setting
 
 def checks(setting: Setting) -> Iterator[Result]:
     """One result a CUDA source."""
-    by_source: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants():
-        by_source[variant.source].append(variant)
-    for source, its_variants in by_source.items():
+    for source in cuda_sources.names():
         name = f"{source}.cu compiles without spills"
         if setting.on_gpu:
             yield Result(name, "skipped", "checked where there is no GPU")
         else:
-            yield _compile(name, its_variants, architectures(source))
+            yield _compile(name, [*compilations(source)])
 
 
-def _compile(name: str, its_variants: list[Variant], archs: tuple[str, ...]) -> Result:
-    jobs = [(variant, arch) for variant in its_variants for arch in archs]
+def _compile(name: str, jobs: list[tuple[Variant, str]]) -> Result:
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             reports = list(pool.map(lambda job: compile_offline(*job), jobs))
@@ -39,7 +36,7 @@ def _compile(name: str, its_variants: list[Variant], archs: tuple[str, ...]) -> 
     if not all(report.registers for report in reports):
         return Result(name, "fail", "NVRTC said nothing of registers and spills")
     registers = max(report.registers for report in reports)
-    detail = (
-        f"{len(its_variants)} variants x {', '.join(archs)}: at most {registers} registers, {spilled} bytes spilled"
-    )
+    counts = Counter(arch for _, arch in jobs)
+    variants = ", ".join(f"{arch} {count}" for arch, count in counts.items())
+    detail = f"variants of {variants}: at most {registers} registers, {spilled} bytes spilled"
     return Result.of(name, spilled == 0, detail)

@@ -1,11 +1,14 @@
 """experts_up and experts_down on CUDA, through whole calls: kinds of experts, their layouts, and many experts."""
 
+import os
+
 import pytest
 import torch
 
-from cupymoe import MoEActivation, fused_experts
+from cupymoe import MoEActivation
 from cupymoe.backends import ExpertsTensors
 from cupymoe.backends.fused import stream
+from cupymoe.kernels.arch import BUILDS
 from cupymoe.ops import experts_call
 from tests.helpers import (
     Experts,
@@ -21,6 +24,9 @@ from tests.helpers import (
 from tests.kernels.test_expert_stream import EITHER
 
 pytestmark = pytest.mark.gpu
+
+# The switch: CUPYMOE_TEST_BUILD=sm_86, say, has these tests run that build's kernels instead of the device's own.
+BUILD = BUILDS[os.environ["CUPYMOE_TEST_BUILD"]] if "CUPYMOE_TEST_BUILD" in os.environ else None
 
 # Of gate and up: concatenated, interleaved, ungated.
 ACTIVATIONS = [MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL]
@@ -43,11 +49,12 @@ CASES = [
 ]
 
 
-def streamed(case, activation, gate_up_bias=None, down_bias=None):
+def streamed(case, activation, gate_up_bias=None, down_bias=None, build=BUILD, kept=None):
     """The call by the weight stream, whatever the backend would choose."""
     biased = gate_up_bias is not None or down_bias is not None
     call = experts_call(*case[:4], activation, has_bias=biased)
-    return stream(call, ExpertsTensors(*case, gate_up_bias=gate_up_bias, down_bias=down_bias))
+    tensors = ExpertsTensors(*case, gate_up_bias=gate_up_bias, down_bias=down_bias)
+    return stream(call, tensors, kept=kept, arch=build)
 
 
 def check(output, case, activation, **biases):
@@ -86,7 +93,7 @@ def test_gpt_oss(num_tokens):
     )
     case = laid_out(case, (True, True))
     biases = random_biases(case)
-    output = fused_experts(*case, activation="swigluoai", backend="fused", **biases)
+    output = streamed(case, MoEActivation.SWIGLUOAI, **biases)
     check(output, case, MoEActivation.SWIGLUOAI, **biases)
 
 

@@ -17,7 +17,7 @@ from tests.helpers import (
     relative_error,
     rounded_experts,
 )
-from tests.kernels.test_experts_stream import ACTIVATIONS, CASES, KINDS, odd_case
+from tests.kernels.test_experts_stream import ACTIVATIONS, BUILD, CASES, KINDS, odd_case
 from tests.test_lora_fused import FACTORS, random_factors
 
 pytestmark = pytest.mark.gpu
@@ -41,9 +41,9 @@ def call_of(case, activation, factors, biases):
     return call, ExpertsTensors(*case, *given, *biases)
 
 
-def streamed(case, activation, factors, **biases):
+def streamed(case, activation, factors, build=BUILD, **biases):
     """The call by the weight stream, whatever the backend would choose."""
-    return stream(*call_of(case, activation, factors, biases))
+    return stream(*call_of(case, activation, factors, biases), arch=build)
 
 
 def merged(case, factors, dtype):

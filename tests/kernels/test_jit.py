@@ -12,7 +12,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
-from cupymoe.kernels.arch import ARCHITECTURES
+from cupymoe.kernels.arch import ARCHITECTURES, HOPPER
 from cupymoe.kernels.expert_tiles import CUTS, down_back_cut, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
@@ -121,14 +121,20 @@ def test_a_limit_beyond_float32_is_no_define():
     )
 
 
-def test_hopper_alone_has_the_experts():
+def test_hopper_alone_has_the_tiles():
     everywhere = tuple(arch.name for arch in ARCHITECTURES)
     hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != everywhere}
     training = {"experts_down_back_wgmma", "experts_outer_wgmma", "sum_parts", "lora_shrink", "lora_outer"}
-    stream = {"plan_experts", "experts_up", "experts_down", "lora_shrink_chunks"}
-    forward = {*stream, "experts_up_wgmma", "experts_down_wgmma"}
-    assert hopper == forward | training
+    assert hopper == {"experts_up_wgmma", "experts_down_wgmma"} | training
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
+def test_an_architecture_s_catalog_holds_what_it_is_served(arch):
+    held = {variant.source for variant in catalog.variants(arch)}
+    assert held == {name for name in cuda_sources.names() if catalog.is_served(name, arch)}
+    whole_rows = [variant for variant in catalog.variants(arch) if "WHOLE_ROWS=1" in variant.defines]
+    assert bool(whole_rows) == (arch.shared_bytes_of_block == HOPPER.shared_bytes_of_block)
 
 
 SOURCES_AND_ARCHITECTURES = [
@@ -147,18 +153,21 @@ def assert_compiles(variant, arch):
     assert "warning" not in report.log, f"{variant.defines}\n{report.log}"
 
 
-@pytest.mark.parametrize(
-    ("source", "arch"), [each for each in SOURCES_AND_ARCHITECTURES if each[1] in ("sm_80", "sm_90a")]
-)
+@pytest.mark.parametrize(("source", "arch"), SOURCES_AND_ARCHITECTURES)
 def test_a_variant_of_each_source_compiles_without_a_gpu(source, arch):
-    assert_compiles(variants_of(source)[0], arch)
+    """The stream's kernels as an architecture's own shared memory has them."""
+    assert_compiles(*next(each for each in catalog.compilations(source) if each[1] == arch))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "arch"), SOURCES_AND_ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("source", "arch"), [each for each in SOURCES_AND_ARCHITECTURES if each[1] in ("sm_80", "sm_90a")]
+)
 def test_every_variant_compiles_without_a_gpu(source, arch):
-    for variant in variants_of(source):
-        assert_compiles(variant, arch)
+    compilations = [each for each in catalog.compilations(source) if each[1] == arch]
+    assert len(compilations) > 1 or source in ("raw_read", "sum_parts")
+    for each in compilations:
+        assert_compiles(*each)
 
 
 @pytest.fixture
@@ -201,7 +210,7 @@ def test_compile_error_on_a_device(broken):
 def test_only_hopper_and_newer_begin_before_the_kernel_before(monkeypatch, capability, dependent):
     """Elsewhere the driver refuses the attribute, and the source would not wait."""
     made = []
-    monkeypatch.setattr(jit, "_load", lambda variant, device: SimpleNamespace(get_function=lambda entry: entry))
+    monkeypatch.setattr(jit, "_load", lambda *_: SimpleNamespace(get_function=lambda entry: entry))
     monkeypatch.setattr(jit, "Kernel", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(
         jit, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Device=lambda device: nullcontext()))

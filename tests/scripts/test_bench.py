@@ -83,6 +83,35 @@ def built(peers):
     return built
 
 
+def test_every_build_is_timed_beside_hopper_and_its_peers(built, monkeypatch):
+    import bench_experts
+    import bench_portable
+    from readme_table import portable_table
+
+    def contender(factor):
+        return bench_portable.Contender(
+            lambda case: lambda: factor * experts(case.inputs.hidden_states, *case.weights, *case.inputs[1:])
+        )
+
+    others = {name: contender(1.0) for name in ("cupymoe", "cupymoe:fused", "cupymoe:grouped", "grouped_mm")}
+    factors = {"cupymoe:sm_80": 1.0, "cupymoe:sm_86": 1.02, "cupymoe:sm_120": 1.0}
+    monkeypatch.setattr(built, "contenders", lambda cases: others, raising=False)
+    monkeypatch.setattr(built, "optional", set(), raising=False)
+    monkeypatch.setattr(bench_portable, "builds", lambda _: {name: contender(by) for name, by in factors.items()})
+    monkeypatch.setattr(bench_experts, "capture", Replayed)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_portable, "time_in_turn", lambda captured: dict.fromkeys(captured, times))
+    rows = bench_portable.measure_rows(built, (3, 5))
+    assert [(row["build"], row["tokens"]) for row in rows] == [
+        (build, tokens) for tokens in (3, 5) for build in ("sm_80", "sm_86", "sm_120")
+    ]
+    for row in rows:
+        assert list(row["ms"]) == ["cupymoe", "hopper", "grouped", "grouped_mm"]
+        assert 0 < row["floor_ms"] < 1
+    assert [failure.partition(" has")[0] for failure in built.failures] == ["cupymoe:sm_86"] * 2
+    assert "| sm_86" in portable_table({"rows": rows}).replace("|  ", "| ")
+
+
 def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):
     """By a limit below a peer's; here of a call that is 0.8% off."""
     import bench_lora
