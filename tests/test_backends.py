@@ -171,7 +171,7 @@ def test_fused_streams_every_kind_of_experts(hopper, activation, num_tokens):
         assert registry()["fused"].way(call).startswith("weight stream")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 511, 512, 4096])
+@pytest.mark.parametrize("num_tokens", [1, 8, 17, 511, 512, 4096])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_fused_goes_the_same_way_with_adapters(hopper, direction, num_tokens):
     call = CALL._replace(num_tokens=num_tokens, adapter_rank=128)
