@@ -24,6 +24,7 @@ EXPERTS = (
     "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
+PORTABLE = ("tests/kernels/test_experts_portable.py::test_every_regime",)
 STREAMED_ADAPTERS = (
     "tests/kernels/test_experts_stream_adapters.py::test_every_kind_of_experts",
     "tests/kernels/test_experts_stream_adapters.py::test_gemma_4_s_sizes",
@@ -439,6 +440,38 @@ MUTATIONS = (
         "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
         "block_exclusive_sum(count / TOKENS,",
         EXPERTS,
+    ),
+    cuda(
+        "the last, unfilled chunk of sorted pairs forgotten",
+        "plan_chunks.cu",
+        "- expert_offsets[expert] + TOKENS - 1) / TOKENS;",
+        "- expert_offsets[expert]) / TOKENS;",
+        PORTABLE,
+    ),
+    cuda(
+        "the chunks of an expert without slots",
+        "plan_chunks.cu",
+        "if (first_chunks[middle] <= index) expert = middle;",
+        "if (first_chunks[middle] < index) expert = middle;",
+        PORTABLE,
+    ),
+    cuda(
+        "both warps of a row with the same tokens",
+        "common/expert_stream.cuh",
+        "rows + WEIGHT_BYTES + place.token_warp * 8 * ROW_BYTES",
+        "rows + WEIGHT_BYTES",
+        PORTABLE,
+        source="experts_up",
+        defines=("TOKEN_WARPS=2",),
+    ),
+    cuda(
+        "a warp's second block of rows stored over its first",
+        "common/expert_stream.cuh",
+        "mine + group * 8 * SUMS_PITCH + b * 16",
+        "mine + group * 8 * SUMS_PITCH",
+        PORTABLE,
+        source="experts_down",
+        defines=("ROW_BLOCKS=2",),
     ),
     cuda(
         "gate for up in the tiles",

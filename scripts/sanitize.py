@@ -24,7 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, moe_activation, reference, route
+from cupymoe.backends import ExpertsTensors
+from cupymoe.backends.fused import FusedBackend
 from cupymoe.kernels import cuda_sources, raw_read
+from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.dtypes import SCALARS
@@ -37,6 +40,7 @@ from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.pack_adapter import pack_adapter
 from cupymoe.kernels.router_logits import router_logits
 from cupymoe.kernels.sort_by_expert import sort_by_expert
+from cupymoe.ops import experts_call
 from cupymoe.verification.result import relative_error
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -206,6 +210,23 @@ def run_streamed_adapters() -> None:
             assert error < 0.01, f"{dtype}, {tokens} tokens: relative error {error:.4f}"
 
 
+def run_build(name: str) -> None:
+    """The weight stream as another architecture has it: each regime, and more pairs than are planned at once."""
+    backend = FusedBackend(BUILDS[name])
+    for dtype, counts in ((torch.bfloat16, (1, 40, 128, 400, 700)), (torch.float16, (2100,))):
+        weights = expert_weights(64, HIDDEN_SIZE, 48, dtype)
+        cuda_weights = [weight.cuda() for weight in weights]
+        for tokens in counts:
+            states, routed = torch.randn(tokens, HIDDEN_SIZE).to(dtype), masked_routing(tokens, 64)
+            given = [tensor.cuda() for tensor in (states, *routed)]
+            call = experts_call(given[0], *cuda_weights, given[1], MoEActivation.GELU_TANH)
+            output = backend.forward(call, ExpertsTensors(given[0], *cuda_weights, *given[1:]))
+            doubles = (weight.double() for weight in weights)
+            truth = reference.experts(states.double(), *doubles, *routed, MoEActivation.GELU_TANH)
+            error = relative_error(output.cpu(), truth)
+            assert error < 0.01, f"{name}, {tokens} tokens: relative error {error:.4f}"
+
+
 def run_sorted_rows() -> None:
     """sort_by_expert.cu, gather.cu, gated_activation.cu up to a row, and combine.cu, as the grouped backend calls them.
 
@@ -304,6 +325,7 @@ SUITE = (
     run_low_rank_products,
     run_packed_factors,
     run_streamed_adapters,
+    *(partial(run_build, name) for name in BUILDS),
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),
     *(partial(run_training, *case, *size) for case, size in product(TRAINED, SIZES)),
 )

@@ -15,10 +15,10 @@ from tests.kernels import test_expert_stream as stream
 from tests.kernels import test_expert_tiles as tiles
 
 
-def machine_code(variant: Variant, folder) -> str:
+def machine_code(variant: Variant, folder, arch="sm_90a") -> str:
     (nvdisasm,) = (path.locate() for path in files("nvidia-cuda-nvdisasm") if path.name == "nvdisasm")
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled(variant, "sm_90a").cubin)
+    cubin.write_bytes(compiled(variant, arch).cubin)
     return subprocess.run([str(nvdisasm), "-c", "-ndf", str(cubin)], check=True, capture_output=True, text=True).stdout
 
 

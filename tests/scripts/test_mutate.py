@@ -10,6 +10,7 @@ import mutate
 import pytest
 
 from cupymoe.kernels import catalog, cuda_sources, jit
+from cupymoe.kernels.arch import ARCHITECTURES, HOPPER
 from tests.helpers import ROOT, compiled
 
 CUDA = [mutation for mutation in mutate.MUTATIONS if mutation.source]
@@ -35,17 +36,18 @@ def test_its_tests_are_there(mutation):
 @pytest.mark.slow
 @by_fault(CUDA)
 def test_a_faulty_source_compiles_to_something_else(mutation, tmp_path, monkeypatch):
-    variant = next(
-        variant
-        for variant in catalog.variants()
+    variant, arch = next(
+        (variant, arch.name)
+        for arch in (HOPPER, ARCHITECTURES[0])
+        for variant in catalog.variants(arch)
         if variant.source == mutation.source and set(mutation.defines) <= set(variant.defines)
     )
-    expected = compiled(variant, "sm_90a").cubin
+    expected = compiled(variant, arch).cubin
     shutil.copytree(cuda_sources.directory(), tmp_path / "cuda_src")
     mutation.apply(tmp_path)
     monkeypatch.setattr(cuda_sources, "directory", lambda: tmp_path / "cuda_src")
     monkeypatch.setattr(cuda_sources, "expanded", cuda_sources.expanded.__wrapped__)
-    assert jit.compile_offline(variant, "sm_90a").cubin != expected
+    assert jit.compile_offline(variant, arch).cubin != expected
 
 
 @by_fault(LAUNCHERS)

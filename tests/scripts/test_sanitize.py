@@ -7,9 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cupymoe import fused_experts
-from cupymoe.backends.fused import tiles_reason
+from cupymoe import fused_experts, reference
+from cupymoe.backends.fused import plans_at_once, tiles_reason
 from cupymoe.kernels import cuda_sources
+from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
@@ -39,6 +40,28 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
             tiled = prefers_tiles(load) and tiles_reason(load, hidden_size) is None
             reached.add(cut(load, 48) if tiled else regime(load, 48))
     assert reached == {*CUTS, *(regime(Load.of(count, 1, 1), 48) for count in range(1, 1000))}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_build_reaches_every_regime(sanitize, monkeypatch, name):
+    """By calls that the reference answers here."""
+    reached = set()
+
+    class Backend:
+        def __init__(self, build):
+            self.build = build
+
+        def forward(self, call, tensors):
+            planned = plans_at_once(call.load, self.build)
+            reached.add((regime(call.load, call.intermediate_size, self.build), planned))
+            return reference.experts(*tensors[:5], call.activation).to(call.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
+    monkeypatch.setattr(sanitize, "FusedBackend", Backend)
+    sanitize.run_build(name)
+    every = {regime(Load.of(count, 1, experts), 48, BUILDS[name]) for experts in (1, 64) for count in range(1, 5000)}
+    assert {each for each, planned in reached if planned} == every
+    assert [planned for _, planned in reached].count(False) == 1
 
 
 def test_training_reaches_both_ways_and_every_cut(sanitize):
