@@ -27,7 +27,7 @@ def lines_of(part):
 
 
 def test_committed_reports(readme_table):
-    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy")
+    parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy", "recipes")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
     shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
@@ -45,6 +45,8 @@ def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
     assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
     assert readme_table.model_table(model) in readme
     assert readme_table.training_table(training) in readme
+    finetune = read(ROOT / "benchmarks" / "nvidia-h200" / "finetune.json")
+    assert readme_table.finetune_table(finetune) in readme
 
 
 MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
