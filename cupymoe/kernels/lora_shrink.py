@@ -15,7 +15,8 @@ RANK_MULTIPLE = 16
 """Of the ranks that the tensor-core products take; factors are padded with zeros."""
 MAX_RANK = 128
 
-_SLOTS = 128
+# Of a block, by ``transposed``: there 128 would spill registers.
+_SLOTS = {False: 128, True: 64}
 _STAGES = 3
 _STEP = 64
 
@@ -29,7 +30,7 @@ def variant(dtype: torch.dtype, rank: int, *, gathered: bool, transposed: bool) 
             f"RANK={rank}",
             f"GATHERED={int(gathered)}",
             f"TRANSPOSED={int(transposed)}",
-            f"SLOTS={_SLOTS}",
+            f"SLOTS={_SLOTS[transposed]}",
             f"STAGES={_STAGES}",
         ),
     )
@@ -38,7 +39,7 @@ def variant(dtype: torch.dtype, rank: int, *, gathered: bool, transposed: bool) 
 def _shared_bytes(rank: int, transposed: bool) -> int:
     """Each row has 16 bytes of padding."""
     lines, elements = (_STEP, rank) if transposed else (rank, _STEP)
-    return _STAGES * (_SLOTS * (2 * _STEP + 16) + lines * (2 * elements + 16))
+    return _STAGES * (_SLOTS[transposed] * (2 * _STEP + 16) + lines * (2 * elements + 16))
 
 
 @functools.cache
@@ -75,10 +76,11 @@ def lora_shrink(
     num_experts, rank, depth = factor.shape
     transposed, gathered = not factor.is_contiguous(), token_of_slot is not None
     num_slots, device = len(rows if token_of_slot is None else token_of_slot), rows.get_device()
+    slots = _SLOTS[transposed]
     low = rows.new_empty((num_slots, rank)) if low is None else low
     _kernel(rows.dtype, rank, gathered, transposed, device)(
-        (num_slots // _SLOTS + num_experts, 1),
-        2 * _SLOTS,
+        (num_slots // slots + num_experts, 1),
+        2 * slots,
         current_stream(device),
         rows.data_ptr(),
         factor.data_ptr(),
