@@ -303,8 +303,8 @@ MUTATIONS = (
     cuda(
         "the adapter of the tile before",
         "common/expert_stream.cuh",
-        "        if (LOW_RANK) rank_step = load_rank_step(gemm, cursor, 0);\n    }",
-        "    }",
+        " rank_step = load_rank_step(gemm, cursor, 0);\n        store_tile(",
+        ";\n        store_tile(",
         STREAMED_ADAPTERS,
         source="experts_up",
         defines=("LOW_RANK=16", "TRANSPOSED=0"),
@@ -370,8 +370,8 @@ MUTATIONS = (
     cuda(
         "the first k of an adapter again for the others",
         "common/expert_tiles.cuh",
-        "*adapter.low, (step - kDepthSteps<Gemm>) * BLOCK_K,",
-        "*adapter.low, 0,",
+        "k = step * BLOCK_K + threadIdx.x % 8 * 8, to",
+        "k = threadIdx.x % 8 * 8, to",
         ADAPTERS,
         source="experts_up_wgmma",
         defines=("LOW_RANK=16",),
@@ -379,8 +379,8 @@ MUTATIONS = (
     cuda(
         "an adapter's rank to the last whole step",
         "common/expert_tiles.cuh",
-        "multiply_stage<kProducts, LOW_RANK % BLOCK_K, Gemm>",
-        "multiply_stage<0, LOW_RANK % BLOCK_K, Gemm>",
+        "kDepthSteps<Gemm> + (LOW_RANK + BLOCK_K - 1) / BLOCK_K;",
+        "kDepthSteps<Gemm> + LOW_RANK / BLOCK_K;",
         ADAPTERS,
         source="experts_down_wgmma",
         defines=("LOW_RANK=16",),

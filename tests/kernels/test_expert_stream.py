@@ -99,7 +99,7 @@ def test_every_kind_of_experts_compiles_without_spills(pairs_per_expert, sizes):
             assert "warning" not in report.log, report.log
 
 
-@pytest.mark.parametrize("intermediate", [704, 176])
+@pytest.mark.parametrize("intermediate", [704, 352])
 @pytest.mark.parametrize("rank", [16, 128])
 def test_with_an_adapter_three_kernels_fit_a_multiprocessor(rank, intermediate):
     """Of few tokens: experts_down begins beside experts_up and the block of lora_shrink_chunks between them."""
