@@ -46,7 +46,9 @@ def copying_variants() -> Iterator[Variant]:
     sources = ("experts_up_wgmma", "experts_down_back_wgmma", "experts_outer_wgmma", "lora_shrink", "lora_outer")
     yield from (each for each in catalog.variants() if each.source in sources)
     yield from (
-        each for each in catalog.variants() if each.source in ("experts_up", "experts_down") and has_adapter(each)
+        each
+        for each in catalog.variants()
+        if each.source in ("experts_up", "experts_down") and has_adapter(each) and "WHOLE_ROWS=0" in each.defines
     )
 
 
