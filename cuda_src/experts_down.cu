@@ -32,7 +32,7 @@ typedef SCALAR scalar_t;
 struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     static constexpr u32 kDepth = INTERMEDIATE;
     const scalar_t* intermediate;
-    const scalar_t* weights;
+    const unsigned char* weights;
     const scalar_t* bias;
     SLOT_SCALAR* expert_output;
     const scalar_t* factor;
@@ -52,7 +52,7 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
-experts_down(const scalar_t* intermediate, const scalar_t* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
+experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
              u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low) {
 #if INLINE_PAIRS

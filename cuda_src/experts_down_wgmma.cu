@@ -65,6 +65,10 @@ struct DownGemm {
     }
 
     // The same of the map's order, where a lane has 4 neighbours. Two lanes swap, so that each stores 8.
+    //
+    //   columns     0..3   4..7   8..11  12..15 | 16..19 20..23 24..27 28..31
+    //   has         lane 0 lane 1 lane 2 lane 3 | lane 0 lane 1 lane 2 lane 3
+    //   stores      lane 0 lane 0 lane 2 lane 2 | lane 1 lane 1 lane 3 lane 3
     __device__ __forceinline__ void store_fours(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
         constexpr bool kWholeTiles = kRows % TILE_ROWS == 0;
         u32 quad = threadIdx.x % 4;

@@ -40,7 +40,7 @@ typedef NeighbouringRows<GATED ? INTERMEDIATE : INTERMEDIATE / 2> UpRows;
 struct UpGemm : UpRows {
     static constexpr u32 kDepth = HIDDEN;
     const scalar_t* hidden_states;
-    const scalar_t* weights;
+    const unsigned char* weights;
     const scalar_t* bias;
     scalar_t* intermediate;
     scalar_t* gate_up;
@@ -89,7 +89,7 @@ struct UpGemm : UpRows {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
-experts_up(const scalar_t* __restrict__ hidden_states, const scalar_t* __restrict__ gate_up_proj,
+experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __restrict__ gate_up_proj,
            const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
            const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up, const scalar_t* __restrict__ factor,

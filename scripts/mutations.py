@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     cuda(
         "low of the first slots for all chunks",
-        "common/expert_stream.cuh",
+        "common/stream/consumer.cuh",
         "gemm.low + (u64)(tile.chunk.first_slot + token)",
         "gemm.low + (u64)token",
         STREAMED_ADAPTERS,
@@ -302,7 +302,7 @@ MUTATIONS = (
     ),
     cuda(
         "the adapter of the tile before",
-        "common/expert_stream.cuh",
+        "common/stream/consumer.cuh",
         " rank_step = load_rank_step(gemm, cursor, 0);\n        store_tile(",
         ";\n        store_tile(",
         STREAMED_ADAPTERS,
@@ -311,7 +311,7 @@ MUTATIONS = (
     ),
     cuda(
         "neighbouring rows of a transposed factor in the place of neighbouring k",
-        "common/expert_stream.cuh",
+        "common/stream/consumer.cuh",
         "from + (u64)i * (2 * Gemm::kUnits)));",
         "from + i));",
         STREAMED_ADAPTERS,
@@ -402,7 +402,7 @@ MUTATIONS = (
     ),
     cuda(
         "the bias of the first expert for all",
-        "common/expert_stream.cuh",
+        "common/stream/consumer.cuh",
         "gemm.bias + Gemm::row_of(tile.chunk.expert,",
         "gemm.bias + Gemm::row_of(0,",
         KINDS,
@@ -457,8 +457,8 @@ MUTATIONS = (
     ),
     cuda(
         "both warps of a row with the same tokens",
-        "common/expert_stream.cuh",
-        "rows + WEIGHT_BYTES + place.token_warp * 8 * ROW_BYTES",
+        "common/stream/consumer.cuh",
+        "rows + WEIGHT_BYTES + place.token_warp * 8 * TOKEN_ROW_BYTES",
         "rows + WEIGHT_BYTES",
         PORTABLE,
         source="experts_up",
@@ -466,7 +466,7 @@ MUTATIONS = (
     ),
     cuda(
         "a warp's second block of rows stored over its first",
-        "common/expert_stream.cuh",
+        "common/stream/store.cuh",
         "mine + group * 8 * SUMS_PITCH + b * 16",
         "mine + group * 8 * SUMS_PITCH",
         PORTABLE,

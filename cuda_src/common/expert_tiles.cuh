@@ -157,7 +157,14 @@ __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& s
 }
 
 // Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. One warp
-// of the cluster's first block.
+// of the cluster's first block. The tickets of an expert with 5 tiles of slots and 3 tiles of weight rows, in groups of 4:
+//
+//                 rows 0   rows 1   rows 2
+//       slots 0      0        4        8
+//       slots 1      1        5        9
+//       slots 2      2        6       10     clusters that run together share weight rows, and a group's slots are in L2 still
+//       slots 3      3        7       11     when its next rows come
+//       slots 4     12       13       14     the next group
 template <class Gemm>
 __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& schedule, const Pipeline& pipeline, u32 index, u32& next_ticket) {
     constexpr u32 kColumns = (Gemm::kRows + TILE_ROWS - 1) / TILE_ROWS;

@@ -1,0 +1,168 @@
+// Empties the ring: products of a stage's weights and tokens, what begins a tile's sums and what ends them.
+#pragma once
+#include "../ring.cuh"
+#include "producer.cuh"
+#include "store.cuh"
+
+#define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
+#define RANK_AHEAD (ROW_BLOCKS == 1 && (TOKENS <= 48 || !TRANSPOSED))  // where sums leave registers for a step that is loaded ahead
+
+static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
+
+// sums += this warp's rows and k steps of a stage x the first kGroups groups of 8 tokens; unrolled, so loads run ahead.
+template <int kGroups>
+__device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
+        Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
+#pragma unroll
+        for (int b = 0; b < ROW_BLOCKS; b++) {
+#if TRANSPOSED
+            load_transposed_fragments(low[b], high[b], (weights ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
+#else
+            low[b] = Weights::fragment(weights + packs[s] + b * 16 * WEIGHT_ROW_BYTES);
+            high[b] = Weights::fragment(weights + packs[s] + (b * 16 + 8) * WEIGHT_ROW_BYTES);
+#endif
+        }
+#pragma unroll
+        for (int g = 0; g < kGroups; g++) {
+            Fragment of_tokens = load_fragment(tokens + packs[s] + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], low[b], high[b], of_tokens, scalar_t());
+        }
+    }
+}
+
+// The smallest compiled number of groups that holds `groups`.
+template <int kGroups>
+__device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS],
+                                                u32 k_warp) {
+    constexpr int kNext = kGroups < 4 ? kGroups + 1 : kGroups + 2, kMore = kNext < TOKEN_GROUPS ? kNext : TOKEN_GROUPS;
+    if constexpr (kGroups < TOKEN_GROUPS) {
+        if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
+    }
+    multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
+}
+
+typedef Pack<scalar_t, 2 * ROW_BLOCKS> Biases;
+
+// The biases of this lane's rows of a tile. Zeros past the tile, and in all but the first of the K_WARPS.
+template <class Gemm> __device__ __forceinline__ Biases biases_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
+    Biases biases = {};
+    u32 warp = threadIdx.x / 32, row = warp % ROW_WARPS * (ROW_BLOCKS * 16) + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_BLOCKS; i++, row += 8) {
+        if (!HAS_BIAS || K_WARPS > 1 && warp >= ROW_WARPS || Gemm::unit_of_row(row) >= tile.units) continue;
+        biases.values[i] = load_from_l2(gemm.bias + Gemm::row_of(tile.chunk.expert, tile.first_unit, row));
+    }
+    return biases;
+}
+
+__device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
+#pragma unroll
+    for (int b = 0; b < ROW_BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
+            sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+        }
+    }
+}
+
+// What a lane needs for 32 of an adapter's k: of its weight rows and of its token in each group.
+struct RankStep {
+    Fragment low[ROW_BLOCKS], high[ROW_BLOCKS], tokens[TOKEN_GROUPS];
+};
+
+__device__ __forceinline__ Fragment fragment_from_l2(const scalar_t* address) {
+    const u64* words = reinterpret_cast<const u64*>(address);
+    u64 first = load_from_l2(words), second = load_from_l2(words + 1);
+    return {(u32)first, (u32)(first >> 32), (u32)second, (u32)(second >> 32)};
+}
+
+// Zeros past the rank, the tile and its tokens.
+template <class Gemm> __device__ __forceinline__ RankStep load_rank_step(const Gemm& gemm, const Cursor<Gemm>& tile, u32 index) {
+    RankStep step = {};
+    Place place;
+    u32 lane = threadIdx.x % 32, k = (index * K_WARPS + place.k_warp) * 32 + lane % 4 * 8;
+    if (k >= LOW_RANK || tile.done()) return step;
+    u32 row = place.row_warp * (ROW_BLOCKS * 16) + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2 * ROW_BLOCKS; half++, row += 8) {
+        if (Gemm::unit_of_row(row) >= tile.units) continue;
+        Fragment& fragment = half % 2 ? step.high[half / 2] : step.low[half / 2];
+#if TRANSPOSED
+        const scalar_t* from = gemm.factor + ((u64)tile.chunk.expert * LOW_RANK + k) * (2 * Gemm::kUnits) +
+                               Gemm::row_of(0, tile.first_unit, row);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 bits = load_from_l2(reinterpret_cast<const unsigned short*>(from + (u64)i * (2 * Gemm::kUnits)));
+            fragment.words[i / 2] |= bits << i % 2 * 16;
+        }
+#else
+        fragment = fragment_from_l2(gemm.factor + Gemm::row_of(tile.chunk.expert, tile.first_unit, row) * LOW_RANK + k);
+#endif
+    }
+#pragma unroll
+    for (int g = 0; g < TOKEN_GROUPS; g++) {
+        u32 token = (g * TOKEN_WARPS + place.token_warp) * 8 + lane / 4;
+        if (token < tile.chunk.tokens) step.tokens[g] = fragment_from_l2(gemm.low + (u64)(tile.chunk.first_slot + token) * LOW_RANK + k);
+    }
+    return step;
+}
+
+// sums += what the adapter adds; with RANK_AHEAD the first step has been loaded.
+template <class Gemm>
+__device__ __forceinline__ void add_adapter(const Gemm& gemm, const Cursor<Gemm>& tile, Sums& sums, RankStep step) {
+    Place place;
+#pragma unroll 1
+    for (int index = 0; index < RANK_STEPS; index++) {
+        if ((index * K_WARPS + place.k_warp) * 32 >= LOW_RANK) break;
+        if (index > 0 || !RANK_AHEAD) step = load_rank_step(gemm, tile, index);
+#pragma unroll
+        for (int g = 0; g < TOKEN_GROUPS; g++) {
+            if ((g * TOKEN_WARPS + (int)place.token_warp) * 8 >= tile.chunk.tokens) continue;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], step.low[b], step.high[b], step.tokens[g], scalar_t());
+        }
+    }
+}
+
+template <class Gemm>
+__device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan, Ring ring, float* shared_sums) {
+    Place place;
+    u32 lane = threadIdx.x % 32;
+    u32 swap = Weights::swap_of_row(lane / 4) * 16;
+    u32 packs[STEPS];  // where this lane's pack of each of its k steps lies in a row
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + place.k_warp) * 64 + lane % 4 * 16) ^ swap;
+    u32 fragment_row = lane / 4 * TOKEN_ROW_BYTES;
+    Sums sums = {};
+    Cursor<Gemm> cursor(plan);
+    if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
+    [[maybe_unused]] RankStep rank_step;
+    if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
+    for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
+        u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
+        wait_barrier(ring.filled + turn.stage * 8, turn.parity);
+        if (place.row_warp * (ROW_BLOCKS * 8) < cursor.units) {
+            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(place.row_warp, place.k_warp, lane)
+                                     : rows + place.row_warp * (ROW_BLOCKS * 16) * WEIGHT_ROW_BYTES;
+            u32 tokens = rows + WEIGHT_BYTES + place.token_warp * 8 * TOKEN_ROW_BYTES;
+            // Every TOKEN_WARPS-th group of 8 tokens, from the token_warp-th on.
+            u32 groups = ((cursor.chunk.tokens + 7) / 8 + TOKEN_WARPS - 1 - place.token_warp) / TOKEN_WARPS;
+            multiply_groups<1>(groups, sums, weights, tokens, packs, place.k_warp);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(ring.emptied + turn.stage * 8);
+
+        Cursor<Gemm> tile = cursor;
+        if (!cursor.advance(plan)) continue;
+        if constexpr (LOW_RANK > 0) add_adapter(gemm, tile, sums, rank_step);
+        // Of the next tile, on their way while this one is stored.
+        Biases biases = biases_of(gemm, cursor);
+        if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
+        store_tile(gemm, tile, sums, shared_sums);
+        begin_sums(sums, biases);
+    }
+}

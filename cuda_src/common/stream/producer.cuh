@@ -1,0 +1,208 @@
+// Fills the ring: by the copy engine where rows are whole, else by four warps of 16-byte copies, weights and tokens apart.
+#pragma once
+#include "../ring.cuh"
+#include "schedule.cuh"
+
+static_assert(HAS_BULK_COPY || !WHOLE_ROWS, "WHOLE_ROWS needs bulk copies, which begin with sm_90");
+
+#if WHOLE_ROWS
+// kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
+    if (threadIdx.x != CONSUMER_THREADS) return;  // one thread orders all copies
+    u64 evict_first = evict_first_policy(), evict_last = evict_last_policy();
+    auto load_weights = [&](const Cursor<Gemm>& cursor, u32 stage) {
+        u32 weight_bytes = cursor.units * 2 * WEIGHT_ROW_BYTES, token_bytes = cursor.chunk.tokens * TOKEN_ROW_BYTES;
+        arrive_expecting(ring.filled + stage * 8, weight_bytes + token_bytes);
+        copy_bulk(ring.data + stage * STAGE_BYTES, weight_row(gemm, cursor.chunk.expert, cursor.first_unit, 0), weight_bytes,
+                  ring.filled + stage * 8, evict_first);
+    };
+    Cursor<Gemm> cursor(plan);
+    if (kTokensAreNew) {
+        Cursor<Gemm> ahead = cursor;
+        for (int s = 0; s < STAGES && !ahead.done(); s++, ahead.advance(plan)) load_weights(ahead, s);
+        wait_for_previous_grid();
+        order_writes_before_bulk_copies();
+    }
+    bool ahead = kTokensAreNew;  // in the first round
+    for (Turn turn = {0, 1}; !cursor.done(); cursor.advance(plan)) {
+        wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
+        if (!ahead) load_weights(cursor, turn.stage);
+        copy_bulk(ring.data + turn.stage * STAGE_BYTES + WEIGHT_BYTES, gemm.token_row(plan, cursor.chunk.first_slot),
+                  cursor.chunk.tokens * TOKEN_ROW_BYTES, ring.filled + turn.stage * 8, evict_last);
+        turn.next();
+        if (turn.stage == 0) ahead = false;
+    }
+}
+#else
+// How the producers copy rows of kPacks packs of 16 bytes: each thread the same pack of every kRows-th row, from its own on.
+template <u32 kPacks> struct Share {
+    static constexpr u32 kRows = PRODUCER_THREADS / kPacks;
+    static_assert(PRODUCER_THREADS % kPacks == 0, "BLOCK_K, WARPS");
+    u32 row, pack;
+
+    __device__ __forceinline__ Share(u32 thread) : row(thread / kPacks), pack(thread % kPacks) {}
+};
+
+// 16 up to the depth, 0 past it.
+template <class Gemm> __device__ __forceinline__ u32 bytes_at(u32 k) {
+    return Gemm::kDepth % BLOCK_K == 0 || k < Gemm::kDepth ? 16 : 0;
+}
+
+#if TRANSPOSED
+// One producer thread's share of a tile's weights: 8 neighbouring rows at some k.
+template <class Gemm> struct WeightLoader {
+    typedef Share<PACKS_PER_K_ROW> Mine;
+    static constexpr u64 kPitch = Weights::bytes(2 * Gemm::kUnits);  // of a k row
+    u32 first_k, first_row, offset;  // of the first copy, and where it goes in a stage
+    int units_left;                  // of the tile, from the first row's on; none past the end
+    const unsigned char* from;
+
+    __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : units_left(0), from(gemm.weights) {
+        Mine mine(thread);
+        first_k = mine.row, first_row = mine.pack * 8;
+        offset = first_k * K_ROW_BYTES + (mine.pack ^ swap_of_k(first_k)) * 16;
+    }
+
+    // Past the last tile there is nothing to copy.
+    __device__ __forceinline__ void close() { units_left = 0; }
+
+    __device__ __forceinline__ void open(const Gemm& gemm, const Cursor<Gemm>& cursor) {
+        units_left = (int)cursor.units - (int)Gemm::unit_of_row(first_row);
+        from = gemm.weights + ((u64)cursor.chunk.expert * Gemm::kDepth + first_k) * kPitch +
+               Weights::bytes(Gemm::row_of(0, cursor.first_unit, first_row));
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
+        const unsigned char* at = from + (u64)k * kPitch;
+#pragma unroll
+        for (int i = 0; i < BLOCK_K; i += Mine::kRows) {
+            copy_16(units_left > 0, stage + (offset ^ swap_of_k(i) * 16) + i * K_ROW_BYTES, at + (u64)i * kPitch,
+                    bytes_at<Gemm>(k + (first_k + i)), policy);
+        }
+    }
+};
+#else
+// One producer thread's share of a tile's weights: one pack of some rows.
+template <class Gemm> struct WeightLoader {
+    typedef Share<WEIGHT_ROW_BYTES / 16> Mine;
+    static constexpr u32 kPasses = TILE_ROWS / Mine::kRows;
+    static_assert(TILE_ROWS % Mine::kRows == 0, "BLOCK_K, WARPS");
+    u32 row, pack, offset;  // of the first copy, and where it goes in a stage
+    int units_left;         // of the tile, from the first row's on; none past the end
+    const unsigned char* from;
+
+    __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : units_left(0), from(gemm.weights) {
+        Mine mine(thread);
+        row = mine.row, pack = mine.pack;
+        offset = row * WEIGHT_ROW_BYTES + (pack ^ Weights::swap_of_row(row)) * 16;
+    }
+
+    // Past the last tile there is nothing to copy.
+    __device__ __forceinline__ void close() { units_left = 0; }
+
+    __device__ __forceinline__ void open(const Gemm& gemm, const Cursor<Gemm>& cursor) {
+        units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
+        from = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, row) + pack * 16;
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) {
+            copy_16((int)Gemm::unit_of_row(i * Mine::kRows) < units_left, stage + offset + i * Mine::kRows * WEIGHT_ROW_BYTES,
+                    from + Weights::bytes(k) + Gemm::row_of(0, 0, i * Mine::kRows) * Weights::bytes(Gemm::kDepth),
+                    bytes_at<Gemm>(k + pack * Weights::kOfPack), policy);
+        }
+    }
+};
+#endif
+
+// One producer thread's share of a chunk's activations, whose rows lie anywhere: one pack of some tokens.
+template <class Gemm> struct TokenLoader {
+    typedef Share<TOKEN_ROW_BYTES / 16> Mine;
+    static constexpr u32 kPasses = (TOKENS + Mine::kRows - 1) / Mine::kRows;
+    u32 row, column, offset;  // of the first copy: its token, its first element, and where it goes in a stage
+    int tokens_left;          // of the chunk, from the first row's on; none past the end
+    const scalar_t* from[kPasses];
+
+    __device__ __forceinline__ TokenLoader(const Gemm& gemm, u32 thread) : tokens_left(0) {
+        Mine mine(thread);
+        row = mine.row, column = mine.pack * 8;
+        offset = WEIGHT_BYTES + row * TOKEN_ROW_BYTES + (mine.pack ^ row % 2 * 4) * 16;
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) from[i] = reinterpret_cast<const scalar_t*>(gemm.weights);  // read by no copy
+    }
+
+    __device__ __forceinline__ void close() { tokens_left = 0; }
+
+    __device__ __forceinline__ void open(const Gemm& gemm, const Plan& plan, const Cursor<Gemm>& cursor) {
+        tokens_left = cursor.chunk.tokens - (int)row;
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) {
+            int token = i * Mine::kRows;
+            if (token < tokens_left) from[i] = gemm.token_row(plan, cursor.chunk.first_slot + row + token) + column;
+        }
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) {
+            copy_16(i * (int)Mine::kRows < tokens_left, stage + offset + i * Mine::kRows * TOKEN_ROW_BYTES, from[i] + k,
+                    bytes_at<Gemm>(k + column), policy);
+        }
+    }
+};
+
+// One producer thread's share of all copies, stage by stage.
+template <class Gemm> struct Loader {
+    const Gemm& gemm;
+    const Plan& plan;
+    Cursor<Gemm> cursor;
+    WeightLoader<Gemm> weights;
+    TokenLoader<Gemm> tokens;
+    u64 evict_first, evict_last;
+
+    __device__ __forceinline__ Loader(const Gemm& gemm, const Plan& plan, u32 thread)
+        : gemm(gemm), plan(plan), cursor(plan), weights(gemm, thread), tokens(gemm, thread) {
+        evict_first = evict_first_policy(), evict_last = evict_last_policy();
+        open();
+    }
+
+    __device__ __forceinline__ void open() {
+        weights.close(), tokens.close();
+        if (cursor.done()) return;
+        weights.open(gemm, cursor);
+        tokens.open(gemm, plan, cursor);
+    }
+
+    __device__ __forceinline__ void load_weights(u32 stage) const { weights.load(stage, cursor.k, evict_first); }
+
+    __device__ __forceinline__ void load_tokens(u32 stage) const { tokens.load(stage, cursor.k, evict_last); }
+
+    __device__ __forceinline__ void advance() {
+        if (!cursor.done() && cursor.advance(plan)) open();
+    }
+};
+
+// kTokensAreNew: the previous grid writes the tokens, but not weights and plan, so the first weights come before its end.
+template <bool kTokensAreNew, class Gemm>
+__device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ring ring) {
+    Loader<Gemm> loader(gemm, plan, threadIdx.x - CONSUMER_THREADS);
+    if (kTokensAreNew) {
+        Loader<Gemm> ahead = loader;
+        for (int s = 0; s < STAGES; s++, ahead.advance()) ahead.load_weights(ring.data + s * STAGE_BYTES);
+        wait_for_previous_grid();
+    }
+    bool ahead = kTokensAreNew;  // in the first round
+    for (Turn turn = {0, 1}; !loader.cursor.done(); loader.advance()) {
+        u32 stage = ring.data + turn.stage * STAGE_BYTES;
+        wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
+        if (!ahead) loader.load_weights(stage);
+        loader.load_tokens(stage);
+        arrive_after_copies(ring.filled + turn.stage * 8);
+        turn.next();
+        if (turn.stage == 0) ahead = false;
+    }
+    wait_for_copies();
+}
+#endif
