@@ -7,6 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+RESERVED_BYTES = 1024
+"""Of shared memory, which the system takes of each block on every architecture listed here."""
+_GRAIN_BYTES = 128
+"""Shared memory is given to blocks in multiples of this."""
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -18,6 +23,8 @@ class Arch:
     """Its compute capability."""
     shared_bytes_of_block: int
     """The most shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications")."""
+    shared_bytes_of_multiprocessor: int
+    """The shared memory of a multiprocessor; each block there takes :data:`RESERVED_BYTES` of it beside its own."""
     dependent_launch: bool
     """Whether a grid may start before the one before it has ended (programmatic dependent launch)."""
     bulk_copies: bool
@@ -35,6 +42,23 @@ class Arch:
         """Whether it stands for cards that are not here, as those of :data:`BUILDS` do."""
         return self.name.startswith("compute_")
 
+    def shared_bytes_on(self, card: Arch, static_bytes: int, dynamic_bytes: int) -> int:
+        """Dynamic shared memory for a launch on another card, so that as many blocks, of one kernel or of several, fit
+        its multiprocessors as would fit this architecture's.
+
+        A block's share of a multiprocessor stays what it was: with 99 KB it is alone on one of 100 KB, and so on
+        Hopper's 228 KB, which would have room for two. What it asks for beyond ``dynamic_bytes`` is not used. Sizes are
+        rounded down, so that what fits here fits there; what misses by a few hundred bytes may fit too.
+
+        Args:
+            card: the architecture of the device, which refuses a block that is too large for it.
+            static_bytes, dynamic_bytes: of a block, without what is reserved.
+        """
+        own = -(-(static_bytes + dynamic_bytes + RESERVED_BYTES) // _GRAIN_BYTES) * _GRAIN_BYTES
+        of_card = max(card.shared_bytes_of_multiprocessor, self.shared_bytes_of_multiprocessor)
+        there = own * of_card // self.shared_bytes_of_multiprocessor
+        return there // _GRAIN_BYTES * _GRAIN_BYTES - RESERVED_BYTES - static_bytes
+
     @staticmethod
     def of(device: int | torch.device) -> Arch:
         """The architecture of a CUDA device; of the current one, where ``device`` has no index.
@@ -44,28 +68,32 @@ class Arch:
         return of_capability(torch.cuda.get_device_capability(device))
 
 
-HOPPER = Arch("sm_90a", (9, 0), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=True)
+_KB = 1024
+HOPPER = Arch(
+    "sm_90a", (9, 0), 227 * _KB, 228 * _KB, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=True
+)
 
 ARCHITECTURES = (
-    Arch("sm_80", (8, 0), 163 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
-    Arch("sm_86", (8, 6), 99 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
-    Arch("sm_89", (8, 9), 99 * 1024, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    Arch("sm_80", (8, 0), 163 * _KB, 164 * _KB, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    Arch("sm_86", (8, 6), 99 * _KB, 100 * _KB, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
+    Arch("sm_89", (8, 9), 99 * _KB, 100 * _KB, dependent_launch=False, bulk_copies=False, clusters=False, wgmma=False),
     HOPPER,
-    Arch("sm_100", (10, 0), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
-    Arch("sm_103", (10, 3), 227 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
-    Arch("sm_120", (12, 0), 99 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
-    Arch("sm_121", (12, 1), 99 * 1024, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_100", (10, 0), 227 * _KB, 228 * _KB, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_103", (10, 3), 227 * _KB, 228 * _KB, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
+    Arch("sm_121", (12, 1), 99 * _KB, 100 * _KB, dependent_launch=True, bulk_copies=True, clusters=True, wgmma=False),
 )
 """Every architecture that sources are compiled for without a GPU, by ascending capability."""
 
 BUILDS = {
-    "sm_80": Arch("compute_80", (8, 0), 163 * 1024, False, False, False, False),
-    "sm_86": Arch("compute_80", (8, 6), 99 * 1024, False, False, False, False),
-    "sm_120": Arch("compute_90", (12, 0), 99 * 1024, True, True, clusters=False, wgmma=False),
+    "sm_80": Arch("compute_80", (8, 0), 163 * _KB, 164 * _KB, False, False, False, False),
+    "sm_86": Arch("compute_80", (8, 6), 99 * _KB, 100 * _KB, False, False, False, False),
+    "sm_120": Arch("compute_90", (12, 0), 99 * _KB, 100 * _KB, True, True, clusters=False, wgmma=False),
 }
 """Architectures as a Hopper card can run them: their features and their shared memory, in PTX that it takes. ``sm_86``
-stands for 8.9 too, ``sm_120`` for 12.1. So the sources and their tiles are tested for cards that are not here. What the
-compiler makes of them for those cards, and how fast they are, is not."""
+stands for 8.9 too, ``sm_120`` for 12.1. Blocks share a multiprocessor as there (:meth:`Arch.shared_bytes_on`). So the
+sources and their tiles are tested for cards that are not here. What the compiler makes of them for those cards, and how
+fast they are, is not."""
 
 
 def build_of(arch: Arch) -> str | None:
@@ -87,7 +115,7 @@ def of_capability(capability: tuple[int, int]) -> Arch:
     name = f"sm_{capability[0]}{capability[1]}"
     older = [arch for arch in ARCHITECTURES if arch.capability <= capability]
     if not older:
-        return Arch(name, capability, 48 * 1024, False, False, False, False)
+        return Arch(name, capability, 48 * _KB, 48 * _KB, False, False, False, False)
     if older[-1].capability == capability:
         return older[-1]
     return replace(older[-1], name=name, capability=capability, wgmma=False)

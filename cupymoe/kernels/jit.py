@@ -134,9 +134,13 @@ def _kernel(
     build: Arch | None = None,
 ) -> Kernel:
     module = _load(variant, device, build)
-    dependent = dependent and (build or Arch.of(device)).dependent_launch
+    card = Arch.of(device)
+    dependent = dependent and (build or card).dependent_launch
     with import_cupy().cuda.Device(device):
-        return Kernel(module.get_function(entry), shared_bytes, dependent, tensor_maps)
+        function = module.get_function(entry)
+        if build is not None:
+            shared_bytes = build.shared_bytes_on(card, function.shared_size_bytes, shared_bytes)
+        return Kernel(function, shared_bytes, dependent, tensor_maps)
 
 
 def kernel(
@@ -155,7 +159,8 @@ def kernel(
         variant, entry: what is launched.
         device: where.
         shared_bytes, dependent, tensor_maps: of :class:`Kernel`.
-        arch: one of ``arch.BUILDS``, as which it is then compiled; the device's own or None: as always.
+        arch: one of ``arch.BUILDS``, as which it is then compiled, and launched with more shared memory, so that blocks
+            share a multiprocessor as they would on its card; the device's own or None: as always.
 
     Raises:
         CompileError: NVRTC refused the source.

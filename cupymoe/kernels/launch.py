@@ -125,13 +125,18 @@ class Kernel:
         dependent: whether a launch may begin before the kernel before it has ended, which takes an architecture with
             ``Arch.dependent_launch``; the source then waits for it where it must.
         tensor_maps: how many of the first parameters are tensor maps; each is given as its words.
+
+    Attributes:
+        function: the driver's handle.
+        shared_bytes: as given.
     """
 
     def __init__(self, raw_kernel: Any, shared_bytes: int = 0, dependent: bool = False, tensor_maps: int = 0) -> None:
         if shared_bytes:
             raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
+        self.shared_bytes = shared_bytes
+        self.function = raw_kernel.kernel.ptr
         self._raw_kernel = raw_kernel
-        self._function = raw_kernel.kernel.ptr
         self._own = _OwnLaunch(shared_bytes, dependent, tensor_maps)
         self._launch = driver().cuLaunchKernelEx
 
@@ -148,5 +153,5 @@ class Kernel:
         config.grid_x, config.grid_y = grid
         config.block_x = block
         config.stream = stream
-        if status := self._launch(own.config_address, self._function, own.parameters, own.extra):
+        if status := self._launch(own.config_address, self.function, own.parameters, own.extra):
             raise RuntimeError(f"launch of {self._raw_kernel.name} failed: {error_name(status)}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cupymoe.kernels import catalog, cuda_sources, jit
-from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
+from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, HOPPER, RESERVED_BYTES, Arch
 from cupymoe.kernels.jit import CompileError, Variant
 from tests.helpers import compiled
 
@@ -23,25 +23,26 @@ def arch_of(monkeypatch):
     return arch_of
 
 
-# name, capability, KB of shared memory of a block, and whether it is as Hopper is but for wgmma
+# name, capability, KB of shared memory of a block and of a multiprocessor, and whether it is as Hopper is but for wgmma
 EXPECTED = [
-    ("sm_75", (7, 5), 48, False),
-    ("sm_80", (8, 0), 163, False),
-    ("sm_86", (8, 6), 99, False),
-    ("sm_87", (8, 7), 99, False),
-    ("sm_89", (8, 9), 99, False),
-    ("sm_90a", (9, 0), 227, True),
-    ("sm_91", (9, 1), 227, True),
-    ("sm_100", (10, 0), 227, True),
-    ("sm_103", (10, 3), 227, True),
-    ("sm_120", (12, 0), 99, True),
-    ("sm_121", (12, 1), 99, True),
+    ("sm_75", (7, 5), (48, 48), False),
+    ("sm_80", (8, 0), (163, 164), False),
+    ("sm_86", (8, 6), (99, 100), False),
+    ("sm_87", (8, 7), (99, 100), False),
+    ("sm_89", (8, 9), (99, 100), False),
+    ("sm_90a", (9, 0), (227, 228), True),
+    ("sm_91", (9, 1), (227, 228), True),
+    ("sm_100", (10, 0), (227, 228), True),
+    ("sm_103", (10, 3), (227, 228), True),
+    ("sm_120", (12, 0), (99, 100), True),
+    ("sm_121", (12, 1), (99, 100), True),
 ]
 
 
 @pytest.mark.parametrize(("name", "capability", "kilobytes", "newer"), EXPECTED)
 def test_every_capability_has_an_architecture(arch_of, name, capability, kilobytes, newer):
-    assert arch_of(capability) == Arch(name, capability, kilobytes * 1024, newer, newer, newer, capability == (9, 0))
+    shared_bytes = [1024 * each for each in kilobytes]
+    assert arch_of(capability) == Arch(name, capability, *shared_bytes, newer, newer, newer, capability == (9, 0))
 
 
 def test_every_architecture_is_found_and_expected(arch_of):
@@ -76,6 +77,37 @@ def test_a_block_may_have_as_much_shared_memory():
     device = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(device)
     assert Arch.of(device).shared_bytes_of_block == properties.shared_memory_per_block_optin
+    assert Arch.of(device).shared_bytes_of_multiprocessor == properties.shared_memory_per_multiprocessor
+
+
+# --- builds -----------------------------------------------------------------------------------------------------------
+
+
+def fit(card, *shared_bytes):
+    """Whether a multiprocessor has room for these blocks together."""
+    taken = sum(-(-(each + RESERVED_BYTES) // 128) * 128 for each in shared_bytes)
+    return taken <= card.shared_bytes_of_multiprocessor
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("static_bytes", [0, 40, 4160])
+def test_blocks_of_a_build_share_a_multiprocessor_as_on_its_card(build, static_bytes):
+    whole = build.shared_bytes_of_block
+    half, third = (build.shared_bytes_of_multiprocessor // count - RESERVED_BYTES for count in (2, 3))
+    together = [(whole,), (half, half), (third, third, third), (whole - 32 * 1024, 31 * 1024)]
+    apart = [(whole, 0), (half + 1024, half), (third + 2048, third, third), (whole - 32 * 1024, 33 * 1024)]
+    for blocks in together + apart:
+        own = [max(0, each - each % 128 - static_bytes) for each in blocks]
+        there = [static_bytes + build.shared_bytes_on(HOPPER, static_bytes, each) for each in own]
+        assert fit(build, *(static_bytes + each for each in own)) == (blocks in together)
+        assert fit(HOPPER, *there) == (blocks in together)
+        assert all(static_bytes + used <= asked for used, asked in zip(own, there, strict=True))
+        assert max(there) <= HOPPER.shared_bytes_of_block
+
+
+def test_a_build_never_asks_for_less_than_it_uses():
+    for card in ARCHITECTURES[:2]:
+        assert BUILDS["sm_80"].shared_bytes_on(card, 40, 120 * 1024) >= 120 * 1024
 
 
 # --- in the sources ---------------------------------------------------------------------------------------------------

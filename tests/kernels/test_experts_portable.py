@@ -6,11 +6,13 @@
 import pytest
 import torch
 
-from cupymoe import MoEActivation
+from cupymoe import Gemma4MoEConfig, MoEActivation
 from cupymoe.backends import ExpertsTensors, Kept
 from cupymoe.backends.fused import FusedBackend, plans_at_once
+from cupymoe.kernels import experts_down, experts_up
 from cupymoe.kernels.arch import BUILDS
-from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.cupy_import import import_cupy
+from cupymoe.kernels.expert_stream import regime, shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
 from tests.helpers import laid_out, poison_free_memory, random_biases
@@ -32,6 +34,23 @@ def test_the_numbers_of_tokens_reach_every_regime(build):
     every = {regime(Load.of(pairs, 1, experts), SIZES[2], build) for experts in (1, 64) for pairs in range(1, 5000)}
     assert {regime(load, SIZES[2], build) for load in loads} == every
     assert [plans_at_once(load, build) for load in loads] == [True] * 6 + [False]
+
+
+@pytest.mark.gpu
+@each_build
+@pytest.mark.parametrize("tokens", [1, 64, 128, 512, 1024])
+def test_a_multiprocessor_has_room_for_no_more_blocks_than_the_card_s(tokens, build):
+    """Of Gemma 4's regimes, whose rings fill the card's multiprocessor."""
+    config = Gemma4MoEConfig.gemma4_26b_a4b()
+    chosen = regime(Load.of(tokens, 8, 128), config.moe_intermediate_size, build)
+    shape = shape_of(chosen, torch.bfloat16, torch.int64, config.activation, 128, 2816, 704, 8, arch=build)
+    for source, tile in ((experts_up, shape.up), (experts_down, shape.down)):
+        kernel, _, threads = source._plan(shape, torch.cuda.current_device())
+        shared_bytes = kernel.shared_bytes
+        assert shared_bytes > tile.shared_bytes(chosen.tokens)
+        driver = import_cupy().cuda.driver
+        blocks = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.function, threads, shared_bytes)
+        assert blocks == tile.blocks_per_sm
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
-from cupymoe.kernels.arch import ARCHITECTURES, HOPPER
+from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, HOPPER
 from cupymoe.kernels.expert_tiles import CUTS, down_back_cut, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
@@ -218,6 +218,28 @@ def test_only_hopper_and_newer_begin_before_the_kernel_before(monkeypatch, capab
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     jit._kernel.__wrapped__(Variant("route", ()), "route", 0, 0, True, 0)
     assert made == [("route", 0, dependent, 0)]
+
+
+@pytest.mark.parametrize(
+    ("build", "used", "asked"),
+    [
+        (None, 20480, 20480),
+        (BUILDS["sm_86"], 99 * 1024 - 512, 227 * 1024 - 512),
+        (BUILDS["sm_120"], 49 * 1024 - 512, 113 * 1024 - 512),
+        (BUILDS["sm_80"], 163 * 1024 - 512, 227 * 1024 - 512),
+    ],
+)
+def test_a_build_asks_for_its_card_s_share_of_a_multiprocessor(monkeypatch, build, used, asked):
+    made = []
+    function = SimpleNamespace(shared_size_bytes=512)
+    monkeypatch.setattr(jit, "_load", lambda *_: SimpleNamespace(get_function=lambda entry: function))
+    monkeypatch.setattr(jit, "Kernel", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(
+        jit, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(Device=lambda device: nullcontext()))
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    jit._kernel.__wrapped__(Variant("route", ()), "route", 0, used, False, 0, build)
+    assert made == [(function, asked, False, 0)]
 
 
 def test_missing_defines_are_named():
