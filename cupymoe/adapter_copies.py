@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cupymoe.backends.adapters import new_packed, pack_into, takes_as_it_is
 from cupymoe.checks import check_module
 from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.pack_adapter import Copy
 from cupymoe.lora import LowRank, is_packed, packed_shapes
 from cupymoe.ops.register import on_device_of
 
@@ -169,11 +170,13 @@ class AdapterCopy:
         self._keep(1, b_shape, weight, [(view.b, view.scaling) for view in views])
         ends = [*accumulate(ranks[:-1]), None]  # the last one's zeros fill the rest
         of_a, of_b = self._factors
+        copies: list[Copy] = []
         for view, start, end in zip(views, [0, *ends[:-1]], ends, strict=True):
             if of_a is not None:
-                pack_into(of_a[:, start:end], view.a, 1.0)
+                copies.append(Copy(view.a, of_a[:, start:end]))
             if of_b is not None:
-                pack_into(of_b[..., start:end], view.b, view.scaling)
+                copies.append(Copy(view.b, of_b[..., start:end], view.scaling))
+        pack_into(copies)
         if weight.is_cuda:
             stream = torch.cuda.current_stream()
             self._packing, self._streams = stream.record_event(), {stream.cuda_stream: stream}

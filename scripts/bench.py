@@ -4,7 +4,8 @@
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
 are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
-``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token.
+``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token, and
+how long the calls of a training step take to return.
 ``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers' and a floor.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
 ``portable``: the whole call by other cards' builds of the kernels, beside this card's own.
@@ -30,7 +31,7 @@ from bench_portable import measure_portable
 from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import free_memory
-from bench_training import measure_training
+from bench_training import measure_host, measure_training
 from readme_table import (
     Report,
     experts_table,
@@ -44,6 +45,7 @@ from readme_table import (
     portable_table,
     skewed_table,
     stages_table,
+    training_host_table,
     training_table,
     ways_table,
 )
@@ -183,8 +185,8 @@ def main(
         tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
     if regime in ("host", "all"):
         bench = Bench(config, device, imported, installed)
-        report = keep("host", bench.host(), bench.failures)
-        tables += [host_table(report), first_call_table(report)]
+        report = keep("host", {**bench.host(), "training": measure_host(bench)}, bench.failures)
+        tables += [host_table(report), training_host_table(report), first_call_table(report)]
         del bench
         free_memory()
     if regime in ("lora", "all"):

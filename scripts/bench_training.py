@@ -3,13 +3,23 @@
 A step is a forward and a backward, eager: autograd's own work on the host is part of it. All three modes ask for the
 gradients of hidden states and routing weights: ``frozen`` for no others, ``full`` for those of both weights too,
 ``lora`` for those of adapters on both weights, float32 as PEFT keeps them, while the weights are frozen.
+
+In training one layer follows the other, and the host issues the work of a layer while the GPU still computes the one
+before. So the contenders take turns in blocks of steps, and nothing waits for the GPU within a block. Each step is
+timed from the end of the one before, by the GPU's own events: where the host is slower than the GPU, its gaps are in
+the times. The first step of a block is another thing, ``"alone"``: it finds an idle GPU, and a host whose caches are
+full of another contender's work, so that the time until the first kernel begins counts in full.
+
+``bench.py --regime host`` times the host's own share: how long the calls of forward and backward take to return.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import torch
@@ -23,7 +33,10 @@ from cupymoe.verification.transformers_peer import experts_of
 
 TOKENS = (1024, 4096, 8192, 16384)
 MODES = ("full", "frozen", "lora")
-STEPS, WARM_UP_STEPS = 25, 3
+HOST_TOKENS = 4096
+HOST_MODES = ("frozen", "lora")
+BLOCKS, WARM_UP_BLOCKS = 20, 1
+STEPS_OF_BLOCK = 6
 ORACLE_TOKENS, ORACLE_EXPERTS = 64, 2
 """Whose gradients are compared with float64: those of some tokens, and of some experts' weights or adapters."""
 ERROR_LIMIT = 0.008
@@ -34,6 +47,8 @@ _NO_BIASES = (None, None)
 
 Tensors = dict[str, torch.Tensor]
 Forward = Callable[[], torch.Tensor]
+Mark = TypeVar("Mark")
+"""A moment: an event of the GPU's, or the host's clock."""
 
 
 def floor_ms(config: Gemma4MoEConfig, tokens: int, mode: str) -> float:
@@ -189,51 +204,88 @@ class Oracle(NamedTuple):
         return found
 
 
-class Sample(NamedTuple):
-    """One step's milliseconds and megabytes."""
+def run_block(way: Way, grad: torch.Tensor, mark: Callable[[], Mark]) -> list[Mark]:
+    """Steps in a row on a GPU that is idle at first: the moments before the first, and after each forward and backward.
 
-    forward: float
-    backward: float
-    step: float
+    What a step returns is freed before the next one, which takes the memory again: no step allocates more than another.
+    """
+    torch.cuda.synchronize()
+    marks = [mark()]
+    for _ in range(STEPS_OF_BLOCK):
+        output = way.forward()
+        marks.append(mark())
+        way.gradients(output, grad)
+        del output
+        marks.append(mark())
+    torch.cuda.synchronize()
+    return marks
+
+
+def time_blocks(
+    step: Step, grad: torch.Tensor, mark: Callable[[], Mark], between: Callable[[Mark, Mark], float]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By contender percentiles of ``"forward"``, ``"backward"`` and ``"step"``, of all steps but the first of a block,
+    and of that one as ``"alone"``. The contenders take turns.
+
+    Args:
+        step: the contenders.
+        grad: of the output.
+        mark: says what the moment is.
+        between: how long it is from one moment to another.
+    """
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in ("forward", "backward", "step", "alone")} for name in step._fields
+    }
+    for block in range(WARM_UP_BLOCKS + BLOCKS):
+        for name, way in step._asdict().items():
+            marks = run_block(way, grad, mark)
+            if block < WARM_UP_BLOCKS:
+                continue
+            times = [between(*pair) for pair in pairwise(marks)]
+            steps = [between(*pair) for pair in pairwise(marks[::2])]
+            each = samples[name]
+            each["forward"] += times[2::2]
+            each["backward"] += times[3::2]
+            each["step"] += steps[1:]
+            each["alone"].append(steps[0])
+    return {name: {part: percentiles(times) for part, times in each.items()} for name, each in samples.items()}
+
+
+def recorded_event() -> torch.cuda.Event:
+    """The moment at which the GPU has done what was issued so far."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class Memory(NamedTuple):
+    """Of one step, in megabytes."""
+
     kept_mb: float
     """Allocated by the forward and not freed before the backward, without the output."""
     peak_mb: float
     """The most that was allocated at a time, beside what was there before."""
 
 
-def measure_step(way: Way, grad: torch.Tensor) -> Sample:
-    """Of one step on an idle GPU."""
+def measure_memory(way: Way, grad: torch.Tensor) -> Memory:
+    """Of a step by itself, on an idle GPU: reading the counters would keep the host from running ahead in a block."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    start.record()
     output = way.forward()
-    middle.record()
     kept = torch.cuda.memory_allocated() - before - output.nbytes
     way.gradients(output, grad)
-    end.record()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    times = start.elapsed_time(middle), middle.elapsed_time(end), start.elapsed_time(end)
-    return Sample(*times, round(kept / 1e6, 1), round(peak / 1e6, 1))
+    return Memory(round(kept / 1e6, 1), round((torch.cuda.max_memory_allocated() - before) / 1e6, 1))
 
 
-def time_steps(step: Step, grad: torch.Tensor) -> dict[str, Any]:
-    """A row's ``"ms"``, ``"kept_mb"`` and ``"peak_mb"``; the contenders take turns."""
-    ways = step._asdict()
-    samples: dict[str, list[Sample]] = {name: [] for name in ways}
-    for _ in range(WARM_UP_STEPS + STEPS):
-        for name, way in ways.items():
-            samples[name].append(measure_step(way, grad))
-    parts = ("forward", "backward", "step")
+def measure_step(step: Step, grad: torch.Tensor) -> dict[str, Any]:
+    """A row's ``"ms"``, ``"kept_mb"`` and ``"peak_mb"``."""
+    ms = time_blocks(step, grad, recorded_event, torch.cuda.Event.elapsed_time)
+    memory = {name: measure_memory(way, grad) for name, way in step._asdict().items()}
     return {
-        "ms": {
-            name: {part: percentiles([getattr(sample, part) for sample in each[WARM_UP_STEPS:]]) for part in parts}
-            for name, each in samples.items()
-        },
-        "kept_mb": {name: each[-1].kept_mb for name, each in samples.items()},
-        "peak_mb": {name: each[-1].peak_mb for name, each in samples.items()},
+        "ms": ms,
+        **{key: {name: getattr(each, key) for name, each in memory.items()} for key in Memory._fields},
     }
 
 
@@ -250,11 +302,16 @@ def wrong(error: dict[str, dict[str, float]], tokens: int, mode: str) -> list[st
     return lines
 
 
+def differentiable_layers(bench: Any) -> list[Layer]:
+    """The first layer of a ``bench_experts.Bench``, whose own are inference tensors."""
+    return [type(layer)(*(weight.clone() for weight in layer)) for layer in bench.layers[:1]]
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def measure_rows(bench: Any) -> list[dict[str, Any]]:
     """One for each number of tokens and mode."""
-    layers = [type(layer)(*(weight.clone() for weight in layer)) for layer in bench.layers[:1]]
+    layers = differentiable_layers(bench)
     rows = []
     for tokens in TOKENS:
         case = make_cases(bench.config, layers, tokens)[0]
@@ -266,8 +323,10 @@ def measure_rows(bench: Any) -> list[dict[str, Any]]:
             error = {name: oracle.errors(way.gradients(way.forward(), grad)) for name, way in step._asdict().items()}
             bench.failures += wrong(error, tokens, mode)
             floor = float(f"{floor_ms(bench.config, tokens, mode):.5g}")
-            row = {"tokens": tokens, "mode": mode, "floor_ms": floor, **time_steps(step, grad), "error": error}
-            medians = ", ".join(f"{name} {ms['step']['p50']:.3f}" for name, ms in row["ms"].items())
+            row = {"tokens": tokens, "mode": mode, "floor_ms": floor, **measure_step(step, grad), "error": error}
+            medians = ", ".join(
+                f"{name} {ms['step']['p50']:.3f} (alone {ms['alone']['p50']:.3f})" for name, ms in row["ms"].items()
+            )
             click.echo(f"T={tokens}, {mode}: floor {floor:.3f}, {medians} ms")
             rows.append(row)
             del adapters, step, oracle
@@ -279,3 +338,24 @@ def measure_training(bench: Any) -> dict[str, Any]:
     """What ``training.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
     ceilings = bench.ceilings()
     return {"ceilings": ceilings._asdict(), "floor": FLOOR._asdict(), "rank": RANK, "rows": measure_rows(bench)}
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def measure_host(bench: Any) -> list[dict[str, Any]]:
+    """The ``"training"`` of ``host.json``: microseconds until the calls of forward and backward return, by mode.
+
+    In a block, so that the host's caches are warm and the GPU is never waited for; with ``"alone"`` as in the rows of
+    ``training.json``.
+    """
+    case = make_cases(bench.config, differentiable_layers(bench), HOST_TOKENS)[0]
+    grad = torch.randn_like(case.inputs.hidden_states)
+    rows = []
+    for mode in HOST_MODES:
+        adapters = Adapters.of(case.weights, torch.float32) if mode == "lora" else None
+        step = Step.of(case, bench.config, adapters, mode)
+        us = time_blocks(step, grad, time.perf_counter, lambda start, end: (end - start) * 1e6)
+        rows.append({"mode": mode, "tokens": HOST_TOKENS, "us": us})
+        del adapters, step
+        free_memory()
+    return rows

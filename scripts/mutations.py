@@ -331,11 +331,11 @@ MUTATIONS = (
     cuda(
         "a barrier dropped: a tile read before it is filled",
         "pack_adapter.cu",
-        "    __syncthreads();\n",
+        "        __syncthreads();\n",
         "",
         PACK,
-        defines=("EXPERTS=32",),
     ),
+    cuda("copies that begin late", "pack_adapter.cu", "copies.of[which++].tiles", "copies.of[++which].tiles", PACK),
     cuda("the scaling of an adapter left out", "pack_adapter.cu", "mul_rn(scale, values[i])", "values[i]", PACK),
     cuda(
         "the scaling of a gradient left out",

@@ -214,8 +214,8 @@ def lora_table(report: Report) -> str:
 
 
 def training_table(report: Report) -> str:
-    """The table of ``training.json``: medians in milliseconds, ours over the floor and the peer's over ours, megabytes
-    kept for the backward and at the peak, and the worst error.
+    """The table of ``training.json``: medians in milliseconds of steps that follow each other, ours over the floor and
+    the peer's over ours, megabytes kept for the backward and at the peak, and the worst error.
     """
     names = ("cupymoe", "grouped_mm")
     rows = []
@@ -237,6 +237,21 @@ def training_table(report: Report) -> str:
     columns = [f"{name} {what}" for what in ("kept MB", "peak MB", "error") for name in names]
     return markdown(
         ["tokens", "mode", "floor ms", "cupymoe ms (x floor)", "forward", "backward", "grouped_mm ms", *columns], rows
+    )
+
+
+def training_host_table(report: Report) -> str:
+    """The table of ``"training"`` in ``host.json``: medians of the microseconds until a call of forward or backward
+    returns, where steps follow each other, and those of a step on an idle GPU with other work's caches.
+    """
+    parts = ("forward", "backward", "step", "alone")
+    return markdown(
+        ["step", "tokens", "mode", *(f"{part} us" for part in parts)],
+        [
+            [name, str(row["tokens"]), row["mode"], *(f"{us[part]['p50']:.0f}" for part in parts)]
+            for row in report["training"]
+            for name, us in row["us"].items()
+        ],
     )
 
 

@@ -37,7 +37,7 @@ from cupymoe.kernels.grouped_linear import grouped_linear
 from cupymoe.kernels.grouped_outer import grouped_outer
 from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
-from cupymoe.kernels.pack_adapter import pack_adapter
+from cupymoe.kernels.pack_adapter import Copy, pack_adapter
 from cupymoe.kernels.router_logits import router_logits
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.ops import experts_call
@@ -300,9 +300,9 @@ def run_packed_factors() -> None:
         for source in (memory.permute(2, 0, 1).contiguous(), memory.permute(2, 0, 1)):
             for dtype in (torch.bfloat16, torch.float32):
                 output = torch.full((33, rows + 3, columns + 6), torch.nan, device="cuda", dtype=dtype)
-                pack_adapter(source.cuda(), output, 1.5)
+                pack_adapter([Copy(source.cuda(), output, 1.5)])
                 back = torch.empty(rows, columns, 33, device="cuda").permute(2, 0, 1)
-                pack_adapter(output[:, :rows, :columns], back)
+                pack_adapter([Copy(output[:, :rows, :columns], back)])
                 expected = (1.5 * source).to(dtype)
                 assert torch.equal(output[:, :rows, :columns].cpu(), expected), f"{dtype}, {rows} by {columns}"
                 assert torch.equal(back.cpu(), expected.float()), f"{dtype}, {rows} by {columns}, back"

@@ -106,7 +106,9 @@ class KernelRows(ExpertRows):
 
     def packed(self, adapter: LowRank, weight: torch.Tensor) -> Packed:
         """See :class:`ExpertRows`."""
-        return packed(adapter, weight)
+        (found,) = packed([adapter], [weight])
+        assert found is not None
+        return found
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """See :class:`ExpertRows`."""

@@ -14,18 +14,13 @@ from cupymoe.backends.adapters import adapters_of, new_gradient, packed
 from cupymoe.kernels.expert_tiles import AdapterStep
 from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
-from cupymoe.kernels.pack_adapter import pack_adapter
 from cupymoe.kernels.sort_by_expert import SortedPairs
 from cupymoe.lora import LowRank, Packed, padded_rank
 
 
 def packed_adapters(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Packed | None, Packed | None]:
     """Those of gate_up_proj and down_proj, as the kernels take them."""
-    weights = tensors.gate_up_proj, tensors.down_proj
-    gate_up, down = (
-        None if adapter is None else packed(adapter, weight)
-        for adapter, weight in zip(adapters_of(call, tensors), weights, strict=True)
-    )
+    gate_up, down = packed(adapters_of(call, tensors), (tensors.gate_up_proj, tensors.down_proj))
     return gate_up, down
 
 
@@ -73,7 +68,8 @@ def gradients_of(
     *,
     rows_gathered: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of ``a`` and ``b`` as they were given, in their dtypes and layouts; None where not needed.
+    """Gradients of ``a`` and ``b`` as they were given, in their dtypes, stored as by ``new_gradient``; None where not
+    needed.
 
     Args:
         adapter: of a projection. A product with its ``b`` is scaled, and one with its ``a`` is not.
@@ -88,20 +84,13 @@ def gradients_of(
     of_a = of_b = None
     tokens_of_rows, tokens_of_grad = (pairs.token_of_slot, None) if rows_gathered else (None, pairs.token_of_slot)
     if needed[0] and back is not None:
-        of_a, stored = new_gradient(adapter.given.a)
-        lora_outer(back.low, rows, pairs.expert_offsets, stored, tokens_of_rows)
-        _move(stored, of_a)
+        of_a = new_gradient(adapter.given.a)
+        lora_outer(back.low, rows, pairs.expert_offsets, of_a, tokens_of_rows)
     if needed[1]:
         weights = None if rows_gathered else pairs.weight_of_slot  # of what was kept; those of rows are in them already
         if low is None:
             low, weights = lora_shrink(rows, adapter.a, pairs.expert_offsets, tokens_of_rows), None
-        of_b, stored = new_gradient(adapter.given.b)
-        output, scaling = stored.transpose(1, 2), adapter.given.scaling
+        of_b = new_gradient(adapter.given.b)
+        output, scaling = of_b.transpose(1, 2), adapter.given.scaling
         lora_outer(low, grad, pairs.expert_offsets, output, tokens_of_grad, weights, scaling)
-        _move(stored, of_b)
     return of_a, of_b
-
-
-def _move(stored: torch.Tensor, gradient: torch.Tensor) -> None:
-    if stored is not gradient:
-        pack_adapter(stored, gradient)

@@ -5,9 +5,9 @@
                                                  -> experts_outer, twice                       the weights
                                                  -> lora_outer, four times [-> pack_adapter]   adapters
 
-All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes first, and ``lora_shrink`` before each
-product with it. Biases' gradients are sums over gathered rows, by another backend's products. What is not asked for is
-not computed, but that experts_down_back is made for any gradient behind the down projection.
+All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes after the sort, and ``lora_shrink``
+before each product with it. Biases' gradients are sums over gathered rows, by another backend's products. What is not
+asked for is not computed, but that experts_down_back is made for any gradient behind the down projection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
-from cupymoe.backends.adapters import adapters_of
+from cupymoe.backends.adapters import adapters_of, lay_out_gradients
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, rank_of, step, step_back
 from cupymoe.kernels.combine import combine
@@ -151,6 +151,7 @@ def backward(
             (of_up_a, of_up_b),
             rows_gathered=True,
         )
+    lay_out_gradients(grads, tensors)  # before the largest allocation, too
     if of_up_bias:
         ones = grad_gate_up.new_ones((len(grad_gate_up), 1))
         grads["gate_up_bias"] = _rows(call, tensors).sums(grad_gate_up, ones, call.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -25,74 +27,106 @@ class Tiling(NamedTuple):
     output_experts_innermost: bool = False
 
 
-TILINGS = WIDE, NARROW, FROM_INNERMOST, TO_INNERMOST = (
+WIDE, NARROW, FROM_INNERMOST, TO_INNERMOST = (
     Tiling(1, 16, 128),
     Tiling(1, 128, 16),
     Tiling(32, 8, 16, source_experts_innermost=True),
     Tiling(32, 8, 16, output_experts_innermost=True),
 )
+_TILINGS = {"WIDE": WIDE, "NARROW": NARROW, "FROM_INNERMOST": FROM_INNERMOST, "TO_INNERMOST": TO_INNERMOST}
+_INDEX_OF = {tiling: index for index, tiling in enumerate(_TILINGS.values())}
+_COPIES = 4
+"""Of a launch: both factors of both weights' adapters."""
+_WORDS_OF_COPY = 16
 
 
-def variant(source_dtype: torch.dtype, output_dtype: torch.dtype, tiling: Tiling) -> Variant:
+class Copy(NamedTuple):
+    """``output = scale * source``, with zeros where ``output`` is larger."""
+
+    source: torch.Tensor
+    """``[E, m, n]``, bfloat16, float16 or float32, any strides."""
+    output: torch.Tensor
+    """``[E, M, N]`` with M >= m and N >= n, any of these dtypes, any strides without overlap."""
+    scale: float = 1.0
+    """Used in float32."""
+
+
+def variant(source_dtype: torch.dtype, output_dtype: torch.dtype) -> Variant:
     """The compilation for two dtypes; it serves every size and all strides."""
     return Variant(
         "pack_adapter",
         (
             f"IN_SCALAR={SCALARS[source_dtype]}",
             f"OUT_SCALAR={SCALARS[output_dtype]}",
-            f"EXPERTS={tiling.experts}",
-            f"ROWS={tiling.rows}",
-            f"COLUMNS={tiling.columns}",
-            f"SOURCE_EXPERTS_INNERMOST={int(tiling.source_experts_innermost)}",
-            f"OUTPUT_EXPERTS_INNERMOST={int(tiling.output_experts_innermost)}",
+            f"COPIES={_COPIES}",
+            *(f"{name}={','.join(str(int(part)) for part in tiling)}" for name, tiling in _TILINGS.items()),
             f"BLOCK_THREADS={_THREADS}",
         ),
     )
 
 
 @functools.cache
-def _kernel(source_dtype: torch.dtype, output_dtype: torch.dtype, tiling: Tiling, device: int) -> Kernel:
-    return kernel(variant(source_dtype, output_dtype, tiling), "pack_adapter", device, dependent=True)
+def _kernel(source_dtype: torch.dtype, output_dtype: torch.dtype, device: int) -> Kernel:
+    return kernel(variant(source_dtype, output_dtype), "pack_adapter", device, dependent=True)
 
 
 def has_experts_innermost(factor: torch.Tensor) -> bool:
     """Whether the elements of ``[E, M, N]`` that lie together are those of different experts, as in PEFT's B."""
-    return factor.stride(0) == 1 and factor.stride(2) != 1
+    return _are_experts_innermost(factor.stride())
 
 
-def pack_adapter(source: torch.Tensor, output: torch.Tensor, scale: float = 1.0) -> None:
-    """``output = scale * source``, computed in float32 and rounded once, with zeros where ``output`` is larger.
+def _are_experts_innermost(strides: tuple[int, ...]) -> bool:
+    return strides[0] == 1 and strides[2] != 1
 
-    Args:
-        source: ``[E, m, n]``, bfloat16, float16 or float32, any strides.
-        output: ``[E, M, N]`` with M >= m and N >= n, any of these dtypes, any strides without overlap.
-        scale: used in float32.
-    """
-    if output.numel() == 0:
-        return
-    from_innermost, to_innermost = has_experts_innermost(source), has_experts_innermost(output)
-    side = source if to_innermost else output
-    if side.stride(1) < side.stride(2):  # columns are what lies together
-        source, output = source.transpose(1, 2), output.transpose(1, 2)
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    source_shape: torch.Size, source_strides: tuple[int, ...], shape: torch.Size, strides: tuple[int, ...]
+) -> tuple[int, ...]:
+    """How many tiles a copy has, which tiling, and what else the kernel is told of its sizes and strides."""
+    to_innermost = _are_experts_innermost(strides)
+    side = source_strides if to_innermost else strides
+    order = (0, 2, 1) if side[1] < side[2] else (0, 1, 2)  # columns are what lies together
+    (experts, source_rows, source_columns), (_, rows, columns) = (
+        [size[dimension] for dimension in order] for size in (source_shape, shape)
+    )
     if to_innermost:
         tiling = TO_INNERMOST
-    elif from_innermost:
+    elif _are_experts_innermost(source_strides):
         tiling = FROM_INNERMOST
     else:
-        tiling = WIDE if output.shape[2] >= WIDE.columns else NARROW
-    experts, rows, columns = output.shape
-    tiles = -(-experts // tiling.experts) * -(-rows // tiling.rows) * -(-columns // tiling.columns)
-    device = output.get_device()
-    _kernel(source.dtype, output.dtype, tiling, device)(
-        (tiles, 1),
-        _THREADS,
-        current_stream(device),
-        source.data_ptr(),
-        output.data_ptr(),
-        word_of(scale),
-        *source.shape,
+        tiling = WIDE if columns >= WIDE.columns else NARROW
+    return (
+        -(-experts // tiling.experts) * -(-rows // tiling.rows) * -(-columns // tiling.columns),
+        _INDEX_OF[tiling],
+        experts,
+        source_rows,
+        source_columns,
         rows,
         columns,
-        *source.stride(),
-        *output.stride(),
+        *(source_strides[dimension] for dimension in order),
+        *(strides[dimension] for dimension in order),
     )
+
+
+def pack_adapter(copies: Sequence[Copy]) -> None:
+    """Make the copies, each computed in float32 and rounded once: up to four of neighbours of the same dtypes by one
+    launch. None reads what another writes."""
+    todo = (copy for copy in copies if copy.output.numel())
+    for (source_dtype, output_dtype), same in groupby(todo, lambda copy: (copy.source.dtype, copy.output.dtype)):
+        group = [*same]
+        for first in range(0, len(group), _COPIES):
+            _launch(source_dtype, output_dtype, group[first : first + _COPIES])
+
+
+def _launch(source_dtype: torch.dtype, output_dtype: torch.dtype, copies: Sequence[Copy]) -> None:
+    words: list[int] = []
+    tiles = 0
+    for source, output, scale in copies:
+        geometry = _geometry(source.shape, source.stride(), output.shape, output.stride())
+        words += source.data_ptr(), output.data_ptr(), word_of(scale)
+        words += geometry
+        tiles += geometry[0]
+    words += [0] * (_COPIES * _WORDS_OF_COPY - len(words))
+    device = copies[0].output.get_device()
+    _kernel(source_dtype, output_dtype, device)((tiles, 1), _THREADS, current_stream(device), *words)

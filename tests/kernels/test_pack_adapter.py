@@ -1,14 +1,16 @@
 """pack_adapter.cu, bit for bit, against what torch copies, casts and scales."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import pad
 
 from cupymoe import LowRank
-from cupymoe.backends.adapters import new_gradient, packed
-from cupymoe.kernels.pack_adapter import pack_adapter
+from cupymoe.backends.adapters import lay_out_gradients, new_gradient, packed
+from cupymoe.kernels import pack_adapter as pack_adapter_module
+from cupymoe.kernels.pack_adapter import Copy, pack_adapter
 from tests.helpers import poison_free_memory, transposed
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +43,7 @@ def test_any_order_into_any_other(source_order, output_order):
         padded = size[0], size[1] + padding[0], size[2] + padding[1]
         source = random_source(size, source_order, torch.float32)
         output = laid_out(padded, output_order, torch.bfloat16).fill_(torch.nan)
-        pack_adapter(source, output, -0.3)
+        pack_adapter([Copy(source, output, -0.3)])
         assert torch.equal(output, expected_of(source, padded, torch.bfloat16, -0.3)), (size, padded)
 
 
@@ -53,7 +55,7 @@ def test_dtypes(source_dtype, output_dtype):
     source[1] *= 3e4
     for scale in (1.0, 2 / 3):
         output = laid_out((40, 30, 16), "in order", output_dtype).fill_(torch.nan)
-        pack_adapter(source, output, scale)
+        pack_adapter([Copy(source, output, scale)])
         assert torch.equal(output, expected_of(source, output.shape, output_dtype, scale))
 
 
@@ -63,11 +65,26 @@ def test_a_part_of_a_larger_tensor():
     source = whole[1:7, ::2, 3:40:5]
     source.copy_(torch.randn(source.shape, device="cuda"))
     outputs = torch.full((6, 50, 90), 7.0, device="cuda")
-    pack_adapter(source, outputs[:, 10:40:1, ::3][:, :25], 2.0)
+    pack_adapter([Copy(source, outputs[:, 10:40:1, ::3][:, :25], 2.0)])
     changed = outputs.clone()
     assert torch.equal(changed[:, 10:35, ::3], expected_of(source, (6, 25, 30), torch.float32, 2.0))
     changed[:, 10:35, ::3] = 7.0
     assert bool((changed == 7.0).all())
+
+
+def test_copies_of_every_kind_at_once():
+    """More than a launch holds, by every tiling, an empty one and those of other dtypes among them."""
+    copies = []
+    for size, source_order, output_order in product(SIZES, ORDERS, ORDERS):
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + (source_order == output_order)]:
+            source = random_source(size, source_order, dtype)
+            output = laid_out((size[0], size[1] + 3, size[2] + 9), output_order, torch.bfloat16).fill_(torch.nan)
+            copies.append(Copy(source, output, 1.0 + len(copies)))
+    copies.insert(5, Copy(copies[5].source[:0], copies[5].output[:0]))
+    pack_adapter(copies)
+    for source, output, scale in copies:
+        assert torch.equal(output, expected_of(source, output.shape, torch.bfloat16, scale))
+    pack_adapter([])
 
 
 def peft_adapter(weight, rank, dtype, scaling):
@@ -87,7 +104,7 @@ def test_adapters_are_packed_as_by_torch(rank, is_transposed):
         for dtype in (torch.float32, torch.bfloat16):
             adapter = peft_adapter(weight, rank, dtype, 1.5)
             poison_free_memory()
-            found, expected = packed(adapter, weight), adapter.packed(weight)
+            (found,), expected = packed([adapter], [weight]), adapter.packed(weight)
             for ours, theirs in zip(found[:2], expected[:2], strict=True):
                 assert ours.dtype == torch.bfloat16
                 strides = zip(ours.stride(), theirs.stride(), ours.shape, strict=True)
@@ -95,21 +112,43 @@ def test_adapters_are_packed_as_by_torch(rank, is_transposed):
                 assert torch.equal(ours, theirs)
 
 
+def test_both_weights_adapters_are_packed_by_one_launch(monkeypatch):
+    launches = []
+    launch = pack_adapter_module._launch
+    monkeypatch.setattr(pack_adapter_module, "_launch", lambda *given: (launches.append(given), launch(*given)))
+    weights = [torch.empty(33, *size, device="cuda", dtype=torch.bfloat16) for size in ((48, 64), (64, 24))]
+    adapters = [
+        peft_adapter(weight, 5, torch.float32, scaling) for weight, scaling in zip(weights, (0.5, 3.0), strict=True)
+    ]
+    poison_free_memory()
+    for adapter, weight, found in zip(adapters, weights, packed(adapters, weights), strict=True):
+        expected = adapter.packed(weight)
+        assert torch.equal(found.a, expected.a)
+        assert torch.equal(found.b, expected.b)
+    assert len(launches) == 1
+    assert packed([None, adapters[1]], weights)[0] is None
+
+
 def test_what_is_packed_already_is_taken_as_it_is():
     weight = torch.empty(4, 48, 64, device="cuda", dtype=torch.bfloat16)
-    once = packed(peft_adapter(weight, 12, torch.float32, 0.5), weight)
-    again = packed(LowRank(once.a, once.b), weight)
+    (once,) = packed([peft_adapter(weight, 12, torch.float32, 0.5)], [weight])
+    again, scaled = packed([LowRank(once.a, once.b), LowRank(once.a, once.b, 2.0)], [weight, weight])
     assert (again.a.data_ptr(), again.b.data_ptr()) == (once.a.data_ptr(), once.b.data_ptr())
-    assert packed(LowRank(once.a, once.b, 2.0), weight).b.data_ptr() != once.b.data_ptr()
+    assert scaled.b.data_ptr() != once.b.data_ptr()
 
 
 def test_gradients_of_factors_are_laid_out_as_they_are():
-    weight = torch.empty(33, 48, 64, device="cuda", dtype=torch.bfloat16)
-    adapter = peft_adapter(weight, 5, torch.float32, 1.0)
-    of_a, stored_a = new_gradient(adapter.a)
-    of_b, stored_b = new_gradient(adapter.b)
-    assert stored_a is of_a
-    assert of_b.stride() == adapter.b.stride()
-    assert stored_b.is_contiguous()
-    pack_adapter(stored_b.normal_(), of_b)
-    assert torch.equal(of_b, stored_b)
+    sizes = {"gate_up": (33, 48, 64), "down": (33, 64, 24)}
+    adapters = {
+        name: peft_adapter(torch.empty(size, device="cuda", dtype=torch.bfloat16), 5, torch.float32, 1.0)
+        for name, size in sizes.items()
+    }
+    factors = {f"{name}_{part}": getattr(adapter, part) for name, adapter in adapters.items() for part in "ab"}
+    stored = {name: new_gradient(factor).normal_() for name, factor in factors.items()}
+    found = {**stored, "hidden_states": None}
+    lay_out_gradients(found, SimpleNamespace(**factors))
+    for name, factor in factors.items():
+        assert found[name].stride() == factor.stride()
+        assert torch.equal(found[name], stored[name])
+        assert (found[name] is stored[name]) == name.endswith("_a")
+        assert stored[name].is_contiguous()

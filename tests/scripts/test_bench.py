@@ -1,5 +1,6 @@
 """bench.py without a GPU: what it refuses, and that a peer's function gets what the experts are given."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -139,7 +140,7 @@ def test_errors_of_gradients_are_judged(built, monkeypatch):
     import bench_training
 
     monkeypatch.setattr(bench_training, "TOKENS", (70,))
-    monkeypatch.setattr(bench_training, "time_steps", lambda step, grad: {"ms": {}})
+    monkeypatch.setattr(bench_training, "measure_step", lambda step, grad: {"ms": {}})
     found = bench_training.measure_rows(built)
     assert built.failures == []
     assert [row["mode"] for row in found] == ["full", "frozen", "lora"]
@@ -177,40 +178,115 @@ def test_the_floor_of_a_training_step(tokens):
     assert found == list(FLOORS[tokens])
 
 
-def test_a_training_step_s_times_and_memory(built, peers, monkeypatch):
-    """Against counters of a GPU that this machine may not have: the output is not kept, warm-up is not timed."""
+class Clock:
+    """Stands for the GPU's: each event is a moment later, and one after a synchronisation another ten, as the first of
+    a block is."""
+
+    def __init__(self, monkeypatch):
+        clock = self
+        self.now, self.synchronisations, self.is_idle = 0, 0, False
+
+        class Event:
+            def __init__(self, **_):
+                pass
+
+            def record(self):
+                clock.now += 1
+                self.at = clock.now
+                clock.now += 10 * clock.is_idle
+                clock.is_idle = False
+
+            def elapsed_time(self, other):
+                return float(other.at - self.at)
+
+        def synchronize():
+            self.synchronisations += 1
+            self.is_idle = True
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+@pytest.fixture
+def training_step(built, peers):
     pytest.importorskip("transformers")
     import bench_training
 
-    class Event:
-        def __init__(self, **_):
-            pass
+    case = peers.make_cases(CONFIG, built.layers, 70)[0]
+    return bench_training.Step.of(case, CONFIG, None, "full"), torch.randn_like(case.inputs.hidden_states)
 
-        def record(self):
-            clock.append(clock[-1] + 1)
-            self.at = clock[-1]
 
-        def elapsed_time(self, other):
-            return float(other.at - self.at)
+def test_training_steps_follow_each_other_in_blocks(training_step, monkeypatch):
+    """Nothing waits for the GPU within one; its first step is told by itself; the contenders take turns."""
+    import bench_training
 
-    clock, allocated = [0], iter([0, 1_000_000 + 70 * 32 * 2] * 200)
+    clock = Clock(monkeypatch)
+    step, grad = training_step
+    calls, alive = [], []
+
+    def spied(name, way):
+        def forward():
+            assert all(output() is None for output in alive)  # what a step gave is freed before the next one
+            output = way.forward()
+            alive[:] = [weakref.ref(output)]
+            calls.append((name, clock.synchronisations))
+            return output
+
+        return way._replace(forward=forward)
+
+    step = bench_training.Step(*(spied(name, way) for name, way in step._asdict().items()))
+    monkeypatch.setattr(bench_training, "BLOCKS", 2)
+    found = bench_training.time_blocks(step, grad, bench_training.recorded_event, torch.cuda.Event.elapsed_time)
+    assert [name for name, _ in calls] == ([*["cupymoe"] * 6, *["grouped_mm"] * 6] * 3)
+    assert all(len({at for _, at in calls[start : start + 6]}) == 1 for start in range(0, len(calls), 6))
+    assert len({at for _, at in calls}) == 6
+    assert found.keys() == {"cupymoe", "grouped_mm"}
+    for parts in found.values():
+        assert {part: (ms["p20"], ms["p80"]) for part, ms in parts.items()} == {
+            "forward": (1.0, 1.0),
+            "backward": (1.0, 1.0),
+            "step": (2.0, 2.0),
+            "alone": (12.0, 12.0),
+        }
+
+
+def test_a_training_step_s_memory(training_step, monkeypatch):
+    """Against counters of a GPU that this machine may not have: the output is not kept."""
+    import bench_training
+
+    allocated = iter([7_000_000, 8_000_000 + 70 * 32 * 2] * 2)
     for name, value in {
-        "Event": Event,
         "synchronize": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: next(allocated),
-        "max_memory_allocated": lambda: 2_345_678,
+        "max_memory_allocated": lambda: 9_345_678,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    case = peers.make_cases(CONFIG, built.layers, 70)[0]
-    step = bench_training.Step.of(case, CONFIG, None, "full")
-    found = bench_training.time_steps(step, torch.randn_like(case.inputs.hidden_states))
-    names = {"cupymoe", "grouped_mm"}
-    assert {key: found[key].keys() for key in found} == {"ms": names, "kept_mb": names, "peak_mb": names}
-    assert found["kept_mb"]["cupymoe"] == 1.0
-    assert found["peak_mb"]["cupymoe"] == 2.3
-    parts = {part: ms["p50"] for part, ms in found["ms"]["cupymoe"].items()}
-    assert parts == {"forward": 1.0, "backward": 1.0, "step": 2.0}
+    step, grad = training_step
+    monkeypatch.setattr(bench_training, "time_blocks", lambda *_: {"cupymoe": {}, "grouped_mm": {}})
+    assert bench_training.measure_step(step, grad) == {
+        "ms": {"cupymoe": {}, "grouped_mm": {}},
+        "kept_mb": {"cupymoe": 1.0, "grouped_mm": 1.0},
+        "peak_mb": {"cupymoe": 2.3, "grouped_mm": 2.3},
+    }
+
+
+def test_the_host_s_time_of_a_training_step(built, monkeypatch):
+    pytest.importorskip("transformers")
+    import bench_training
+    from readme_table import training_host_table
+
+    Clock(monkeypatch)
+    monkeypatch.setattr(bench_training, "HOST_TOKENS", 70)
+    monkeypatch.setattr(bench_training, "BLOCKS", 1)
+    rows = bench_training.measure_host(built)
+    assert [(row["mode"], row["tokens"]) for row in rows] == [("frozen", 70), ("lora", 70)]
+    for row in rows:
+        assert row["us"].keys() == {"cupymoe", "grouped_mm"}
+        for us in row["us"].values():
+            assert us.keys() == {"forward", "backward", "step", "alone"}
+            assert 0 < us["forward"]["p20"] < us["step"]["p50"] < 1e7
+    assert training_host_table({"training": rows}).count("grouped_mm") == 2
 
 
 @pytest.mark.parametrize(
