@@ -143,13 +143,11 @@ def _never_run(arch: Arch) -> str:
     if arch.capability < (8, 0):
         return f"cupymoe has no kernel for compute capability {capability}: torch computes everything, slowly"
     build = build_of(arch)
-    ran = (
-        "its weight stream" if build is None else f"its weight stream, as build {build} with the features of this one,"
-    )
+    ran = "its weight stream" if build is None else f"its weight stream, as build {build} with what this one has,"
     return (
         f"No kernel was ever run on a card of compute capability {capability}; {ran} was run on a Hopper card. "
-        "`cupymoe verify` checks all of them here. Please report what it prints, right or wrong, with this output as an "
-        'issue "Run on a card".'
+        "`cupymoe verify` checks all of them here. Please report what it prints, right or wrong, with this output, as "
+        'an issue "Run on a card".'
     )
 
 

@@ -1,8 +1,8 @@
 """Other cards' builds on this one, as ``bench.py --regime portable`` times them: beside Hopper's own kernels and peers.
 
 A build is the sources compiled for another architecture, with its features and its shared memory, to PTX that a Hopper
-card takes (``cupymoe.kernels.arch.BUILDS``); its blocks share a multiprocessor as they would on that card. Its time here
-says what the features cost, and nothing of another card's.
+card takes (``cupymoe.kernels.arch.BUILDS``); its blocks share a multiprocessor as they would on that card. Its time
+here says what the features cost, and nothing of another card's.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def measure_portable(bench: Any, tokens: tuple[int, ...] = TOKENS) -> dict[str, 
     """
     if (arch := Arch.of(bench.layers[0].down_proj.device)) != HOPPER:
         raise click.ClickException(
-            f"--regime portable runs other cards' builds on a Hopper card, and this one is {arch.name}: its own kernels "
-            "are timed by --regime experts"
+            f"--regime portable runs other cards' builds on a Hopper card, and this one is {arch.name}: "
+            "--regime experts times its own kernels"
         )
     ceilings = bench.ceilings()
     return {"ceilings": ceilings._asdict(), "floor": FLOOR._asdict(), "rows": measure_rows(bench, tokens)}
