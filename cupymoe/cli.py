@@ -100,6 +100,11 @@ def info() -> None:
     """
     device = _device()
     click.echo(f"device           {_device_name(device)}")
+    if device.type == "cuda":
+        arch = Arch.of(device)
+        capability = ".".join(map(str, arch.capability))
+        shared = f"{arch.shared_bytes_of_block // 1024} KB of shared memory a block"
+        click.echo(f"architecture     {arch.name}, compute capability {capability}, {shared}")
     for name, version in reports.versions().items():
         click.echo(f"{name:16} {version}")
     click.echo(f"nvrtc            {_nvrtc_version()}")
@@ -120,7 +125,7 @@ def info() -> None:
             call = calls["bfloat16"]._replace(num_tokens=tokens)
             taken = serving(call, direction)
             click.echo(f"  {tokens:5} tokens, {direction:8} {taken.name}: {taken.way(call, direction)}")
-    if device.type == "cuda" and (arch := Arch.of(device)) != HOPPER:
+    if device.type == "cuda" and arch != HOPPER:
         click.echo(f"\n{_never_run(arch)}")
     click.echo("\nCUDA sources")
     for name in cuda_sources.names():
@@ -138,10 +143,11 @@ def _never_run(arch: Arch) -> str:
     if arch.capability < (8, 0):
         return f"cupymoe has no kernel for compute capability {capability}: torch computes everything, slowly"
     build = build_of(arch)
-    ran = "its weight stream was, on Hopper" if build is None else f"its build {build} was, on Hopper"
+    ran = "its weight stream" if build is None else f"its weight stream, as build {build} with what this one has,"
     return (
-        f"No kernel was ever run on a card of compute capability {capability}; {ran}. `cupymoe verify` checks "
-        "them here, and its output is welcome as an issue."
+        f"No kernel was ever run on a card of compute capability {capability}; {ran} was run on a Hopper card. "
+        "`cupymoe verify` checks all of them here. Please report what it prints, right or wrong, with this output, as "
+        'an issue "Run on a card".'
     )
 
 

@@ -1,7 +1,8 @@
 """Other cards' builds on this one, as ``bench.py --regime portable`` times them: beside Hopper's own kernels and peers.
 
 A build is the sources compiled for another architecture, with its features and its shared memory, to PTX that a Hopper
-card takes (``cupymoe.kernels.arch.BUILDS``). Its time here says what the features cost, and nothing of another card's.
+card takes (``cupymoe.kernels.arch.BUILDS``); its blocks share a multiprocessor as they would on that card. Its time
+here says what the features cost, and nothing of another card's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bench_timing import FLOOR, free_memory, time_in_turn
 from cupymoe import Gemma4MoEConfig
 from cupymoe.backends import ExpertsTensors
 from cupymoe.backends.fused import FusedBackend
-from cupymoe.kernels.arch import BUILDS
+from cupymoe.kernels.arch import BUILDS, HOPPER, Arch
 from cupymoe.ops import experts_call
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -66,6 +67,15 @@ def measure_rows(bench: Any, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def measure_portable(bench: Any, tokens: tuple[int, ...] = TOKENS) -> dict[str, Any]:
-    """What ``portable.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
+    """What ``portable.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong.
+
+    Raises:
+        click.ClickException: the card is not Hopper's, and runs the kernels of one architecture, its own.
+    """
+    if (arch := Arch.of(bench.layers[0].down_proj.device)) != HOPPER:
+        raise click.ClickException(
+            f"--regime portable runs other cards' builds on a Hopper card, and this one is {arch.name}: "
+            "--regime experts times its own kernels"
+        )
     ceilings = bench.ceilings()
     return {"ceilings": ceilings._asdict(), "floor": FLOOR._asdict(), "rows": measure_rows(bench, tokens)}

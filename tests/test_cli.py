@@ -105,6 +105,25 @@ def test_info_compiles_what_a_gpu_is_served_with(monkeypatch):
     assert compiled == [name for name in cuda_sources.names() if name not in catalog.HOPPER_ONLY]
 
 
+@pytest.mark.parametrize(
+    ("capability", "architecture", "said"),
+    [
+        ((7, 5), "sm_75, compute capability 7.5, 48 KB", "cupymoe has no kernel for compute capability 7.5"),
+        ((8, 6), "sm_86, compute capability 8.6, 99 KB", "as build sm_86 with what this one has, was run on a Hopper"),
+        ((9, 0), "sm_90a, compute capability 9.0, 227 KB", None),
+        ((10, 0), "sm_100, compute capability 10.0, 227 KB", "its weight stream was run on a Hopper card"),
+        ((12, 1), "sm_121, compute capability 12.1, 99 KB", "as build sm_120 with what this one has"),
+    ],
+)
+def test_info_says_what_was_run_for_a_card(monkeypatch, capability, architecture, said):
+    a_gpu(monkeypatch, capability)
+    monkeypatch.setattr(jit, "kernel", lambda variant, entry, device: None)
+    printed = info()
+    assert f"\narchitecture     {architecture} of shared memory a block\n" in printed
+    assert said is None or said in printed
+    assert ("ever run on a card" in printed) == (capability not in ((7, 5), (9, 0)))
+
+
 def test_info_names_the_backends_that_alignment_keeps_out(monkeypatch):
     a_gpu(monkeypatch, (9, 0))
     monkeypatch.setattr(jit, "kernel", lambda variant, entry, device: None)

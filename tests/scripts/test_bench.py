@@ -3,6 +3,7 @@
 import weakref
 from types import SimpleNamespace
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -111,6 +112,14 @@ def test_every_build_is_timed_beside_hopper_and_its_peers(built, monkeypatch):
         assert 0 < row["floor_ms"] < 1
     assert [failure.partition(" has")[0] for failure in built.failures] == ["cupymoe:sm_86"] * 2
     assert "| sm_86" in portable_table({"rows": rows}).replace("|  ", "| ")
+
+
+def test_builds_are_timed_on_hopper_only(built, monkeypatch):
+    import bench_portable
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(click.ClickException, match="on a Hopper card, and this one is sm_86"):
+        bench_portable.measure_portable(built)
 
 
 def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):
