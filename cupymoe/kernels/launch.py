@@ -132,7 +132,8 @@ class Kernel:
     """
 
     def __init__(self, raw_kernel: Any, shared_bytes: int = 0, dependent: bool = False, tensor_maps: int = 0) -> None:
-        if shared_bytes:
+        # Never lowered: builds of several cards may share a function, and ask for more of it each.
+        if shared_bytes > raw_kernel.max_dynamic_shared_size_bytes:
             raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
         self.shared_bytes = shared_bytes
         self.function = raw_kernel.kernel.ptr
