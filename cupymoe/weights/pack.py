@@ -1,0 +1,74 @@
+"""How codes lie in memory: rows of 4-byte words, as the kernels read them; every layout is undone exactly."""
+
+from __future__ import annotations
+
+import torch
+
+from cupymoe.weights.format import Codec, WeightFormat
+
+
+def _reordered(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The codes of each word in another order. An index tensor would have to be copied to the device in every call."""
+    words = codes.view(*codes.shape[:-1], codes.shape[-1] // len(order), len(order))
+    return torch.stack([words[..., place] for place in order], dim=-1).flatten(-2)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(place) for place in range(len(order)))
+
+
+def _packed_rows(codec: Codec, codes: torch.Tensor) -> torch.Tensor:
+    codes = _reordered(codes, codec.word_order)
+    return codes if codec.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpacked_rows(codec: Codec, rows: torch.Tensor) -> torch.Tensor:
+    codes = rows if codec.bits == 8 else torch.stack((rows & 15, rows >> 4), dim=-1).flatten(-2)
+    return _reordered(codes, _inverse(codec.word_order))
+
+
+def pack_codes(format: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
+    """Codes as the kernels read them.
+
+    Args:
+        format: of the weight.
+        codes: ``[E, n, k]`` uint8, one code a byte, in their natural order.
+
+    Returns:
+        ``[E, n, format.row_bytes(k)]`` uint8; the depth is padded with ``format.padding_code``.
+
+    Raises:
+        TypeError, ValueError: naming what ``codes`` is and must be. That they are below ``2 ** format.bits`` is not
+            looked at here: :meth:`cupymoe.QuantizedWeight.of` does that.
+    """
+    _check("codes", codes)
+    padding = format.row_bytes(codes.shape[-1]) * 8 // format.bits - codes.shape[-1]
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding), value=format.padding_code)
+    return _packed_rows(format.codec, codes).contiguous()
+
+
+def unpack_codes(format: WeightFormat, rows: torch.Tensor, k: int) -> torch.Tensor:
+    """What :func:`pack_codes` was given: ``[E, n, k]`` uint8, one code a byte.
+
+    Args:
+        format: of the weight.
+        rows: ``[E, n, format.row_bytes(k)]`` uint8.
+        k: the depth, without its padding.
+
+    Raises:
+        TypeError, ValueError: naming what ``rows`` is and must be.
+    """
+    _check("rows", rows)
+    if rows.shape[-1] != format.row_bytes(k):
+        raise ValueError(f"rows must have {format.row_bytes(k)} bytes for a depth of {k}, got {rows.shape[-1]}")
+    return _unpacked_rows(format.codec, rows)[..., :k].contiguous()
+
+
+def _check(name: str, bytes: torch.Tensor) -> None:
+    if not isinstance(bytes, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(bytes).__name__}")
+    if bytes.dtype != torch.uint8:
+        raise TypeError(f"{name} must be uint8, got {bytes.dtype}")
+    if bytes.ndim != 3:
+        raise ValueError(f"{name} must have three dimensions, [E, n, k], got shape {list(bytes.shape)}")

@@ -1,0 +1,355 @@
+"""A weight of the experts in a quantised format, and both weights of a layer, as torch modules.
+
+Their tensors are buffers, not parameters: there is no gradient with respect to a code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from cupymoe.customisation import is_wrapper
+from cupymoe.weights.dequantize import Buffers, dequantize, some_of
+from cupymoe.weights.format import WeightFormat, format_of
+from cupymoe.weights.pack import pack_codes, unpack_codes
+
+ROW_BYTES_MULTIPLE = 16
+"""Rows of scales and of zero points are padded to a multiple of this, so that they can be copied 16 bytes at a time."""
+
+_BUFFERS = ("codes", "scales", "zeros", "row_scales")
+_ROW_SCALE_DTYPE = torch.float32
+_LARGEST_ZERO = 15
+
+
+def _padded_groups(groups: int, dtype: torch.dtype) -> int:
+    return -(-groups * dtype.itemsize // ROW_BYTES_MULTIPLE) * ROW_BYTES_MULTIPLE // dtype.itemsize
+
+
+def _expected(
+    format: WeightFormat, shape: tuple[int, int, int], scale_dtype: torch.dtype | None
+) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]:
+    """Shape and dtype of each buffer; None for one that the format does not have."""
+    *outer, k = shape
+    groups = format.groups(k)
+    dtype = scale_dtype or next(iter(format.scale_dtypes), None)
+    return (
+        ((*outer, format.row_bytes(k)), torch.uint8),
+        None if dtype is None else ((*outer, _padded_groups(groups, dtype)), dtype),
+        ((*outer, _padded_groups(groups, torch.uint8)), torch.uint8) if format.has_zeros else None,
+        ((*outer,), _ROW_SCALE_DTYPE) if format.has_row_scales else None,
+    )
+
+
+def _bytes_moved(fn: Callable[[torch.Tensor], torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
+    """What a module's ``to``, ``half``, ``cuda``, ``to_empty``, ``share_memory`` makes of a buffer, with its dtype.
+
+    They are shown the bytes, which they take for integers and never cast; ``type`` casts all the same, and then only
+    the device is changed.
+    """
+    as_bytes = buffer.view(torch.uint8)
+    moved = fn(as_bytes)
+    return (moved if moved.dtype == torch.uint8 else as_bytes.to(moved.device)).view(buffer.dtype)
+
+
+class QuantizedWeight(nn.Module):
+    """A weight ``[E, n, k]`` as codes and scales, in the layout that the kernels read.
+
+    It goes where a weight goes in :func:`cupymoe.fused_experts` and in the modules of the experts. Its ``state_dict``
+    has its buffers and, as ``_extra_state``, a uint8 tensor of the format's name and the shape, with which loading
+    compares them. ``to(dtype)``, ``half()`` and their like change the device only: codes and scales keep their dtypes.
+
+    Args:
+        format: one of :data:`cupymoe.weights.FORMATS`, or its name.
+        shape: ``(E, n, k)``.
+        scale_dtype: of the scales of groups, where the format lets it be chosen; None: the first that it allows,
+            bfloat16 where that is one.
+        device: None: torch's default.
+
+    The buffers are uninitialised; :meth:`of` fills them.
+
+    - ``codes`` uint8 ``[E, n, format.row_bytes(k)]``: see :mod:`cupymoe.weights.pack`;
+    - ``scales`` ``[E, n, G]``, where G is the number of groups, padded with zeros to rows of whole 16 bytes; None where
+      the format has no groups;
+    - ``zeros`` uint8 ``[E, n, G]``, padded so too; None where the format has no zero points;
+    - ``row_scales`` float32 ``[E, n]``; None where the format has none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+    row_scales: torch.Tensor | None
+
+    def __init__(
+        self,
+        format: WeightFormat | str,
+        shape: tuple[int, int, int],
+        *,
+        scale_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.format = format_of(format)
+        if len(shape) != 3 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in shape):
+            raise ValueError(f"shape must be three positive integers (E, n, k), got {tuple(shape)}")
+        self.shape: tuple[int, int, int] = (*shape,)
+        """``(E, n, k)``, without any padding."""
+        allowed = self.format.scale_dtypes
+        if scale_dtype is not None and scale_dtype not in allowed:
+            raise TypeError(f"scale_dtype must be one of {[*allowed]} for {self.format.name}, got {scale_dtype}")
+        self._expected = _expected(self.format, self.shape, scale_dtype)
+        for name, expected in zip(_BUFFERS, self._expected, strict=True):
+            empty = None if expected is None else torch.empty(expected[0], dtype=expected[1], device=device)
+            self.register_buffer(name, empty)
+
+    @classmethod
+    def of(
+        cls,
+        format: WeightFormat | str,
+        codes: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        row_scales: torch.Tensor | None = None,
+    ) -> QuantizedWeight:
+        """The weight of codes in their natural order; everything is copied.
+
+        Args:
+            format: one of :data:`cupymoe.weights.FORMATS`, or its name.
+            codes: ``[E, n, k]`` uint8, one code a byte.
+            scales: ``[E, n, G]``, finite, of one of ``format.scale_dtypes``; none of ``nvfp4`` negative.
+            zeros: ``[E, n, G]`` uint8, 0 to 15.
+            row_scales: ``[E, n]`` float32, finite.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed. What is there and what the
+                format has must agree; no value may be NaN or infinite.
+        """
+        format = format_of(format)
+        _check_tensor("codes", codes, (torch.uint8,), None, None)
+        if codes.ndim != 3 or not codes.numel():
+            raise ValueError(f"codes must have shape [E, n, k], none of them 0, got {list(codes.shape)}")
+        num_experts, rows, k = codes.shape
+        groups = format.groups(k)
+        _check_codes(format, codes)
+        of_groups, of_rows = (num_experts, rows, groups), (num_experts, rows)
+        if _belongs(scales, "scales", format, bool(groups)):
+            _check_tensor("scales", scales, format.scale_dtypes, of_groups, codes.device)
+            _check_scales("scales", scales)
+            if format.name == "nvfp4" and _any(scales.float() < 0):
+                raise ValueError("scales must not be negative in nvfp4: their sign bit is not read")
+        if _belongs(zeros, "zeros", format, format.has_zeros):
+            _check_tensor("zeros", zeros, (torch.uint8,), of_groups, codes.device)
+            if _any(zeros > _LARGEST_ZERO):
+                raise ValueError(f"zeros must be at most {_LARGEST_ZERO}, got {int(zeros.max())}")
+        if _belongs(row_scales, "row_scales", format, format.has_row_scales):
+            _check_tensor("row_scales", row_scales, (_ROW_SCALE_DTYPE,), of_rows, codes.device)
+            _check_scales("row_scales", row_scales)
+        scale_dtype = None if scales is None else scales.dtype
+        weight = cls(format, (num_experts, rows, k), scale_dtype=scale_dtype, device="meta")
+        weight.codes = pack_codes(format, codes)
+        for name, given in (("scales", scales), ("zeros", zeros)):
+            if given is not None:
+                setattr(weight, name, _padded(given))
+        weight.row_scales = None if row_scales is None else row_scales.clone(memory_format=torch.contiguous_format)
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Of the buffers."""
+        return self.codes.device
+
+    @property
+    def group_scales(self) -> torch.Tensor | None:
+        """``[E, n, G]``: the scales without their padding, a view."""
+        return None if self.scales is None else self.scales[..., : self.format.groups(self.shape[2])]
+
+    @property
+    def group_zeros(self) -> torch.Tensor | None:
+        """``[E, n, G]``: the zero points without their padding, a view."""
+        return None if self.zeros is None else self.zeros[..., : self.format.groups(self.shape[2])]
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffers take."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def natural_codes(self) -> torch.Tensor:
+        """``[E, n, k]`` uint8, one code a byte: what :meth:`of` was given."""
+        return unpack_codes(self.format, self.codes, self.shape[2])
+
+    def dequantize(self, dtype: torch.dtype = torch.float64, experts: slice = slice(None)) -> torch.Tensor:
+        """The weight, ``[E', n, k]``; exact in float64.
+
+        In another dtype, products of value and scales are computed in float32 and rounded once more, to that dtype.
+
+        Args:
+            dtype: of the result.
+            experts: which ones.
+        """
+        return dequantize(self.format, self.shape[2], some_of(self.tensors(), experts), dtype)
+
+    def tensors(self) -> Buffers:
+        """``codes``, ``scales``, ``zeros`` and ``row_scales``."""
+        return self.codes, self.scales, self.zeros, self.row_scales
+
+    def check(self, name: str) -> None:
+        """The buffers are as they were made: another may have been assigned, or loaded with ``assign=True``.
+
+        Raises:
+            TypeError, ValueError: naming the buffer as one of ``name``, what it is and what it must be.
+        """
+        for buffer_name, buffer, expected in zip(_BUFFERS, self.tensors(), self._expected, strict=True):
+            if (buffer is None) != (expected is None):
+                raise ValueError(
+                    f"{name}.{buffer_name} must be {'None' if expected is None else 'given'} in {self.format.name}"
+                )
+            if buffer is None or expected is None:
+                continue
+            shape, dtype = expected
+            if buffer.dtype != dtype:
+                raise TypeError(f"{name}.{buffer_name} must be {dtype}, got {buffer.dtype}")
+            if tuple(buffer.shape) != shape:
+                raise ValueError(f"{name}.{buffer_name} must have shape {[*shape]}, got {[*buffer.shape]}")
+            if buffer.device != self.codes.device:
+                raise ValueError(f"{name}.{buffer_name} must be on codes's device, got {buffer.device}")
+            if not buffer.is_contiguous():
+                raise ValueError(f"{name}.{buffer_name} must be contiguous, got strides {buffer.stride()}")
+
+    def extra_repr(self) -> str:
+        """The format and the shape."""
+        return f"{self.format.name}, {' x '.join(map(str, self.shape))}"
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Format and shape, as the bytes of a text: safetensors keeps nothing but tensors."""
+        text = f"{self.format.name} {' '.join(map(str, self.shape))}"
+        return torch.tensor([*text.encode()], dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Nothing is set: a state of another format or shape is refused before its buffers are loaded."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Buffers as bytes with their dtype, because torch unpickles no tensor of 8-bit floats."""
+        buffers = {
+            name: None if buffer is None else (buffer.view(torch.uint8), buffer.dtype)
+            for name, buffer in self._buffers.items()
+        }
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = {name: kept and kept[0].view(kept[1]) for name, kept in state["_buffers"].items()}
+        super().__setstate__({**state, "_buffers": buffers})  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:
+        super()._apply(functools.partial(_bytes_moved, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Torch would copy what it is given into the buffers whatever the dtypes are, and a shape fits two formats."""
+        *_, error_msgs = args
+        errors = [
+            f"{prefix}{name} must be {buffer.dtype}, got {given.dtype}"
+            for name, buffer in self.named_buffers(recurse=False)
+            if isinstance(given := state_dict.get(prefix + name), torch.Tensor) and given.dtype != buffer.dtype
+        ]
+        state = state_dict.get(prefix + "_extra_state")
+        own = self.get_extra_state()
+        if isinstance(state, torch.Tensor) and not torch.equal(state.cpu(), own):
+            errors.insert(0, f"{prefix.removesuffix('.')} must be {_text(own)}, got {_text(state)}")
+        if errors:
+            error_msgs += errors
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _text(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).decode(errors="replace")
+
+
+def _padded(of_groups: torch.Tensor) -> torch.Tensor:
+    """``[E, n, G]`` with rows of whole 16 bytes; the bytes are copied, because torch pads no tensor of 8-bit floats."""
+    padded = _padded_groups(of_groups.shape[-1], of_groups.dtype) * of_groups.dtype.itemsize
+    as_bytes = of_groups.contiguous().view(torch.uint8)
+    output = as_bytes.new_zeros((*as_bytes.shape[:-1], padded))
+    output[..., : as_bytes.shape[-1]] = as_bytes
+    return output.view(of_groups.dtype)
+
+
+def _belongs(given: torch.Tensor | None, name: str, format: WeightFormat, wanted: bool) -> TypeGuard[torch.Tensor]:
+    """Whether something is there, which must be as the format says."""
+    if (given is not None) != wanted:
+        has, got = ("has", "none") if wanted else ("has no", "some")
+        raise ValueError(f"{name} must be {'given' if wanted else 'None'}, as {format.name} {has} {name}, got {got}")
+    return wanted
+
+
+def _check_tensor(
+    name: str,
+    given: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None,
+    device: torch.device | None,
+) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+    if is_wrapper(type(given)):
+        raise TypeError(f"{name} must be a plain tensor, got {type(given).__name__}, which wraps another one")
+    if given.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {given.dtype}")
+    if shape is not None and tuple(given.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(given.shape)}")
+    if device is not None and given.device != device:
+        raise ValueError(f"{name} must be on codes's device {device}, got {given.device}")
+
+
+def _any(flags: torch.Tensor) -> bool:
+    """Whether one is set; a tensor without values has none."""
+    return not flags.is_meta and bool(flags.any())
+
+
+def _check_scales(name: str, scales: torch.Tensor) -> None:
+    if _any(~scales.float().isfinite()):
+        raise ValueError(f"{name} must be finite, got {int((~scales.float().isfinite()).sum())} NaN or infinite ones")
+
+
+def _check_codes(format: WeightFormat, codes: torch.Tensor) -> None:
+    if format.bits < 8 and _any(codes >= 2**format.bits):
+        raise ValueError(f"codes must be below {2**format.bits} in {format.name}, got {int(codes.max())}")
+    for code in format.nan_codes:
+        if _any(codes == code):
+            raise ValueError(f"codes must be no NaN in {format.name}, got {int((codes == code).sum())} of {code:#x}")
+
+
+class QuantizedExperts(nn.Module):
+    """Both weights of a layer's experts; a checkpoint may have left one of them unquantised.
+
+    Iterable as the two, so that ``fused_experts(x, *experts, top_k_index, top_k_weights, activation=...)`` works.
+
+    Args:
+        gate_up_proj: ``[E, 2I, H]``, or ``[E, I, H]`` for an ungated activation: a :class:`QuantizedWeight`, or a
+            tensor, which becomes a parameter that wants no gradient if it is none yet.
+        down_proj: ``[E, H, I]``: the same.
+    """
+
+    gate_up_proj: QuantizedWeight | nn.Parameter
+    down_proj: QuantizedWeight | nn.Parameter
+
+    def __init__(self, gate_up_proj: QuantizedWeight | torch.Tensor, down_proj: QuantizedWeight | torch.Tensor) -> None:
+        super().__init__()
+        for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+            if not isinstance(weight, QuantizedWeight | torch.Tensor):
+                raise TypeError(
+                    f"{name} must be a cupymoe.QuantizedWeight or a torch.Tensor, got {type(weight).__name__}"
+                )
+            if not isinstance(weight, QuantizedWeight | nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=False)
+            setattr(self, name, weight)
+
+    def __iter__(self) -> Iterator[QuantizedWeight | nn.Parameter]:
+        yield self.gate_up_proj
+        yield self.down_proj
