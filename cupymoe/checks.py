@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -161,12 +161,29 @@ def check_adapter(
     name: str, adapter: LowRank, weight: torch.Tensor | QuantizedWeight, hidden_states: torch.Tensor
 ) -> None:
     """An adapter of ``weight``: a number, and plain tensors of its shapes, on the device of ``hidden_states`` and each
-    of its dtype or float32."""
+    of its dtype or float32.
+
+    As of the call's other tensors, a kind that has passed is only looked up.
+    """
     if not isinstance(adapter, LowRank):
         raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
-    a, b = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b)
-    base = describe("hidden_states", hidden_states)
-    num_experts, out_size, in_size = weight.shape
+    shape = tuple(weight.shape)
+    if not _passed(_check_kind_of_adapter, name, shape, tensors=(adapter.a, adapter.b, hidden_states)):
+        a, b = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b)
+        _check_described_adapter(name, shape, a, b, describe("hidden_states", hidden_states))
+    if not isinstance(adapter.scaling, int | float | torch.SymFloat) or isinstance(adapter.scaling, bool):
+        raise TypeError(f"{name}.scaling must be a number, got {type(adapter.scaling).__name__}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind_of_adapter(name: str, shape: tuple[int, ...], *attributes: tuple[Any, ...]) -> None:
+    _check_described_adapter(name, shape, *(Description(*each) for each in attributes))
+
+
+def _check_described_adapter(
+    name: str, weight_shape: tuple[int, ...], a: Description, b: Description, base: Description
+) -> None:
+    num_experts, out_size, in_size = weight_shape
     check_shape(f"{name}.a", a, (num_experts, None, in_size))
     check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
     for part, given in (("a", a), ("b", b)):
@@ -176,8 +193,6 @@ def check_adapter(
             raise ValueError(
                 f"{name}.{part} must have hidden_states's dtype {base.dtype} or torch.float32, got {given.dtype}"
             )
-    if not isinstance(adapter.scaling, int | float | torch.SymFloat) or isinstance(adapter.scaling, bool):
-        raise TypeError(f"{name}.scaling must be a number, got {type(adapter.scaling).__name__}")
 
 
 def check_experts(
@@ -195,7 +210,7 @@ def check_experts(
     """The arguments of a call of the experts with plain weights; a kind of call that has passed is only looked up."""
     tensors = hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights
     biases = () if gate_up_bias is None and down_bias is None else (gate_up_bias, down_bias)
-    if not _is_known(activation, backend, tensors, biases):
+    if not _passed(_check_kind, activation, backend, tensors=(*tensors, *biases)):
         _check_described(
             activation,
             backend,
@@ -275,15 +290,12 @@ def _check_bias_layout(name: str, bias: torch.Tensor | None) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {bias.stride()}")
 
 
-def _is_known(
-    activation: MoEActivation, backend: str, tensors: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> bool:
-    """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
+def _passed(check: Callable[..., None], *settings: object, tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a call of this kind has passed the cached ``check``, or does: a check costs 20 us, the lookup 2."""
     if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):
         return False  # a traced size has no hash
     try:
-        of_biases = [None if bias is None else _attributes(bias) for bias in biases] if biases else ()
-        _check_kind(activation, backend, *map(_attributes, tensors), *of_biases)
+        check(*settings, *(None if tensor is None else _attributes(tensor) for tensor in tensors))
     except (AttributeError, TypeError, ValueError):
         return False  # the checks say which is no tensor, or what else is wrong
     return True

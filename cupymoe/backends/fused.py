@@ -197,7 +197,7 @@ def stream(
     arch = arch or _arch_of(tensors.hidden_states.get_device())
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    of_gate_up, of_down = packed_adapters(call, tensors) if call.adapter_rank else (None, None)
+    of_gate_up, of_down = packed_adapters(call, tensors)
     chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
     shape = shape_of(
@@ -258,8 +258,8 @@ def tiles(
     """The way for many tokens, with the arguments of :func:`stream`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+    shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     of_gate_up, of_down = packed_adapters(call, tensors)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)

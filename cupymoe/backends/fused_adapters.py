@@ -15,18 +15,23 @@ from cupymoe.kernels.expert_tiles import AdapterStep
 from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.sort_by_expert import SortedPairs
-from cupymoe.lora import LowRank, Packed, padded_rank
+from cupymoe.lora import Packed, padded_rank
 
 
 def packed_adapters(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Packed | None, Packed | None]:
     """Those of gate_up_proj and down_proj, as the kernels take them."""
+    if not call.adapter_rank:
+        return None, None
     gate_up, down = packed(adapters_of(call, tensors), (tensors.gate_up_proj, tensors.down_proj))
     return gate_up, down
 
 
-def rank_of(adapter: LowRank | None) -> int:
-    """As it is padded; 0 where there is none."""
-    return 0 if adapter is None else padded_rank(adapter.a.shape[1])
+def ranks_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[int, int]:
+    """Of both weights' adapters, as they are padded; 0 where there is none."""
+    if not call.adapter_rank:
+        return 0, 0
+    gate_up, down = (0 if a is None else padded_rank(a.shape[1]) for a in (tensors.gate_up_a, tensors.down_a))
+    return gate_up, down
 
 
 def step(

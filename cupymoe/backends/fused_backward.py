@@ -12,14 +12,15 @@ asked for is not computed, but that experts_down_back is made for any gradient b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
-from cupymoe.backends.adapters import adapters_of, lay_out_gradients
+from cupymoe.backends.adapters import lay_out_gradients
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
-from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, rank_of, step, step_back
+from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
@@ -35,6 +36,14 @@ _THIRD_TICKET = 2
 
 def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False) -> TileShape:
     """What the tiles of a call are compiled for."""
+    has_biases = tensors.gate_up_bias is not None, tensors.down_bias is not None
+    return _tile_shape(call, *has_biases, keeps_gate_up, *ranks_of(call, tensors))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_shape(
+    call: ExpertsCall, has_gate_up_bias: bool, has_down_bias: bool, keeps_gate_up: bool, *ranks: int
+) -> TileShape:
     return tile_shape_of(
         *cut(call.load, call.intermediate_size),
         call.dtype,
@@ -44,18 +53,17 @@ def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: boo
         call.intermediate_size,
         call.gate_up_transposed,
         call.down_transposed,
-        tensors.gate_up_bias is not None,
-        tensors.down_bias is not None,
+        has_gate_up_bias,
+        has_down_bias,
         keeps_gate_up,
-        *(rank_of(adapter) for adapter in adapters_of(call, tensors)),
+        *ranks,
     )
 
 
 def new_kept(call: ExpertsCall, tensors: ExpertsTensors) -> Kept:
     """Memory for what a forward keeps, uninitialised."""
     rows, new_empty = call.num_tokens * call.top_k, tensors.hidden_states.new_empty
-    ranks = (rank_of(adapter) for adapter in adapters_of(call, tensors))
-    lows = (new_empty((rows, rank)) if rank else None for rank in ranks)
+    lows = (new_empty((rows, rank)) if rank else None for rank in ranks_of(call, tensors))
     return Kept(new_empty((rows, call.activation.input_size(call.intermediate_size))), *lows)
 
 

@@ -19,7 +19,7 @@ from peft.tuners.lora import layer
 from torch import nn
 
 from cupymoe.adapter_copies import AdapterCopy, Adapters, are_stand_ins_about
-from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
+from cupymoe.customisation import has_hooks, let_compute_as, own_forward, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
 from cupymoe.integrations import is_set_to_cupymoe, keep_of
@@ -107,14 +107,20 @@ class _Adapted(NamedTuple):
         """The adapters as one."""
         return _sum(self.views())
 
+    def _owners(self) -> list[Any]:
+        """Of the parameters."""
+        return [part[name] for part in (self.wrapper.lora_A, self.wrapper.lora_B) for name in self.names]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What the adapters are views of."""
+        return [owner.weight for owner in self._owners()]
+
     def adapters(self) -> Adapters:
         """What a copy is made of."""
-        wrapper, names = self.wrapper, self.names
-        owners = [part[name] for part in (wrapper.lora_A, wrapper.lora_B) for name in names]
         # FSDP gathers parameters for each call, into memory whose writes torch does not count.
-        is_sharded = any("_is_fsdp_managed_module" in vars(owner) for owner in owners)
-        parameters = [owner.weight for owner in owners]
-        return Adapters(parameters, [wrapper.scaling[name] for name in names], self.views, not is_sharded)
+        is_sharded = any("_is_fsdp_managed_module" in vars(owner) for owner in self._owners())
+        scalings = [self.wrapper.scaling[name] for name in self.names]
+        return Adapters(self.parameters(), scalings, self.views, not is_sharded)
 
     def copy(self) -> AdapterCopy:
         """What the adapters are kept in."""
@@ -152,16 +158,15 @@ def _added(adapted: Sequence[_Adapted | None], others: Sequence[Any]) -> list[Lo
     """
     if torch.compiler.is_compiling():
         return [each and each.given() for each in adapted]
-    adapters = [each and each.adapters() for each in adapted]
-    parameters = [parameter for each in adapters if each for parameter in each.parameters]
-    is_differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*parameters, *others)
-    if is_differentiated:
-        for each, its in zip(adapted, adapters, strict=True):
-            if each and its and torch._C._any_requires_grad(*its.parameters):
-                each.distrust()
+    is_differentiated = False
+    if torch.is_grad_enabled():
+        trained = [each for each in adapted if each and torch._C._any_requires_grad(*each.parameters())]
+        for each in trained:
+            each.distrust()
+        is_differentiated = bool(trained) or torch._C._any_requires_grad(*others)
     if is_differentiated or are_stand_ins_about():
         return [each and each.given() for each in adapted]
-    return [each and its and each.packed(its) for each, its in zip(adapted, adapters, strict=True)]
+    return [each and each.packed(each.adapters()) for each in adapted]
 
 
 class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
@@ -184,7 +189,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         return (
             {wrapper.parameter_name for wrapper in chain} <= set(_PARAMETERS)
             and not any(wrapper.disable_adapters for wrapper in chain)
-            and not any(hooks_of(module) or "forward" in vars(module) for module in (*chain[1:], experts))
+            and not any(has_hooks(module) or "forward" in vars(module) for module in (*chain[1:], experts))
         )
 
     def largest_rank(self) -> int:

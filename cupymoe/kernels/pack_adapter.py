@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -112,14 +111,22 @@ def _geometry(
 def pack_adapter(copies: Sequence[Copy]) -> None:
     """Make the copies, each computed in float32 and rounded once: up to four of neighbours of the same dtypes by one
     launch. None reads what another writes."""
-    todo = (copy for copy in copies if copy.output.numel())
-    for (source_dtype, output_dtype), same in groupby(todo, lambda copy: (copy.source.dtype, copy.output.dtype)):
-        group = [*same]
-        for first in range(0, len(group), _COPIES):
-            _launch(source_dtype, output_dtype, group[first : first + _COPIES])
+    of_launch: list[Copy] = []
+    dtypes = None
+    for copy in copies:
+        if not copy.output.numel():
+            continue
+        own = copy.source.dtype, copy.output.dtype
+        if of_launch and (own != dtypes or len(of_launch) == _COPIES):
+            _launch(of_launch)
+            of_launch = []
+        dtypes = own
+        of_launch.append(copy)
+    if of_launch:
+        _launch(of_launch)
 
 
-def _launch(source_dtype: torch.dtype, output_dtype: torch.dtype, copies: Sequence[Copy]) -> None:
+def _launch(copies: list[Copy]) -> None:
     words: list[int] = []
     tiles = 0
     for source, output, scale in copies:
@@ -128,5 +135,5 @@ def _launch(source_dtype: torch.dtype, output_dtype: torch.dtype, copies: Sequen
         words += geometry
         tiles += geometry[0]
     words += [0] * (_COPIES * _WORDS_OF_COPY - len(words))
-    device = copies[0].output.get_device()
-    _kernel(source_dtype, output_dtype, device)((tiles, 1), _THREADS, current_stream(device), *words)
+    device = output.get_device()
+    _kernel(source.dtype, output.dtype, device)((tiles, 1), _THREADS, current_stream(device), *words)

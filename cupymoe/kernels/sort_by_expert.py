@@ -101,17 +101,15 @@ def sort_by_expert(
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
-    # One allocation for the four: they live and die together.
-    sizes = [num_experts + 1, num_pairs, num_pairs, TICKETS]
-    buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
-    expert_offsets, token_of_slot, slot_of_pair, tickets = buffer.split_with_sizes(sizes)
-    block = block_of(num_pairs, num_experts)
+    block, has_weights = block_of(num_pairs, num_experts), top_k_weights is not None
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
+    # One allocation for all that is written: it lives and dies together.
+    sizes = [num_experts + 1, num_pairs, num_pairs, TICKETS, num_pairs * has_weights, blocks * num_experts]
+    buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
+    expert_offsets, token_of_slot, slot_of_pair, tickets, weight_bits, counts = buffer.split_with_sizes(sizes)
+    weight_of_slot = weight_bits.view(torch.float32) if has_weights else None
     block_counts = 0
-    has_weights = top_k_weights is not None
-    weight_of_slot = None if top_k_weights is None else top_k_weights.new_empty(num_pairs)
     if blocks > 1:
-        counts = top_k_index.new_empty((blocks, num_experts), dtype=torch.int32)
         block_counts = counts.data_ptr()
         _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, True)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs

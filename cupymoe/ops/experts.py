@@ -16,6 +16,7 @@ row_scales belong to them: the buffers of :class:`cupymoe.QuantizedWeight`. They
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -229,7 +230,7 @@ def _grad(ctx: Any, grad: torch.Tensor | None, *_of_kept: None) -> tuple[Any, ..
                 "To have them fast, ask for them without create_graph=True.",
             )
         backend, kept = "reference", _NOTHING_KEPT
-    grads = torch.ops.cupymoe.fused_experts_backward(grad, *tensors, *kept, *settings, backend, needed)
+    grads = torch.ops.cupymoe.fused_experts_backward.default(grad, *tensors, *kept, *settings, backend, needed)
     for index, gradient, wanted in zip(_DIFFERENTIABLE, grads, needed, strict=True):
         result[index] = gradient if wanted else None
     return tuple(result)
@@ -248,12 +249,17 @@ def _zero_gradient(index: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return gradients.zeros_as(tensor) if index in _WEIGHTS else tensor.new_zeros(tensor.shape)
 
 
+@functools.lru_cache(maxsize=4096)
+def _strides_like(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that ``torch.empty_like`` gives."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
 def _laid_out(gradient: torch.Tensor, index: int, tensor: torch.Tensor) -> torch.Tensor:
     """A backend's gradient, as :func:`_zero_gradient` lays it out, which the fake implementation promises."""
     if index not in _FACTORS:
-        return gradient.to(tensor.dtype)
-    wanted = torch.empty_like(tensor, device="meta").stride()
-    if gradient.dtype == tensor.dtype and gradient.stride() == wanted:
+        return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+    if gradient.dtype == tensor.dtype and gradient.stride() == _strides_like(tensor.shape, tensor.stride()):
         return gradient
     return torch.empty_like(tensor).copy_(gradient)
 
