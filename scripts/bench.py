@@ -9,6 +9,7 @@ how long the calls of a training step take to return.
 ``lora``: what an unmerged adapter costs. ``training``: a step, forward and backward, beside transformers' and a floor.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
 ``portable``: the whole call by other cards' builds of the kernels, beside this card's own.
+``quantised``: the whole call on quantised weights, beside bf16 weights and the floor of their bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from bench_models import TOKENS as MODELS_TOKENS
 from bench_peers import imported_contender
 from bench_portable import TOKENS as PORTABLE_TOKENS
 from bench_portable import measure_portable
+from bench_quantised import LAYERS as QUANTISED_LAYERS
+from bench_quantised import TOKENS as QUANTISED_TOKENS
+from bench_quantised import formats, measure_quantised
 from bench_report import report_folder, report_heading, timed_kernels, write_report
 from bench_stages import STAGES_TOKENS, measure_stages
 from bench_timing import free_memory
@@ -43,6 +47,7 @@ from readme_table import (
     models_table,
     percentiles_table,
     portable_table,
+    quantised_table,
     skewed_table,
     stages_table,
     training_host_table,
@@ -77,6 +82,14 @@ def parse_models(_context: click.Context, _parameter: click.Parameter, value: st
     return names
 
 
+def parse_formats(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names between commas; none: all formats."""
+    names = tuple(dict.fromkeys(value.split(","))) if value else ()
+    if unknown := [name for name in names if name not in formats()]:
+        raise click.BadParameter(f"must be of {', '.join(formats())}, got {', '.join(map(repr, unknown))}")
+    return names
+
+
 def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     """Targets by name."""
     peers = {}
@@ -88,6 +101,19 @@ def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tu
     return peers
 
 
+REGIMES = (
+    "experts",
+    "decode",
+    "prefill",
+    "sweep",
+    "stages",
+    "host",
+    "lora",
+    "training",
+    "models",
+    "portable",
+    "quantised",
+)
 EXPERTS_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 # Generation: where reading the hit experts' weights once is the floor.
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -104,7 +130,7 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "--tokens",
     callback=parse_tokens,
     help="Numbers of tokens of the experts regime (else 1 to 16384), of the models regime (else 1 to 8192) and of the "
-    "portable regime (else 1 to 4096). The report holds these rows and no others.",
+    "portable and quantised regimes (else 1 to 4096, 1 to 16384). The report holds these rows and no others.",
 )
 @click.option(
     "--models",
@@ -113,9 +139,28 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "numbers of tokens, is models-part.json.",
 )
 @click.option(
+    "--formats",
+    "names",
+    callback=parse_formats,
+    help="Names between commas of the quantised regime (else all). The report holds these and no others.",
+)
+@click.option(
     "--regime",
     type=click.Choice(
-        ["experts", "decode", "prefill", "sweep", "stages", "host", "lora", "training", "models", "portable", "all"]
+        [
+            "experts",
+            "decode",
+            "prefill",
+            "sweep",
+            "stages",
+            "host",
+            "lora",
+            "training",
+            "models",
+            "portable",
+            "quantised",
+            "all",
+        ]
     ),
     default="experts",
     show_default=True,
@@ -146,6 +191,7 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
 def main(
     tokens: tuple[int, ...] | None,
     models: tuple[str, ...] | None,
+    names: tuple[str, ...],
     regime: str,
     output: Path,
     peers: dict[str, str],
@@ -205,10 +251,16 @@ def main(
         tables.append(portable_table(report))
         del bench
         free_memory()
+    if regime == "quantised":
+        bench = Bench(config, device, imported, installed=False, layers=QUANTISED_LAYERS)
+        report = keep("quantised", measure_quantised(bench, tokens or QUANTISED_TOKENS, names), bench.failures)
+        tables.append(quantised_table(report))
+        del bench
+        free_memory()
     if regime == "models":
-        names, counts = models or tuple(MODELS), tokens or MODELS_TOKENS
-        found, failed = measure_models(names, counts, device)
-        tables.append(models_table(keep(report_name(names, counts), found, failed)))
+        chosen, counts = models or tuple(MODELS), tokens or MODELS_TOKENS
+        found, failed = measure_models(chosen, counts, device)
+        tables.append(models_table(keep(report_name(chosen, counts), found, failed)))
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
         bench = Bench(config, device, imported, installed)
         if regime == "decode":

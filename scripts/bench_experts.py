@@ -8,6 +8,7 @@ import click
 import torch
 from bench_adapters import installed_contenders, reason
 from bench_peers import (
+    LAYERS,
     PEER_ERROR_LIMIT,
     SKEWED,
     Case,
@@ -52,10 +53,15 @@ class Bench:
     """
 
     def __init__(
-        self, config: Gemma4MoEConfig, device: torch.device, imported: dict[str, Contender], installed: bool
+        self,
+        config: Gemma4MoEConfig,
+        device: torch.device,
+        imported: dict[str, Contender],
+        installed: bool,
+        layers: int = LAYERS,
     ) -> None:
         self.config = config
-        self.buffer, self.layers = make_layers(config, device)
+        self.buffer, self.layers = make_layers(config, device, layers)
         self.peers, notes = transformers_contenders(config, self.layers)
         packages, reasons = installed_contenders(config, self.layers) if installed else ({}, [])
         self.peers.update({**packages, **imported})

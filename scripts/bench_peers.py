@@ -61,13 +61,15 @@ class Contender(NamedTuple):
     max_tokens: int | None = None
 
 
-def make_layers(config: Gemma4MoEConfig, device: torch.device | str) -> tuple[torch.Tensor, list[Layer]]:
-    """Random bf16 weights of ``LAYERS`` layers, as views into one buffer, which comes first."""
+def make_layers(
+    config: Gemma4MoEConfig, device: torch.device | str, count: int = LAYERS
+) -> tuple[torch.Tensor, list[Layer]]:
+    """Random bf16 weights of some layers, as views into one buffer, which comes first."""
     experts, hidden, intermediate = config.num_experts, config.hidden_size, config.moe_intermediate_size
     gate_up_shape = (experts, config.activation.input_size(intermediate), hidden)
     down_shape = (experts, hidden, intermediate)
     sizes = [torch.Size(shape).numel() for shape in (gate_up_shape, down_shape)]
-    buffer = torch.empty(LAYERS, sum(sizes), dtype=torch.bfloat16, device=device)
+    buffer = torch.empty(count, sum(sizes), dtype=torch.bfloat16, device=device)
     layers = []
     for row in buffer:
         gate_up, down = row.normal_(std=WEIGHT_STD).split(sizes)

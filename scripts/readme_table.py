@@ -83,7 +83,13 @@ def models_table(report: Report) -> str:
 
 def rows_table(report: Report) -> str:
     """The table of a report's ``"rows"``: of many models, of training, of adapters, or of one model's calls."""
-    tables = {"model": models_table, "mode": training_table, "adapters": lora_table, "build": portable_table}
+    tables = {
+        "model": models_table,
+        "mode": training_table,
+        "adapters": lora_table,
+        "build": portable_table,
+        "format": quantised_table,
+    }
     return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
@@ -269,6 +275,26 @@ def portable_table(report: Report) -> str:
         rows.append([*cells, f"{row['error']:.5f}"])
     names = [f"{name} us" for name in report["rows"][0]["ms"] if name not in ("cupymoe", "hopper")]
     return markdown(["build", "tokens", "floor us", "us (x floor)", "x hopper", *names, "error"], rows)
+
+
+def quantised_table(report: Report) -> str:
+    """The table of ``quantised.json``: medians in microseconds, over the floor, and those of bf16 weights over them."""
+    rows = []
+    for row in report["rows"]:
+        ours, bf16 = (row["ms"][name]["p50"] for name in ("cupymoe", "cupymoe:bf16"))
+        rows.append(
+            [
+                row["format"],
+                row["build"],
+                str(row["tokens"]),
+                microseconds(row["floor_ms"]),
+                f"{microseconds(ours)} ({ours / row['floor_ms']:.2f})",
+                row["way"],
+                f"{microseconds(bf16)} ({bf16 / ours:.2f}x)",
+                f"{row['error']['cupymoe']:.5f}",
+            ]
+        )
+    return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
 
 
 def model_table(report: Report) -> str:

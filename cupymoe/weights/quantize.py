@@ -42,7 +42,7 @@ def quantize(
     down_proj: torch.Tensor,
     format: str,
     *,
-    group_size: int | None = None,
+    group_size: int | tuple[int, int] | None = None,
     scale_rule: str = "absmax",
 ) -> QuantizedExperts:
     """Both weights of a layer's experts, rounded to nearest; what :func:`cupymoe.fused_experts` takes in their place.
@@ -53,7 +53,8 @@ def quantize(
         down_proj: ``[E, H, I]``: the same.
         format: ``"int4"``, symmetric in groups along the depth; ``"int8"`` or ``"fp8"`` (e4m3), with a scale for each
             row; ``"nvfp4"``, with an e4m3 scale for each 16 weights and a float32 one for each expert's matrix.
-        group_size: of ``"int4"``: 32, 64 or 128, a divisor of H and of I; None: 32. None for the others.
+        group_size: of ``"int4"``: 32, 64 or 128, a divisor of H and of I, or a pair, of H and of I; None: 32. None for
+            the others.
         scale_rule: of ``"int4"``. ``"absmax"``: a group's scale is its largest magnitude / 7.5, in bfloat16, never
             negative, and codes are clamped. ``"q4_0"``: the scale is the element of largest magnitude / -8, in float16,
             as in GGUF's Q4_0; normal weights have a tenth less of an error then, and weights that lie on such a grid,
@@ -62,8 +63,8 @@ def quantize(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    chosen = _format(format, group_size, scale_rule)
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+    of_gate_up, of_down = _formats(format, group_size, scale_rule)
+    for name, weight, chosen in (("gate_up_proj", gate_up_proj, of_gate_up), ("down_proj", down_proj, of_down)):
         check_plain(name, weight)
         if weight.ndim != 3 or not weight.numel():
             raise ValueError(f"{name} must have shape [E, out, in], none of them 0, got {list(weight.shape)}")
@@ -78,11 +79,15 @@ def quantize(
         )
     rounded = _ROUNDED[format] if scale_rule == "absmax" else _q4_0
     return QuantizedExperts(
-        _quantized("gate_up_proj", gate_up_proj, chosen, rounded), _quantized("down_proj", down_proj, chosen, rounded)
+        _quantized("gate_up_proj", gate_up_proj, of_gate_up, rounded),
+        _quantized("down_proj", down_proj, of_down, rounded),
     )
 
 
-def _format(format: str, group_size: int | None, scale_rule: str) -> WeightFormat:
+def _formats(
+    format: str, group_size: int | tuple[int, int] | None, scale_rule: str
+) -> tuple[WeightFormat, WeightFormat]:
+    """Of gate_up_proj and of down_proj."""
     if format not in [*_ROUNDED]:  # a list: what was given may have no hash
         raise ValueError(f"format must be one of {[*_ROUNDED]}, got {format!r}")
     if scale_rule not in SCALE_RULES:
@@ -92,11 +97,12 @@ def _format(format: str, group_size: int | None, scale_rule: str) -> WeightForma
             raise ValueError(f"group_size must be None for {format!r}, whose groups are fixed, got {group_size!r}")
         if scale_rule != "absmax":
             raise ValueError(f"scale_rule must be 'absmax' for {format!r}, got {scale_rule!r}")
-        return FORMATS[format]
+        return FORMATS[format], FORMATS[format]
     size = GROUP_SIZES[0] if group_size is None else group_size
-    if size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {[*GROUP_SIZES]} or None, got {group_size!r}")
-    return FORMATS[f"int4_g{size}"]
+    sizes = size if isinstance(size, tuple) else (size, size)
+    if len(sizes) != 2 or any(size not in GROUP_SIZES for size in sizes):
+        raise ValueError(f"group_size must be one of {[*GROUP_SIZES]}, a pair of them or None, got {group_size!r}")
+    return FORMATS[f"int4_g{sizes[0]}"], FORMATS[f"int4_g{sizes[1]}"]
 
 
 @torch.no_grad()

@@ -76,6 +76,14 @@ def test_the_error_of_normal_weights(name, expected):
     assert error(quantized.gate_up_proj, up) == pytest.approx(expected, rel=0.02)
 
 
+def test_the_projections_may_have_groups_of_different_sizes():
+    up, down = torch.randn(2, 64, 128), torch.randn(2, 128, 32)
+    quantized = quantize(up, down, "int4", group_size=(128, 32))
+    assert [weight.format.name for weight in quantized] == ["int4_g128", "int4_g32"]
+    alone = quantize(up, torch.ones(2, 128, 128), "int4", group_size=128)
+    assert torch.equal(quantized.gate_up_proj.codes, alone.gate_up_proj.codes)
+
+
 @pytest.mark.parametrize(("group_size", "expected"), [(32, 0.0860), (64, 0.0949), (128, 0.1031)])
 def test_q4_0_has_the_lower_error_on_normal_weights(group_size, expected):
     up = torch.randn(2, 1024, 512)
@@ -169,6 +177,9 @@ UP, DOWN = torch.ones(2, 64, 64), torch.ones(2, 64, 32)
     [
         (ValueError, r"format must be one of \['int4', .*'nvfp4'\], got 'nf4'", (UP, DOWN, "nf4"), {}),
         (ValueError, r"group_size must be one of \[32, .* got 16", (UP, DOWN, "int4"), {"group_size": 16}),
+        (ValueError, r"group_size must be one of \[32, .* got 0", (UP, DOWN, "int4"), {"group_size": 0}),
+        (ValueError, r"a pair of them or None, got \(32, 16\)", (UP, DOWN, "int4"), {"group_size": (32, 16)}),
+        (ValueError, r"a pair of them or None, got \(32,\)", (UP, DOWN, "int4"), {"group_size": (32,)}),
         (ValueError, "group_size must be None for 'fp8', .* got 32", (UP, DOWN, "fp8"), {"group_size": 32}),
         (ValueError, "scale_rule must be one of .* got 'mse'", (UP, DOWN, "int4"), {"scale_rule": "mse"}),
         (ValueError, "scale_rule must be 'absmax' for 'int8'", (UP, DOWN, "int8"), {"scale_rule": "q4_0"}),
