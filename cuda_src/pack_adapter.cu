@@ -5,30 +5,37 @@
 // Grid   the tiles of all copies, one after the other. A copy says by which of the tilings it goes: WIDE and NARROW, of one expert,
 //        FROM_INNERMOST and TO_INNERMOST, of several. Neighbouring blocks differ in the columns, then the experts, then the rows.
 // Needs  WIDE, ... as EXPERTS,ROWS,COLUMNS,SOURCE_EXPERTS_INNERMOST,OUTPUT_EXPERTS_INNERMOST, the first three and BLOCK_THREADS
-//        powers of two. Any sizes and any strides are right. No copy reads what another one writes.
+//        powers of two. Any sizes and any strides are right. No copy reads what another one writes. OLD_SOURCES: the grid before
+//        this one writes no source, and neither reads nor writes what lies where the outputs do.
 // Smem   the largest tile, of OUT_SCALAR.
 // Maths  fp32, rounded once to OUT_SCALAR.
 // Why    PEFT keeps a factor with its experts innermost, and the products want its rows. Neighbouring threads read what lies
 //        together in source and write what lies together in output, and a tile in shared memory is what they meet in. A call has
-//        four factors: in one launch no copy waits for the last blocks of another.
+//        four factors: in one launch no copy waits for the last blocks of another. Old sources are packed while the grid before
+//        still runs; one block waits for that, so that this grid, as any, ends after it.
 #include "common/async_copy.cuh"
 
 #if !defined(IN_SCALAR) || !defined(OUT_SCALAR) || !defined(COPIES) || !defined(WIDE) || !defined(NARROW) ||                  \
-    !defined(FROM_INNERMOST) || !defined(TO_INNERMOST) || !defined(BLOCK_THREADS)
-#error "define IN_SCALAR, OUT_SCALAR, COPIES, WIDE, NARROW, FROM_INNERMOST, TO_INNERMOST and BLOCK_THREADS"
+    !defined(FROM_INNERMOST) || !defined(TO_INNERMOST) || !defined(OLD_SOURCES) || !defined(BLOCK_THREADS)
+#error "define IN_SCALAR, OUT_SCALAR, COPIES, WIDE, NARROW, FROM_INNERMOST, TO_INNERMOST, OLD_SOURCES and BLOCK_THREADS"
+#endif
+#if OLD_SOURCES
+#define LOAD "ld.relaxed.gpu.global"  // from L2: see empty_l1
+#else
+#define LOAD "ld.global"
 #endif
 
 // One element where wanted, else nothing and zero: a predicate and no branch, so that the loads of a thread stay in a row.
 __device__ __forceinline__ float load_where(bool wanted, const float* address) {
     float value;
-    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %1, 0;\nmov.f32 %0, 0f00000000;\n@wanted ld.global.f32 %0, [%2];\n}"
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %1, 0;\nmov.f32 %0, 0f00000000;\n@wanted " LOAD ".f32 %0, [%2];\n}"
                  : "=f"(value) : "r"((u32)wanted), "l"(address) : "memory");
     return value;
 }
 
 template <typename T> __device__ __forceinline__ float load_where(bool wanted, const T* address) {
     T value;
-    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %1, 0;\nmov.u16 %0, 0;\n@wanted ld.global.u16 %0, [%2];\n}"
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %1, 0;\nmov.u16 %0, 0;\n@wanted " LOAD ".u16 %0, [%2];\n}"
                  : "=h"(value.bits) : "r"((u32)wanted), "l"(address) : "memory");
     return to_float(value);
 }
@@ -123,17 +130,17 @@ template <int kExperts, int kRows, int kColumns, bool kSourceExpertsInnermost, b
 __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) pack_adapter(const __grid_constant__ Copies copies) {
-    wait_for_previous_grid();
-    release_next_grid();
+    if (!OLD_SOURCES) wait_for_previous_grid(), release_next_grid();
     __shared__ OUT_SCALAR tile[largest(largest(Tile<WIDE>::kSize, Tile<NARROW>::kSize),
                                        largest(Tile<FROM_INNERMOST>::kSize, Tile<TO_INNERMOST>::kSize))];
     u32 index = blockIdx.x, which = 0;
     while (index >= copies.of[which].tiles) index -= (u32)copies.of[which++].tiles;
     Copy copy = copies.of[which];
     switch (copy.tiling) {
-        case 0: return Tile<WIDE>::pack(copy, index, tile);
-        case 1: return Tile<NARROW>::pack(copy, index, tile);
-        case 2: return Tile<FROM_INNERMOST>::pack(copy, index, tile);
-        default: return Tile<TO_INNERMOST>::pack(copy, index, tile);
+        case 0: Tile<WIDE>::pack(copy, index, tile); break;
+        case 1: Tile<NARROW>::pack(copy, index, tile); break;
+        case 2: Tile<FROM_INNERMOST>::pack(copy, index, tile); break;
+        default: Tile<TO_INNERMOST>::pack(copy, index, tile);
     }
+    if (OLD_SOURCES && blockIdx.x == 0) wait_for_previous_grid(), release_next_grid();
 }

@@ -27,10 +27,13 @@ def adapters_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[LowRank | N
     return gate_up, down
 
 
-def packed(adapters: Sequence[LowRank | None], weights: Sequence[torch.Tensor]) -> list[Packed | None]:
+def packed(
+    adapters: Sequence[LowRank | None], weights: Sequence[torch.Tensor], *, old_factors: bool = False
+) -> list[Packed | None]:
     """Each weight's adapter, the bits of :meth:`LowRank.packed`, on CUDA and without gradients.
 
     All factors of up to two weights take one launch. A factor that is as it should be already is taken as it is.
+    ``old_factors`` as ``old_sources`` of ``pack_adapter``.
     """
     copies: list[Copy] = []
 
@@ -49,7 +52,7 @@ def packed(adapters: Sequence[LowRank | None], weights: Sequence[torch.Tensor]) 
         a_shape, b_shape = packed_shapes(weight, adapter.a.shape[1])
         a, b = of(adapter.a, a_shape, weight, 1.0), of(adapter.b, b_shape, weight, adapter.scaling)
         found.append(Packed(a, b, adapter))
-    pack_adapter(copies)
+    pack_adapter(copies, old_sources=old_factors)
     return found
 
 

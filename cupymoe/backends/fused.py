@@ -259,8 +259,8 @@ def tiles(
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+    of_gate_up, of_down = packed_adapters(call, tensors, pairs)
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
-    of_gate_up, of_down = packed_adapters(call, tensors)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
     intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)

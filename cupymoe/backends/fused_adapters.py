@@ -18,11 +18,21 @@ from cupymoe.kernels.sort_by_expert import SortedPairs
 from cupymoe.lora import Packed, padded_rank
 
 
-def packed_adapters(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Packed | None, Packed | None]:
-    """Those of gate_up_proj and down_proj, as the kernels take them."""
+def packed_adapters(
+    call: ExpertsCall, tensors: ExpertsTensors, pairs: SortedPairs | None = None
+) -> tuple[Packed | None, Packed | None]:
+    """Those of gate_up_proj and down_proj, as the kernels take them.
+
+    Args:
+        call: what is computed.
+        tensors: what it is computed with.
+        pairs: what the launch before gives, if that is the sort: it may still run then, and holds what it works on.
+    """
     if not call.adapter_rank:
         return None, None
-    gate_up, down = packed(adapters_of(call, tensors), (tensors.gate_up_proj, tensors.down_proj))
+    gate_up, down = packed(
+        adapters_of(call, tensors), (tensors.gate_up_proj, tensors.down_proj), old_factors=pairs is not None
+    )
     return gate_up, down
 
 

@@ -97,13 +97,14 @@ def backward(
     assert pairs.weight_of_slot is not None
     states, shape = tensors.hidden_states, tile_shape(call, tensors)
     grads: dict[str, torch.Tensor | None] = {}
+    goes_back = any(needed[:-1])
+    up_adapter, down_adapter = packed_adapters(call, tensors, pairs) if goes_back else (None, None)
     if of_down_bias:
         rows = _rows(call, tensors)
         grads["down_bias"] = rows.sums(rows.gather(grad), pairs.weight_of_slot[:, None], call.dtype)
-    if not any(needed[:-1]):
+    if not goes_back:
         return tuple(grads.get(name) for name in DIFFERENTIABLE)
 
-    up_adapter, down_adapter = packed_adapters(call, tensors)
     if kept is None:
         kept = new_kept(call, tensors)._replace(down_low=None)
         keeping = tile_shape(call, tensors, keeps_gate_up=True)

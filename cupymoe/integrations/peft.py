@@ -10,7 +10,7 @@ Where no gradient will be asked for, the adapters are read from packed copies th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -176,27 +176,26 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
     which PEFT asks for.
     """
 
-    def _wrappers(self) -> Iterator[layer.ParamWrapper]:
-        wrapper: Any = self
-        while isinstance(wrapper, layer.ParamWrapper):
-            yield wrapper
-            wrapper = wrapper.base_layer
-
-    def _is_ours(self) -> bool:
-        """Whether nothing stands between the call and the experts but adapters that are to be added."""
-        chain = [*self._wrappers()]
-        experts = self.get_base_layer()
-        return (
-            {wrapper.parameter_name for wrapper in chain} <= set(_PARAMETERS)
-            and not any(wrapper.disable_adapters for wrapper in chain)
-            and not any(has_hooks(module) or "forward" in vars(module) for module in (*chain[1:], experts))
-        )
+    def _ours(self) -> tuple[dict[str, layer.ParamWrapper], Any] | None:
+        """The wrappers by what they adapt, and the experts; None if more stands between the call and the experts than
+        adapters that are to be added."""
+        wrappers: dict[str, layer.ParamWrapper] = {}
+        module: Any = self
+        while isinstance(module, layer.ParamWrapper):
+            if module.parameter_name not in _PARAMETERS or module.disable_adapters:
+                return None
+            wrappers[module.parameter_name] = module
+            module = module.base_layer
+            if has_hooks(module) or "forward" in vars(module):
+                return None
+        return wrappers, module
 
     def largest_rank(self) -> int:
         """Of what is added to a parameter unmerged; 0 if nothing is."""
-        if not self._is_ours() or _arguments(self.get_base_layer()) is None:
+        ours = self._ours()
+        if ours is None or _arguments(ours[1]) is None:
             return 0
-        return max(sum(int(wrapper.r[name]) for name in _names(wrapper)) for wrapper in self._wrappers())
+        return max(sum(int(wrapper.r[name]) for name in _names(wrapper)) for wrapper in ours[0].values())
 
     def refresh_copies(self) -> int:
         """Pack what is kept of this parameter's adapters, and of the active ones in any case; how many copies there
@@ -217,13 +216,13 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         PEFT's own way for experts that cupymoe does not compute or that have hooks, disabled adapters, and keyword
         arguments.
         """
-        experts: Any = self.get_base_layer()
-        arguments = _arguments(experts) if not kwargs and len(args) == 2 and self._is_ours() else None
-        if arguments is None:
+        ours = self._ours() if not kwargs and len(args) == 2 else None
+        arguments = None if ours is None else _arguments(ours[1])
+        if ours is None or arguments is None:
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output
+        wrappers, experts = ours
         weights, settings = arguments
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
         pair = wrappers.get("gate_up_proj", wrappers.get("up_proj")), wrappers.get("down_proj")
         adapted = [_Adapted.by(wrapper, weight) for wrapper, weight in zip(pair, weights, strict=True)]
         if adapted == [None, None]:

@@ -97,7 +97,8 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         for row_dtype in (dtype, torch.float32):
             yield grouped_outer.variant(row_dtype, row_dtype, dtype)
         for given in (dtype, torch.float32):
-            yield pack_adapter.variant(given, dtype)
+            for old_sources in (False, True):
+                yield pack_adapter.variant(given, dtype, old_sources=old_sources)
         yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)

@@ -50,8 +50,8 @@ class Copy(NamedTuple):
     """Used in float32."""
 
 
-def variant(source_dtype: torch.dtype, output_dtype: torch.dtype) -> Variant:
-    """The compilation for two dtypes; it serves every size and all strides."""
+def variant(source_dtype: torch.dtype, output_dtype: torch.dtype, *, old_sources: bool = False) -> Variant:
+    """The compilation for two dtypes; it serves every size and all strides. See :func:`pack_adapter`."""
     return Variant(
         "pack_adapter",
         (
@@ -59,14 +59,16 @@ def variant(source_dtype: torch.dtype, output_dtype: torch.dtype) -> Variant:
             f"OUT_SCALAR={SCALARS[output_dtype]}",
             f"COPIES={_COPIES}",
             *(f"{name}={','.join(str(int(part)) for part in tiling)}" for name, tiling in _TILINGS.items()),
+            f"OLD_SOURCES={int(old_sources)}",
             f"BLOCK_THREADS={_THREADS}",
         ),
     )
 
 
 @functools.cache
-def _kernel(source_dtype: torch.dtype, output_dtype: torch.dtype, device: int) -> Kernel:
-    return kernel(variant(source_dtype, output_dtype), "pack_adapter", device, dependent=True)
+def _kernel(source_dtype: torch.dtype, output_dtype: torch.dtype, old_sources: bool, device: int) -> Kernel:
+    chosen = variant(source_dtype, output_dtype, old_sources=old_sources)
+    return kernel(chosen, "pack_adapter", device, dependent=True)
 
 
 def has_experts_innermost(factor: torch.Tensor) -> bool:
@@ -108,9 +110,16 @@ def _geometry(
     )
 
 
-def pack_adapter(copies: Sequence[Copy]) -> None:
-    """Make the copies, each computed in float32 and rounded once: up to four of neighbours of the same dtypes by one
-    launch. None reads what another writes."""
+def pack_adapter(copies: Sequence[Copy], *, old_sources: bool = False) -> None:
+    """Make the copies, each computed in float32 and rounded once.
+
+    Up to four neighbours of the same dtypes take one launch.
+
+    Args:
+        copies: none reads what another writes.
+        old_sources: whether a launch of ours comes between the last write to any source and this one, and all memory
+            that it reads or writes is still held, so that no output lies there. It may then run at the same time.
+    """
     of_launch: list[Copy] = []
     dtypes = None
     for copy in copies:
@@ -118,15 +127,15 @@ def pack_adapter(copies: Sequence[Copy]) -> None:
             continue
         own = copy.source.dtype, copy.output.dtype
         if of_launch and (own != dtypes or len(of_launch) == _COPIES):
-            _launch(of_launch)
+            _launch(of_launch, old_sources)
             of_launch = []
         dtypes = own
         of_launch.append(copy)
     if of_launch:
-        _launch(of_launch)
+        _launch(of_launch, old_sources)
 
 
-def _launch(copies: list[Copy]) -> None:
+def _launch(copies: list[Copy], old_sources: bool) -> None:
     words: list[int] = []
     tiles = 0
     for source, output, scale in copies:
@@ -136,4 +145,4 @@ def _launch(copies: list[Copy]) -> None:
         tiles += geometry[0]
     words += [0] * (_COPIES * _WORDS_OF_COPY - len(words))
     device = output.get_device()
-    _kernel(source.dtype, output.dtype, device)((tiles, 1), _THREADS, current_stream(device), *words)
+    _kernel(source.dtype, output.dtype, old_sources, device)((tiles, 1), _THREADS, current_stream(device), *words)

@@ -103,7 +103,8 @@ def sort_by_expert(
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
     block, has_weights = block_of(num_pairs, num_experts), top_k_weights is not None
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
-    # One allocation for all that is written: it lives and dies together.
+    # One allocation for all that is written: it lives and dies together, and later than the launch, which the next one
+    # may overtake.
     sizes = [num_experts + 1, num_pairs, num_pairs, TICKETS, num_pairs * has_weights, blocks * num_experts]
     buffer = top_k_index.new_empty(sum(sizes), dtype=torch.int32)
     expert_offsets, token_of_slot, slot_of_pair, tickets, weight_bits, counts = buffer.split_with_sizes(sizes)

@@ -11,6 +11,7 @@ from cupymoe import LowRank
 from cupymoe.backends.adapters import lay_out_gradients, new_gradient, packed
 from cupymoe.kernels import pack_adapter as pack_adapter_module
 from cupymoe.kernels.pack_adapter import Copy, pack_adapter
+from cupymoe.kernels.sort_by_expert import sort_by_expert
 from tests.helpers import poison_free_memory, transposed
 
 pytestmark = pytest.mark.gpu
@@ -85,6 +86,25 @@ def test_copies_of_every_kind_at_once():
     for source, output, scale in copies:
         assert torch.equal(output, expected_of(source, output.shape, torch.bfloat16, scale))
     pack_adapter([])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5000])
+def test_old_sources_are_packed_beside_the_launch_before(num_tokens):
+    """Both are right, over memory that held something else, and of a source that was written just before."""
+    index = torch.randint(128, (num_tokens, 8), device="cuda")
+    weight = torch.empty(128, 352, 704, device="cuda", dtype=torch.bfloat16)
+    expected_pairs = sort_by_expert(index, 128)
+    for scaling in (0.5, 1.5, 2.5):
+        adapter = peft_adapter(weight, 16, torch.float32, scaling)
+        poison_free_memory()
+        adapter.a.normal_()
+        pairs = sort_by_expert(index, 128)
+        (found,) = packed([adapter], [weight], old_factors=True)
+        expected = adapter.packed(weight)
+        assert torch.equal(found.a, expected.a)
+        assert torch.equal(found.b, expected.b)
+        assert torch.equal(pairs.expert_offsets, expected_pairs.expert_offsets)
+        assert torch.equal(pairs.token_of_slot, expected_pairs.token_of_slot)
 
 
 def peft_adapter(weight, rank, dtype, scaling):
