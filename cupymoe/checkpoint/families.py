@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
 from cupymoe.checkpoint.files import CheckpointError, PathLike, read_fields
 from cupymoe.checkpoint.layout import Layout, Spelling
-from cupymoe.config import check_size
+from cupymoe.config import Gemma4MoEConfig, check_size
 from cupymoe.experts import MoEExperts
+from cupymoe.modules import Gemma4MoE
 
-_BY_ROLE = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-_BY_NUMBER = ("w1.weight", "w3.weight", "w2.weight")
+_BY_ROLE = ("gate_proj", "up_proj", "down_proj")
+_BY_NUMBER = ("w1", "w3", "w2")
 
 GEMMA4 = Spelling(
     layouts=(
@@ -138,3 +141,27 @@ def read_experts(path: PathLike, backend: str) -> tuple[Spelling, MoEExperts]:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_config(path: PathLike) -> Gemma4MoEConfig:
+    """Sizes and activation out of the ``config.json`` beside the checkpoint, flat or under ``text_config``.
+
+    Every field of :class:`cupymoe.Gemma4MoEConfig` must be in it, ``hidden_activation`` too: nothing is filled in.
+
+    Raises:
+        CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
+    """
+    file, given = read_fields(path)
+    names = Gemma4MoEConfig.__dataclass_fields__
+    if missing := [name for name in names if name not in given]:
+        raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
+    try:
+        return Gemma4MoEConfig(**{name: given[name] for name in names})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def gemma4_skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE:
+    """Router and experts of a layer of Gemma 4, without memory for the parameters."""
+    with torch.device("meta"):
+        return Gemma4MoE(config, backend)

@@ -12,6 +12,9 @@ import torch
 
 PathLike = str | os.PathLike[str]
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""Of unquantised tensors, in the words of safetensors."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!.*\.(?:safetensors|json)$)[A-Za-z0-9][\w.-]*")
 
@@ -89,10 +92,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def config_file(path: PathLike) -> Path:
+    """Where the ``config.json`` beside the checkpoint is, if there is one."""
+    path = on_disk(path)
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
 def read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
     """The ``config.json`` beside the checkpoint, and what it says of the text model."""
-    path = on_disk(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = config_file(path)
     given = read_json(file)
     given = given.get("text_config", given)
     if not isinstance(given, dict):
