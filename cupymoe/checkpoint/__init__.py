@@ -34,12 +34,12 @@ from pathlib import Path
 
 import torch
 
+from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.export import export_experts
 from cupymoe.checkpoint.families import GEMMA4, gemma4_skeleton, read_config, read_experts
 from cupymoe.checkpoint.files import (
     INDEX,
     SINGLE,
-    CheckpointError,
     PathLike,
     header_keys,
     key_files,

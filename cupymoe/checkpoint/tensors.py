@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cupymoe.checkpoint.files import DTYPES, CheckpointError, PathLike, open_file, read_tensor
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import DTYPES, PathLike, open_file, read_tensor
 from cupymoe.checkpoint.layout import Found, Slot, Spelling, match
 from cupymoe.checkpoint.quantised.storage import Storage
 

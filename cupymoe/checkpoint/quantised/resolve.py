@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cupymoe.checkpoint.files import DTYPES, CheckpointError, PathLike, open_file
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import DTYPES, PathLike, open_file
 from cupymoe.checkpoint.layout import Place, Spelling, layer_keys, places
 from cupymoe.checkpoint.quantised.scheme import Scheme, read_scheme
 from cupymoe.checkpoint.quantised.storage import Storage
@@ -25,7 +26,7 @@ class _Held(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether an unquantised weight has this key."""
-        return self.ending == (".weight" if self.place.layout.single else "")
+        return self.ending == self.place.layouts[0].ending
 
 
 def resolve(
@@ -39,7 +40,7 @@ def resolve(
         CheckpointError: config.json can't be understood; weights of one parameter are stored in different ways; or one
             that config.json promises to be quantised is not.
     """
-    scheme = read_scheme(path)
+    scheme = read_scheme(path, files)
     if scheme is None:
         return {}
     held = list(_held(files, layer, spelling, module))

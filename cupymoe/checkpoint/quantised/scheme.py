@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cupymoe.checkpoint.files import CheckpointError, PathLike, config_file, read_json
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import DTYPES, PathLike, config_file, on_disk, open_file, read_json
+from cupymoe.checkpoint.gguf import SUFFIX
 from cupymoe.checkpoint.quantised.bitsandbytes import Nf4
 from cupymoe.checkpoint.quantised.compressed_tensors import Floats8, MxFloats4, NvFloats4, PackedIntegers
 from cupymoe.checkpoint.quantised.finegrained_fp8 import FineGrainedFp8
 from cupymoe.checkpoint.quantised.fp8 import BLOCK
+from cupymoe.checkpoint.quantised.ggml import Q4_0
 from cupymoe.checkpoint.quantised.modelopt import ModelOptFp4, ModelOptFp8
 from cupymoe.checkpoint.quantised.storage import Storage
 from cupymoe.checkpoint.quantised.transposed import Awq, Gptq
@@ -66,14 +69,20 @@ class _Settings(dict[str, Any]):
         return result
 
 
-def read_scheme(path: PathLike) -> Scheme | None:
+def read_scheme(path: PathLike, files: Mapping[str, Path]) -> Scheme | None:
     """What the ``config.json`` beside a checkpoint says of quantised weights, or ModelOpt's ``hf_quant_config.json``;
-    None if they say nothing, or are not there.
+    None if they say nothing, or are not there. A GGUF file speaks for itself.
+
+    Args:
+        path: the checkpoint.
+        files: the file of each of its keys.
 
     Raises:
         CheckpointError: it is not one that is known, or contradicts itself.
     """
     file = config_file(path)
+    if on_disk(path).suffix == SUFFIX:
+        return Scheme(on_disk(path), _gguf(files))
     given: list[tuple[str, Any]] = []
     if file.exists():
         config = read_json(file)
@@ -142,6 +151,22 @@ def _is_kept(key: str, module: str) -> bool:
 def _unless(kept: Iterable[str], rule: Callable[[str, str], bool], storage: Storage) -> Callable[[str], Storage | None]:
     kept = tuple(kept)
     return lambda module: None if any(rule(key, module) for key in kept) else storage
+
+
+def _gguf(files: Mapping[str, Path]) -> Callable[[str], Storage | None]:
+    def storage(module: str) -> Storage | None:
+        key = f"{module}.weight"
+        if key not in files:
+            return None
+        with open_file(files[key]) as handle:
+            dtype = handle.get_slice(key).get_dtype()
+        if dtype == "Q4_0":
+            return Q4_0(FORMATS["int4_g32"])
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{files[key]}: {key} must be of type Q4_0, {', '.join(DTYPES)}, got {dtype}")
+        return None
+
+    return storage
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cupymoe.checkpoint.files import CheckpointError
+from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage, in_order
 from cupymoe.checkpoint.tensors import Tensor
 from cupymoe.weights import QuantizedWeight
