@@ -20,6 +20,8 @@ from cupymoe.lora import LowRank
 from cupymoe.modules import Gemma4Experts, Gemma4MoE, Gemma4Router
 from cupymoe.training import accumulate_in_float32, selective_checkpoint_contexts, set_keep
 from cupymoe.warmup import warmup
+from cupymoe.weights import QuantizedExperts, QuantizedWeight, WeightFormat
+from cupymoe.weights.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -34,7 +36,10 @@ __all__ = [
     "LowRank",
     "MoEActivation",
     "MoEExperts",
+    "QuantizedExperts",
+    "QuantizedWeight",
     "SlowWarning",
+    "WeightFormat",
     "accumulate_in_float32",
     "apply_moe_activation",
     "as_cupy",
@@ -44,6 +49,7 @@ __all__ = [
     "gelu_tanh_and_mul",
     "lora_experts",
     "moe_activation",
+    "quantize",
     "refresh_adapters",
     "route",
     "selective_checkpoint_contexts",

@@ -18,6 +18,7 @@ from cupymoe.backends import check_name
 from cupymoe.customisation import is_wrapper
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.lora import LowRank
+from cupymoe.weights.quantized import QuantizedWeight
 
 
 class Description(NamedTuple):
@@ -156,11 +157,15 @@ def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
         raise ValueError("out must not overlap an input, from the first to the last element of each")
 
 
-def check_adapter(name: str, adapter: LowRank, weight: torch.Tensor) -> None:
-    """An adapter of ``weight``: a number, and plain tensors of its shapes and device, each of its dtype or float32."""
+def check_adapter(
+    name: str, adapter: LowRank, weight: torch.Tensor | QuantizedWeight, hidden_states: torch.Tensor
+) -> None:
+    """An adapter of ``weight``: a number, and plain tensors of its shapes, on the device of ``hidden_states`` and each
+    of its dtype or float32."""
     if not isinstance(adapter, LowRank):
         raise TypeError(f"{name} must be a cupymoe.LowRank or None, got {type(adapter).__name__}")
-    a, b, base = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b), describe("weight", weight)
+    a, b = describe(f"{name}.a", adapter.a), describe(f"{name}.b", adapter.b)
+    base = describe("hidden_states", hidden_states)
     num_experts, out_size, in_size = weight.shape
     check_shape(f"{name}.a", a, (num_experts, None, in_size))
     check_shape(f"{name}.b", b, (num_experts, out_size, a.shape[1]))
@@ -187,7 +192,7 @@ def check_experts(
     activation: MoEActivation,
     backend: str,
 ) -> None:
-    """The arguments of a call of the experts; a kind of call that has passed is only looked up."""
+    """The arguments of a call of the experts with plain weights; a kind of call that has passed is only looked up."""
     tensors = hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights
     biases = () if gate_up_bias is None and down_bias is None else (gate_up_bias, down_bias)
     if not _is_known(activation, backend, tensors, biases):
@@ -209,6 +214,50 @@ def check_experts(
     if biases:
         _check_bias_layout("gate_up_bias", gate_up_bias)
         _check_bias_layout("down_bias", down_bias)
+
+
+def check_quantized_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    *,
+    activation: MoEActivation,
+    backend: str,
+) -> None:
+    """The arguments of a call of the experts of which at least one weight is quantised."""
+    states = describe("hidden_states", hidden_states)
+    described = (
+        states,
+        _describe_weight("gate_up_proj", gate_up_proj, states),
+        _describe_weight("down_proj", down_proj, states),
+        describe("top_k_index", top_k_index),
+        describe("top_k_weights", top_k_weights),
+        None if gate_up_bias is None else describe("gate_up_bias", gate_up_bias),
+        None if down_bias is None else describe("down_bias", down_bias),
+    )
+    if torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor):  # a traced size has no hash
+        _check_described(activation, backend, *described)
+    else:
+        _check_kind(activation, backend, *described)
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
+            _check_transposed(name, weight)
+    _check_bias_layout("gate_up_bias", gate_up_bias)
+    _check_bias_layout("down_bias", down_bias)
+
+
+def _describe_weight(name: str, weight: torch.Tensor | QuantizedWeight, hidden_states: Description) -> Description:
+    """A quantised weight as one in the dtype of ``hidden_states``, which it is multiplied with."""
+    if isinstance(weight, torch.Tensor):
+        return describe(name, weight)
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{name} must be a torch.Tensor or a cupymoe.QuantizedWeight, got {type(weight).__name__}")
+    weight.check(name)
+    return Description(torch.Size(weight.shape), hidden_states.dtype, weight.device, torch.Tensor)
 
 
 def _check_transposed(name: str, weight: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cupymoe.ops.activation import member_of
+
 COUNTER = "torch.utils.flop_counter"
 
 Shape = Sequence[int]
@@ -56,34 +58,25 @@ def _router_logits_backward(
     return _Projection(hidden_states[0], (1, *projection)).backward(True, True)
 
 
-def _projections(
-    gate_up_proj: Shape, down_proj: Shape, index: Shape, gate_up_a: Shape | None = None, down_a: Shape | None = None
-) -> tuple[_Projection, _Projection]:
-    pairs = index[0] * index[1]
-    return _Projection(pairs, gate_up_proj, gate_up_a), _Projection(pairs, down_proj, down_a)
+def _projections(arguments: Sequence[Any]) -> tuple[_Projection, _Projection]:
+    """Of the forward's arguments. The sizes are not those of the weights, which may be packed codes."""
+    hidden_states, gate_up_proj, _, index, _, gate_up_a, _, down_a, *others = arguments
+    pairs, hidden_size, (num_experts, width, _) = index[0] * index[1], hidden_states[1], gate_up_proj
+    activation = member_of(next(each for each in others if isinstance(each, str)))
+    return (
+        _Projection(pairs, (num_experts, width, hidden_size), gate_up_a),
+        _Projection(pairs, (num_experts, hidden_size, activation.output_size(width)), down_a),
+    )
 
 
-def _fused_experts(
-    hidden_states: Shape,
-    gate_up_proj: Shape,
-    down_proj: Shape,
-    index: Shape,
-    weights: Shape,
-    gate_up_a: Shape | None,
-    gate_up_b: Shape | None,
-    down_a: Shape | None,
-    *_: Any,
-    **__: Any,
-) -> int:
-    both = _projections(gate_up_proj, down_proj, index, gate_up_a, down_a)
-    return sum(projection.forward() for projection in both)
+def _fused_experts(*arguments: Any, **_: Any) -> int:
+    return sum(projection.forward() for projection in _projections(arguments))
 
 
 def _fused_experts_backward(grad: Shape, *arguments: Any, **__: Any) -> int:
     """Of the forward's tensors and settings, and last of which tensors need a gradient."""
-    _, gate_up_proj, down_proj, index, _, gate_up_a, _, down_a, *_ = arguments
     hidden, of_gate_up, of_down, _, of_up_a, of_up_b, of_down_a, of_down_b, of_up_bias, _ = arguments[-1]
-    up, down = _projections(gate_up_proj, down_proj, index, gate_up_a, down_a)
+    up, down = _projections(arguments)
     behind_down = hidden or of_gate_up or of_up_a or of_up_b or of_up_bias
     return up.backward(hidden, of_gate_up, of_up_a, of_up_b) + down.backward(behind_down, of_down, of_down_a, of_down_b)
 

@@ -14,6 +14,7 @@ from cupymoe.checks import (
     check_experts,
     check_global_num_experts,
     check_out,
+    check_quantized_experts,
     check_same,
     check_served_by_kernel,
     check_settings,
@@ -24,6 +25,9 @@ from cupymoe.checks import (
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
+from cupymoe.weights.dequantize import Buffers
+from cupymoe.weights.format import WeightFormat, join_formats
+from cupymoe.weights.quantized import QuantizedWeight
 
 
 def _member(activation: MoEActivation | str) -> MoEActivation:
@@ -144,8 +148,8 @@ def route(
 
 def fused_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     *,
@@ -167,9 +171,11 @@ def fused_experts(
         hidden_states: ``[T, H]`` floating; copied once if it is not contiguous.
         gate_up_proj: ``[E, 2I, H]`` (``[E, I, H]`` if ungated), the first I rows the gate; SWIGLUOAI has row 2i the
             gate and row 2i + 1 the up of each i. Contiguous, or the ``transpose(1, 2)`` of a contiguous
-            ``[E, H, 2I]``; it is never copied.
+            ``[E, H, 2I]``; it is never copied. Or a :class:`cupymoe.QuantizedWeight` of this shape.
         down_proj: ``[E, H, I]``, contiguous, or the ``transpose(1, 2)`` of a contiguous ``[E, I, H]``, whichever
-            ``gate_up_proj`` is.
+            ``gate_up_proj`` is; or a :class:`cupymoe.QuantizedWeight`, whatever ``gate_up_proj`` is. A quantised
+            weight is multiplied with hidden states of any dtype: exactly, but for ``grouped``, which rounds it to
+            bfloat16 before.
         top_k_index: ``[T, K]`` int32 or int64; copied once if it is not contiguous. An index outside ``[0, E)`` masks
             its pair: it contributes nothing and no weight is read for it (expert parallelism).
         top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is); copied once if it is
@@ -198,7 +204,7 @@ def fused_experts(
     Returns:
         ``[T, H]``, dtype and device of ``hidden_states``; empty for T = 0. Differentiable with respect to
         ``hidden_states``, both weights and biases, and ``top_k_weights``; gradients of gradients are computed by the
-        reference. The gradient of a weight is laid out as the weight.
+        reference. The gradient of a weight is laid out as the weight; a quantised one has none.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; or the backend and why it does
@@ -207,6 +213,21 @@ def fused_experts(
     """
     member = _member(activation)
     check_settings(expert_map, numerics, keep)
+    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
+        return _quantized_experts(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            top_k_index,
+            top_k_weights,
+            activation=member,
+            backend=backend,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            out=out,
+            global_num_experts=global_num_experts,
+            keep=keep,
+        )
     check_experts(
         hidden_states,
         gate_up_proj,
@@ -227,29 +248,30 @@ def fused_experts(
         biases = (gate_up_bias, down_bias)
         check_out(out, *tensors, *(bias for bias in biases if bias is not None))
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
-        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_NOT_SERVED, *settings, out)
+        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, _NO_MAP, *settings, out)
         return out
     if torch.is_grad_enabled() and _may_keep_gate_up(
         keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
     ):
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_NOT_SERVED, *settings)
+        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, _NO_MAP, *settings)
     # Each None by itself: to unpack tuples of them would take 0.2 us.
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights,
-        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None,
+        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, None,
         member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
     )  # fmt: skip
     return output
 
 
-# Of the op's arguments: the factors of both adapters, and what these are multiplied with; and scales and zeros of both
-# weights, and the map of experts.
+# Of the op's arguments: the factors of both adapters, and what these are multiplied with; scales, zeros and row_scales
+# of both weights; and the map of experts.
 _NO_ADAPTERS = (None,) * 4
 _UNSCALED = (1.0, 1.0)
-_NOT_SERVED = (None,) * 5
+_UNQUANTISED = (None,) * 6
+_NO_MAP = None
 
 
 _KEPT_DTYPES = (torch.bfloat16, torch.float16)
@@ -278,10 +300,84 @@ def _differentiated(*arguments: Any) -> torch.Tensor:
     return output
 
 
+def _quantized_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    activation: MoEActivation,
+    backend: str = "auto",
+    gate_up_adapter: LowRank | None = None,
+    down_adapter: LowRank | None = None,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    global_num_experts: int | None,
+    keep: str,
+) -> torch.Tensor:
+    """:func:`fused_experts` and :func:`lora_experts` where at least one weight is quantised."""
+    biases = gate_up_bias, down_bias
+    check_quantized_experts(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *biases,
+        activation=activation, backend=backend,
+    )  # fmt: skip
+    if global_num_experts is not None:
+        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
+    gate_up_codes, *of_gate_up = _buffers(gate_up_proj)
+    down_codes, *of_down = _buffers(down_proj)
+    weights = top_k_weights.to(work_dtype(hidden_states.dtype))
+    tensors = hidden_states, gate_up_codes, down_codes, top_k_index, weights
+    quantised = (*of_gate_up, *of_down)
+    weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
+    settings = (activation.value, *scalings, weight_format, "fast", global_num_experts, backend)
+    arguments = (*tensors, *adapters, *biases, *quantised, _NO_MAP, *settings)
+    if out is not None:
+        check_out(out, *tensors, *(each for each in (*biases, *quantised) if each is not None))
+        torch.ops.cupymoe.fused_experts_out(*arguments, out)
+        return out
+    if torch.is_grad_enabled() and _may_keep_gate_up(keep, backend, *tensors[:3], weights, *adapters, *biases):
+        return _differentiated(*arguments)
+    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
+    return output
+
+
+def _buffers(weight: torch.Tensor | QuantizedWeight) -> Buffers:
+    """Of a quantised weight; a plain one is where the codes would be."""
+    return weight.tensors() if isinstance(weight, QuantizedWeight) else (weight, None, None, None)
+
+
+def _format(weight: torch.Tensor | QuantizedWeight) -> WeightFormat | None:
+    return weight.format if isinstance(weight, QuantizedWeight) else None
+
+
+def _adapters(
+    gate_up_adapter: LowRank | None,
+    down_adapter: LowRank | None,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
+    hidden_states: torch.Tensor,
+) -> tuple[list[torch.Tensor | None], list[float]]:
+    """The op's factors of both adapters, which are checked, and what these are multiplied with."""
+    factors: list[torch.Tensor | None] = []
+    scalings: list[float] = []
+    for name, adapter, weight in (
+        ("gate_up_adapter", gate_up_adapter, gate_up_proj),
+        ("down_adapter", down_adapter, down_proj),
+    ):
+        if adapter is not None:
+            check_adapter(name, adapter, weight, hidden_states)
+        factors += (None, None) if adapter is None else (adapter.a, adapter.b)
+        scalings.append(1.0 if adapter is None else adapter.scaling)
+    return factors, scalings
+
+
 def lora_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     gate_up_adapter: LowRank | None,
@@ -296,6 +392,8 @@ def lora_experts(
     keep: str = "gate_up",
 ) -> torch.Tensor:
     """:func:`fused_experts` on weights with ``scaling * b @ a`` added to each, which are never formed.
+
+    The weights may be quantised (QLoRA).
 
     Args:
         gate_up_adapter: ``a`` ``[E, r, H]``, ``b`` ``[E, 2I, r]`` and ``scaling`` of :class:`cupymoe.LowRank`; None: no
@@ -313,24 +411,30 @@ def lora_experts(
     """
     member = _member(activation)
     check_settings(expert_map, numerics, keep)
+    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
+        return _quantized_experts(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            top_k_index,
+            top_k_weights,
+            activation=member,
+            gate_up_adapter=gate_up_adapter,
+            down_adapter=down_adapter,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            global_num_experts=global_num_experts,
+            keep=keep,
+        )
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     check_experts(*experts, gate_up_bias, down_bias, activation=member, backend="auto")
     if global_num_experts is not None:
         check_global_num_experts(global_num_experts, down_proj.shape[0])
-    adapters: list[torch.Tensor | None] = []
-    scalings: list[float] = []
-    for name, adapter, weight in (
-        ("gate_up_adapter", gate_up_adapter, gate_up_proj),
-        ("down_adapter", down_adapter, down_proj),
-    ):
-        if adapter is not None:
-            check_adapter(name, adapter, weight)
-        adapters += (None, None) if adapter is None else (adapter.a, adapter.b)
-        scalings.append(1.0 if adapter is None else adapter.scaling)
+    adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
     biases = (gate_up_bias, down_bias)
-    arguments = (*experts[:4], weights, *adapters, *biases, *_NOT_SERVED, *settings)
+    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, _NO_MAP, *settings)
     if torch.is_grad_enabled() and _may_keep_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
         return _differentiated(*arguments)
     output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)

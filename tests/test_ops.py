@@ -29,6 +29,7 @@ from tests.helpers import (
     skip_without_inductor,
     slow_on_cuda,
 )
+from tests.weights.helpers import random_weight
 
 CONFIG = Gemma4MoEConfig(
     hidden_size=32, moe_intermediate_size=24, num_experts=6, top_k_experts=2, hidden_activation="gelu_pytorch_tanh"
@@ -151,7 +152,8 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
     opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
 
 
-NOT_SERVED = (None,) * 5
+UNQUANTISED = (None,) * 6
+NO_MAP = (None,)
 NOTHING_KEPT = (None,) * 3
 NO_BIASES = (None,) * 2
 SETTINGS = ("gelu_tanh", 0.5, -1.5, "plain", "fast", None, "auto")
@@ -178,7 +180,7 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
     case = laid_out(case, (as_gpt_oss, as_gpt_oss))
     adapters = random_adapters(case[1:3], adapted, dtype=dtype, device=device)
     biases = [*random_biases(case, (as_gpt_oss, as_gpt_oss)).values()]
-    tensors = (*case, *adapters, *biases, *NOT_SERVED)
+    tensors = (*case, *adapters, *biases, *UNQUANTISED, *NO_MAP)
     of_rest = [tensor is not None for tensor in (*adapters, *biases)]
     for needed in ([True, True, True, True, *of_rest], [True, False, False, False, *of_rest]):
         grad = torch.randn_like(case.hidden_states)
@@ -206,11 +208,36 @@ def test_opcheck_backward_of_experts_without_tokens(device):
         *case,
         *adapters,
         *NO_BIASES,
-        *NOT_SERVED,
+        *UNQUANTISED,
+        *NO_MAP,
         *NOTHING_KEPT,
         *SETTINGS,
         [True] * 8 + [False] * 2,
     )
+
+
+@slow_on_cuda
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("formats", [("int4_g32", "int4_g32"), ("nf4", "int8"), ("int4_g32_zero", "plain")])
+def test_opcheck_quantised_experts(device, requires_grad, formats):
+    case = random_experts(5, 4, 64, 32, 2, device=device)
+    weights = [
+        random_weight(name, *weight.shape).to(device).tensors() if name != "plain" else (weight, None, None, None)
+        for name, weight in zip(formats, case[1:3], strict=True)
+    ]
+    adapters = random_adapters(case[1:3], (True, False), device=device)
+    (gate_up, *of_gate_up), (down, *of_down) = weights
+    tensors = case.hidden_states, gate_up, down, *case[3:], *adapters, *NO_BIASES, *of_gate_up, *of_down, *NO_MAP
+    settings = (*SETTINGS[:3], ",".join(formats), *SETTINGS[4:])
+    grad = torch.randn_like(case.hidden_states)
+    needed = [True, False, formats[1] == "plain", True, True, True, False, False, False, False]
+    opcheck("fused_experts_backward", grad, *tensors, *NOTHING_KEPT, *settings, needed)
+    if not requires_grad:
+        opcheck("fused_experts_out", *tensors, *settings, torch.empty_like(case.hidden_states))
+    for tensor in (case.hidden_states, case.top_k_weights, *adapters[:2]):
+        tensor.requires_grad_(requires_grad)
+    opcheck("fused_experts", *tensors, *settings)
+    opcheck("fused_experts_keeping", *tensors, *settings)
 
 
 # --- torch.vmap and batched gradients ---------------------------------------------------------------------------------

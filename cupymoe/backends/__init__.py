@@ -16,6 +16,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.load import Load
+from cupymoe.weights.format import PLAIN
 
 _log = logging.getLogger("cupymoe")
 
@@ -39,7 +40,7 @@ class ExpertsCall(NamedTuple):
     aligned_hidden_states: bool
     """Whether hidden_states, and the output's memory where the caller gave it, start on 16 bytes."""
     aligned_weights: bool
-    """Whether both weights start on 16 bytes."""
+    """Whether both weights start on 16 bytes; of quantised ones, codes and scales."""
     adapter_rank: int = 0
     """The largest rank of a weight's low-rank adapter, as it is padded; 0: no weight has one."""
     gate_up_scaling: float = 1.0
@@ -54,6 +55,8 @@ class ExpertsCall(NamedTuple):
     """The same of ``down_proj``."""
     has_bias: bool = False
     """Whether either projection has a bias."""
+    weight_format: str = PLAIN
+    """``"plain"``, or where a weight is quantised both formats: ``"int4_g32,int4_g32"``, ``"fp8_g128,plain"``."""
 
     @property
     def load(self) -> Load:
@@ -88,6 +91,14 @@ class ExpertsTensors(NamedTuple):
     """``[E, 2I]``, or ``[E, I]`` for an ungated activation: added before the activation."""
     down_bias: torch.Tensor | None = None
     """``[E, H]``: added to an expert's output before that is weighted."""
+    gate_up_scales: torch.Tensor | None = None
+    """Of a quantised ``gate_up_proj``, which is its codes then: the buffers of :class:`cupymoe.QuantizedWeight`."""
+    gate_up_zeros: torch.Tensor | None = None
+    gate_up_row_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
+    """The same of ``down_proj``."""
+    down_zeros: torch.Tensor | None = None
+    down_row_scales: torch.Tensor | None = None
 
 
 class Kept(NamedTuple):
@@ -103,7 +114,8 @@ class Kept(NamedTuple):
     """The same of ``down_proj``."""
 
 
-DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name != "top_k_index")
+_OF_QUANTISED = tuple(name for name in ExpertsTensors._fields if name.endswith(("_scales", "_zeros")))
+DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name not in ("top_k_index", *_OF_QUANTISED))
 """Names of the tensors that have a gradient, in their order."""
 
 
@@ -239,6 +251,11 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     return _logged(chosen, call, direction)
 
 
+def of_format(call: ExpertsCall) -> str:
+    """What a message adds to a call's dtype where its weights are quantised."""
+    return "" if call.weight_format == PLAIN else f" with {call.weight_format} weights"
+
+
 @functools.cache
 def _warn_that_it_was_never_run(capability: tuple[int, int]) -> None:
     _log.warning(
@@ -252,13 +269,14 @@ def _logged(chosen: Backend, call: ExpertsCall, direction: Direction) -> Backend
     if call.device.type == "cuda" and chosen.name != "reference" and (arch := Arch.of(call.device)) != HOPPER:
         _warn_that_it_was_never_run(arch.capability)
     _log.info(
-        "%s of %d tokens over %d experts [%d, %d] in %s on %s: %s (%s)",
+        "%s of %d tokens over %d experts [%d, %d] in %s%s on %s: %s (%s)",
         direction,
         call.num_tokens,
         call.num_experts,
         call.hidden_size,
         call.intermediate_size,
         call.dtype,
+        of_format(call),
         call.device,
         chosen.name,
         chosen.way(call, direction),

@@ -12,7 +12,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import grouped_mm
@@ -23,9 +23,13 @@ from cupymoe.backends import DIFFERENTIABLE, Direction, ExpertsCall, ExpertsTens
 from cupymoe.backends.adapters import adapters_of, packed
 from cupymoe.gradients import activation_backward
 from cupymoe.lora import LowRank, Packed
+from cupymoe.weights.dequantize import WeightOnDemand
+from cupymoe.weights.format import PLAIN, formats_of
 
 _BIASED_AT_ONCE = 8192
 """Rows that a bias is added to in one step."""
+_DEQUANTIZED_AT_ONCE = 1 << 25
+"""Elements of a quantised weight, of whole experts and of one more; they take some 15 bytes each meanwhile."""
 
 
 class ExpertRows(ABC):
@@ -83,6 +87,11 @@ class ExpertRows(ABC):
 class KernelRows(ExpertRows):
     """What the rows have of our kernels, in whichever way their products are computed."""
 
+    offsets: torch.Tensor
+    """``[E + 1]`` int32: where each expert's rows begin, and where the last one's end."""
+    dequantized_dtype: torch.dtype
+    """What a quantised weight is rounded to before it is multiplied."""
+
     def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
         from cupymoe.kernels.sort_by_expert import sort_by_expert
 
@@ -95,6 +104,40 @@ class KernelRows(ExpertRows):
         ends = self.offsets[1:]
         slots = torch.arange(self.slot_of_pair.numel(), dtype=ends.dtype, device=ends.device)
         return torch.searchsorted(ends, slots, right=True, out_int32=True).clamp_(max=len(ends) - 1)
+
+    @abstractmethod
+    def _product(self, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """``rows @ weight[e].T`` for the rows of some neighbouring experts, ``[T * K, out]``; others are undefined.
+
+        Args:
+            rows: ``[T * K, in]``
+            weight: ``[E', out, in]``, of these experts.
+            offsets: ``[E' + 1]``, where their rows begin, and where the last one's end.
+        """
+
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor | WeightOnDemand, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See :class:`ExpertRows`. A quantised weight is dequantised a few experts at a time."""
+        if isinstance(weight, torch.Tensor):
+            output = self._product(rows, weight, self.offsets)
+        else:
+            output = self._product_on_demand(rows, weight)
+        return self._add_bias(output, bias)
+
+    def _product_on_demand(self, rows: torch.Tensor, weight: WeightOnDemand) -> torch.Tensor:
+        num_experts, out_size, in_size = weight.shape
+        step = max(1, _DEQUANTIZED_AT_ONCE // (out_size * in_size))
+        slots = torch.arange(len(rows), dtype=self.offsets.dtype, device=rows.device).unsqueeze(-1)
+        output = self._product(rows, weight.experts(slice(0, step), self.dequantized_dtype), self.offsets[: step + 1])
+        for first in range(step, num_experts, step):
+            # The grouped GEMM begins with the first row, wherever its first expert's begin, so one more expert takes
+            # the rows before, of which it makes nothing that is used.
+            some = slice(first - 1, first + step)
+            dequantized = weight.experts(some, self.dequantized_dtype)
+            product = self._product(rows, dequantized, self.offsets[first - 1 : first + step + 1])
+            output = torch.where(slots < self.offsets[first], output, product)
+        return output
 
     def _add_bias(self, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """In place, some rows at a time, so that the rows' biases take little memory."""
@@ -131,9 +174,10 @@ class KernelRows(ExpertRows):
 class GroupedRows(KernelRows):
     """Products by torch's grouped GEMM, which rounds each of them to the dtype of its rows; so does adding a bias."""
 
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`ExpertRows`."""
-        return self._add_bias(grouped_mm(rows, weight.transpose(1, 2), offs=self.offsets[1:]), bias)
+    dequantized_dtype = torch.bfloat16
+
+    def _product(self, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`ExpertRows`."""
@@ -143,11 +187,12 @@ class GroupedRows(KernelRows):
 class SimtRows(KernelRows):
     """Products on the CUDA cores, whatever the alignment; all of them in float32."""
 
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`ExpertRows`."""
+    dequantized_dtype = torch.float32
+
+    def _product(self, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         from cupymoe.kernels.grouped_linear import grouped_linear
 
-        return self._add_bias(grouped_linear(rows, weight, self.offsets, torch.float32), bias)
+        return grouped_linear(rows, weight, offsets, torch.float32)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`ExpertRows`."""
@@ -258,6 +303,23 @@ class Projection(NamedTuple):
         if self.weight.is_contiguous():
             return self.rows.outer(grad, rows, self.weight.dtype)
         return self.rows.outer(rows, grad, self.weight.dtype).transpose(1, 2)
+
+
+def on_demand(call: ExpertsCall, tensors: ExpertsTensors) -> ExpertsTensors:
+    """The same with a :class:`WeightOnDemand` for each weight that is quantised, which stands in for a tensor."""
+    if call.weight_format == PLAIN:
+        return tensors
+    of_gate_up, of_down = formats_of(call.weight_format)
+    num_experts, hidden_size, width = call.num_experts, call.hidden_size, tensors.gate_up_proj.shape[1]
+    weights: dict[str, Any] = {}
+    if of_gate_up is not None:
+        buffers = tensors.gate_up_proj, tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales
+        weights["gate_up_proj"] = WeightOnDemand(of_gate_up, (num_experts, width, hidden_size), buffers, call.dtype)
+    if of_down is not None:
+        shape = num_experts, hidden_size, call.intermediate_size
+        buffers = tensors.down_proj, tensors.down_scales, tensors.down_zeros, tensors.down_row_scales
+        weights["down_proj"] = WeightOnDemand(of_down, shape, buffers, call.dtype)
+    return tensors._replace(**weights)
 
 
 def _projections(rows: ExpertRows, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Projection, Projection]:
@@ -383,11 +445,12 @@ class RowsBackend:
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
-        return forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors, out)[0]
+        rows = self.rows(tensors.top_k_index, call.num_experts)
+        return forward(rows, call, on_demand(call, tensors), out)[0]
 
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
-        output, kept = forward(self.rows(tensors.top_k_index, call.num_experts), call, tensors)
+        output, kept = forward(self.rows(tensors.top_k_index, call.num_experts), call, on_demand(call, tensors))
         lows = (None if low is None else low.to(call.dtype) for low in kept[1:])
         return output, Kept(kept.gate_up.to(call.dtype), *lows)
 
@@ -401,4 +464,4 @@ class RowsBackend:
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
         rows = self.rows(tensors.top_k_index, call.num_experts)
-        return backward(rows, call, tensors, kept if self.uses_gate_up else None, grad, needed)
+        return backward(rows, call, on_demand(call, tensors), kept if self.uses_gate_up else None, grad, needed)

@@ -32,11 +32,16 @@ from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
+from cupymoe.weights.format import PLAIN
 
 # Pairs of an expert on average up to which each of arch.BUILDS was measured faster than ``grouped`` on an H200
 # (portable.json: 8 are 128 tokens at Gemma 4's sizes; at 1024, the next measured, all are slower), and Hopper's
 # own stream (None, sweep.json) for the cards that would run it as it is.
 _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 8, "sm_86": 8, "sm_120": 8, None: 48}
+
+
+SERVED_FORMATS: frozenset[str] = frozenset()
+"""Of quantised weights, both of which must be of one of them."""
 
 
 class FusedBackend:
@@ -72,6 +77,9 @@ class FusedBackend:
             return reason
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
+        if call.weight_format != PLAIN and not SERVED_FORMATS.issuperset(call.weight_format.split(",")):
+            served = ", ".join(sorted(SERVED_FORMATS)) or "none"
+            return f"of quantised weights its kernels read these formats: {served}; not {call.weight_format}"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):

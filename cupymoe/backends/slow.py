@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupymoe.backends import Backend, Direction, ExpertsCall, registry, serving
+from cupymoe.backends import Backend, Direction, ExpertsCall, of_format, registry, serving
 
 VARIABLE = "CUPYMOE_ON_SLOW"
 POLICIES = ("warn", "error", "silent")
@@ -78,8 +78,8 @@ def check(call: ExpertsCall, chosen: Backend, direction: Direction = "forward") 
         fast = {name: backend for name, backend in registry().items() if not backend.is_slow}
         report(
             f"{'' if direction == 'forward' else 'gradients of '}{call.num_experts} experts of hidden size "
-            f"{call.hidden_size} and intermediate size {call.intermediate_size} in {call.dtype} on CUDA by the slow "
-            f"backend {chosen.name!r}",
+            f"{call.hidden_size} and intermediate size {call.intermediate_size} in {call.dtype}{of_format(call)} "
+            f"on CUDA by the slow backend {chosen.name!r}",
             "; ".join(f"{name}: {backend.unsupported_reason(call, direction)}" for name, backend in fast.items()),
             remedy(call, direction),
         )

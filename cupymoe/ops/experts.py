@@ -7,9 +7,11 @@ of its adapter, of the weight's dtype or of float32, may have any strides, and t
 All of them take the same tensors and settings, what is not served yet among them, so that a later capability changes no
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
 
-- ``gate_up_scales``, ``gate_up_zeros``, ``down_scales``, ``down_zeros`` belong to weights of another ``weight_format``
-  than ``"plain"``, and ``expert_map`` says which of all experts are here: None.
-- ``weight_format`` is ``"plain"``, ``numerics`` is ``"fast"``.
+- ``expert_map``, which of all experts are here, is None.
+- ``numerics`` is ``"fast"``.
+
+Where ``weight_format`` is another than ``"plain"``, a weight that is quantised is its codes, and scales, zeros and
+row_scales belong to them: the buffers of :class:`cupymoe.QuantizedWeight`. They have no gradients.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept, 
 from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
 from cupymoe.ops.register import on_device_of, register
+from cupymoe.weights.format import PLAIN
 
 _TENSORS = (
     "Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor top_k_index, Tensor top_k_weights, "
     "Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b, Tensor? gate_up_bias, Tensor? down_bias, "
-    "Tensor? gate_up_scales, Tensor? gate_up_zeros, Tensor? down_scales, Tensor? down_zeros, Tensor? expert_map"
+    "Tensor? gate_up_scales, Tensor? gate_up_zeros, Tensor? gate_up_row_scales, "
+    "Tensor? down_scales, Tensor? down_zeros, Tensor? down_row_scales, Tensor? expert_map"
 )
 _NUM_TENSORS = _TENSORS.count("Tensor")
 _SETTINGS = (
@@ -58,10 +62,17 @@ def experts_call(
     global_num_experts: int | None = None,
     out: torch.Tensor | None = None,
     has_bias: bool = False,
+    weight_format: str = PLAIN,
+    of_quantised: Sequence[torch.Tensor | None] = (),
 ) -> ExpertsCall:
     """What the backends are asked about."""
     num_tokens, top_k = top_k_index.shape
     num_experts, hidden_size, intermediate_size = down_proj.shape
+    weights = gate_up_proj.data_ptr() | down_proj.data_ptr()
+    if weight_format != PLAIN:  # codes have other shapes
+        intermediate_size = activation.output_size(gate_up_proj.shape[1])
+        for each in of_quantised:
+            weights |= 0 if each is None else each.data_ptr()
     states = hidden_states.data_ptr() if out is None else hidden_states.data_ptr() | out.data_ptr()
     rank = max(padded_rank(a.shape[1]) for a in adapters[::2] if a is not None) if adapters else 0
     # By position: names cost 1 us.
@@ -75,13 +86,14 @@ def experts_call(
         hidden_size,
         intermediate_size,
         states % 16 == 0,
-        (gate_up_proj.data_ptr() | down_proj.data_ptr()) % 16 == 0,
+        weights % 16 == 0,
         rank,
         *scalings,
         global_num_experts,
         not gate_up_proj.is_contiguous(),
         not down_proj.is_contiguous(),
         has_bias,
+        weight_format,
     )
 
 
@@ -91,7 +103,7 @@ def _contiguous(
     down_proj: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    *adapters_and_biases: torch.Tensor | None,
+    *others: torch.Tensor | None,
 ) -> ExpertsTensors:
     return ExpertsTensors(
         hidden_states.contiguous(),
@@ -99,14 +111,15 @@ def _contiguous(
         down_proj,
         top_k_index.contiguous(),
         top_k_weights.contiguous(),
-        *adapters_and_biases,
+        *others,
     )
 
 
 def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsCall:
     tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
-    activation, gate_up_scaling, down_scaling, _, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, *others = tensors
+    gate_up_bias, down_bias, *of_quantised = others
+    activation, gate_up_scaling, down_scaling, weight_format, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
     return experts_call(
         hidden_states,
         gate_up_proj,
@@ -118,6 +131,8 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         global_num_experts,
         out,
         gate_up_bias is not None or down_bias is not None,
+        weight_format,
+        of_quantised,
     )
 
 

@@ -10,6 +10,7 @@ written so: a scale of a tensor, or of a block of rows, is repeated to its rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -161,3 +162,18 @@ def format_of(name: str | WeightFormat) -> WeightFormat:
     if name not in [*FORMATS]:  # a list: what was given may have no hash
         raise ValueError(f"format must be one of {[*FORMATS]}, got {name!r}")
     return FORMATS[name]
+
+
+@functools.lru_cache(maxsize=256)
+def formats_of(weight_format: str) -> tuple[WeightFormat | None, WeightFormat | None]:
+    """Of gate_up_proj and down_proj, from the text that ops and backends have for both; None: it is plain."""
+    if weight_format == PLAIN:
+        return None, None
+    gate_up, down = (None if name == PLAIN else FORMATS[name] for name in weight_format.split(","))
+    return gate_up, down
+
+
+def join_formats(gate_up: WeightFormat | None, down: WeightFormat | None) -> str:
+    """The text that :func:`formats_of` reads."""
+    names = [PLAIN if format is None else format.name for format in (gate_up, down)]
+    return PLAIN if names == [PLAIN, PLAIN] else ",".join(names)

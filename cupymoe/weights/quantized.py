@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cupymoe.customisation import is_wrapper
+from cupymoe.weights.dequantize import Buffers, dequantize, some_of
 from cupymoe.weights.format import WeightFormat, format_of
 from cupymoe.weights.pack import pack_codes, unpack_codes
 
@@ -26,6 +27,21 @@ _LARGEST_ZERO = 15
 
 def _padded_groups(groups: int, dtype: torch.dtype) -> int:
     return -(-groups * dtype.itemsize // ROW_BYTES_MULTIPLE) * ROW_BYTES_MULTIPLE // dtype.itemsize
+
+
+def _expected(
+    format: WeightFormat, shape: tuple[int, int, int], scale_dtype: torch.dtype | None
+) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]:
+    """Shape and dtype of each buffer; None for one that the format does not have."""
+    *outer, k = shape
+    groups = format.groups(k)
+    dtype = scale_dtype or next(iter(format.scale_dtypes), None)
+    return (
+        ((*outer, format.row_bytes(k)), torch.uint8),
+        None if dtype is None else ((*outer, _padded_groups(groups, dtype)), dtype),
+        ((*outer, _padded_groups(groups, torch.uint8)), torch.uint8) if format.has_zeros else None,
+        ((*outer,), _ROW_SCALE_DTYPE) if format.has_row_scales else None,
+    )
 
 
 def _bytes_moved(fn: Callable[[torch.Tensor], torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
@@ -82,23 +98,15 @@ class QuantizedWeight(nn.Module):
         self.format = format_of(format)
         if len(shape) != 3 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in shape):
             raise ValueError(f"shape must be three positive integers (E, n, k), got {tuple(shape)}")
-        num_experts, rows, k = shape
-        self.shape: tuple[int, int, int] = (num_experts, rows, k)
+        self.shape: tuple[int, int, int] = (*shape,)
         """``(E, n, k)``, without any padding."""
         allowed = self.format.scale_dtypes
         if scale_dtype is not None and scale_dtype not in allowed:
             raise TypeError(f"scale_dtype must be one of {[*allowed]} for {self.format.name}, got {scale_dtype}")
-        groups = self.format.groups(k)
-
-        def empty(dtype: torch.dtype, *sizes: int) -> torch.Tensor:
-            return torch.empty((num_experts, rows, *sizes), dtype=dtype, device=device)
-
-        self.register_buffer("codes", empty(torch.uint8, self.format.row_bytes(k)))
-        dtype = scale_dtype or next(iter(allowed), None)
-        self.register_buffer("scales", None if dtype is None else empty(dtype, _padded_groups(groups, dtype)))
-        has_zeros, has_row_scales = self.format.has_zeros, self.format.has_row_scales
-        self.register_buffer("zeros", empty(torch.uint8, _padded_groups(groups, torch.uint8)) if has_zeros else None)
-        self.register_buffer("row_scales", empty(_ROW_SCALE_DTYPE) if has_row_scales else None)
+        self._expected = _expected(self.format, self.shape, scale_dtype)
+        for name, expected in zip(_BUFFERS, self._expected, strict=True):
+            empty = None if expected is None else torch.empty(expected[0], dtype=expected[1], device=device)
+            self.register_buffer(name, empty)
 
     @classmethod
     def of(
@@ -184,21 +192,34 @@ class QuantizedWeight(nn.Module):
             dtype: of the result.
             experts: which ones.
         """
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        table = _values(self.format, work, self.device)
-        weight = table[unpack_codes(self.format, self.codes[experts], self.shape[2]).int()]
-        if self.group_zeros is not None:
-            weight = weight - self._of_codes(self.group_zeros[experts].to(work))
-        if self.group_scales is not None:
-            weight = weight * self._of_codes(self.group_scales[experts].to(work))
-        if self.row_scales is not None:
-            weight = weight * self.row_scales[experts].to(work).unsqueeze(-1)
-        return weight.to(dtype)
+        return dequantize(self.format, self.shape[2], some_of(self.tensors(), experts), dtype)
 
-    def _of_codes(self, of_groups: torch.Tensor) -> torch.Tensor:
-        """Each code's, of what belongs to groups, the last of which may be cut."""
-        assert self.format.group is not None
-        return of_groups.repeat_interleave(self.format.group, dim=-1)[..., : self.shape[2]]
+    def tensors(self) -> Buffers:
+        """``codes``, ``scales``, ``zeros`` and ``row_scales``."""
+        return self.codes, self.scales, self.zeros, self.row_scales
+
+    def check(self, name: str) -> None:
+        """The buffers are as they were made: another may have been assigned, or loaded with ``assign=True``.
+
+        Raises:
+            TypeError, ValueError: naming the buffer as one of ``name``, what it is and what it must be.
+        """
+        for buffer_name, buffer, expected in zip(_BUFFERS, self.tensors(), self._expected, strict=True):
+            if (buffer is None) != (expected is None):
+                raise ValueError(
+                    f"{name}.{buffer_name} must be {'None' if expected is None else 'given'} in {self.format.name}"
+                )
+            if buffer is None or expected is None:
+                continue
+            shape, dtype = expected
+            if buffer.dtype != dtype:
+                raise TypeError(f"{name}.{buffer_name} must be {dtype}, got {buffer.dtype}")
+            if tuple(buffer.shape) != shape:
+                raise ValueError(f"{name}.{buffer_name} must have shape {[*shape]}, got {[*buffer.shape]}")
+            if buffer.device != self.codes.device:
+                raise ValueError(f"{name}.{buffer_name} must be on codes's device, got {buffer.device}")
+            if not buffer.is_contiguous():
+                raise ValueError(f"{name}.{buffer_name} must be contiguous, got strides {buffer.stride()}")
 
     def extra_repr(self) -> str:
         """The format and the shape."""
@@ -248,19 +269,6 @@ class QuantizedWeight(nn.Module):
 
 def _text(state: torch.Tensor) -> str:
     return bytes(state.tolist()).decode(errors="replace")
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_values(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(format.values, dtype=dtype, device=device)
-
-
-def _values(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Of every code. Kept by device: a copy from the host would wait for the GPU, and can't be captured in a graph."""
-    values = _cached_values(format, dtype, device)
-    if type(values) is not torch.Tensor:  # made under a mode of torch whose tensors live no longer than that
-        _cached_values.cache_clear()
-    return values
 
 
 def _padded(of_groups: torch.Tensor) -> torch.Tensor:
