@@ -29,30 +29,37 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from cupymoe.checkpoint.families import GEMMA4, read_experts
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.export import export_experts
+from cupymoe.checkpoint.families import GEMMA4, gemma4_skeleton, read_config, read_experts
 from cupymoe.checkpoint.files import (
     INDEX,
     SINGLE,
-    CheckpointError,
     PathLike,
     header_keys,
     key_files,
     read_fields,
 )
+from cupymoe.checkpoint.layer import load, open_layer
 from cupymoe.checkpoint.layout import layer_of
-from cupymoe.checkpoint.tensors import check_destination, checked, load
+from cupymoe.checkpoint.quantised.storage import Storage
+from cupymoe.checkpoint.quantised.weights import read_weights
+from cupymoe.checkpoint.tensors import check_destination
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.experts import MoEExperts
 from cupymoe.modules import Gemma4MoE
 from cupymoe.parameters import check_writable
+from cupymoe.weights import QuantizedWeight
 
 __all__ = [
     "CheckpointError",
     "check_index",
+    "export_experts",
     "layers",
     "load_experts",
     "load_into",
@@ -70,24 +77,6 @@ def layers(path: PathLike) -> tuple[int, ...]:
         ImportError: safetensors is not installed.
     """
     return tuple(sorted({layer for layer in map(layer_of, key_files(path)) if layer is not None}))
-
-
-def read_config(path: PathLike) -> Gemma4MoEConfig:
-    """Sizes and activation out of the ``config.json`` beside the checkpoint, flat or under ``text_config``.
-
-    Every field of :class:`cupymoe.Gemma4MoEConfig` must be in it, ``hidden_activation`` too: nothing is filled in.
-
-    Raises:
-        CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
-    """
-    file, given = read_fields(path)
-    names = Gemma4MoEConfig.__dataclass_fields__
-    if missing := [name for name in names if name not in given]:
-        raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
-    try:
-        return Gemma4MoEConfig(**{name: given[name] for name in names})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
 
 
 def num_hidden_layers(path: PathLike) -> int | None:
@@ -162,7 +151,7 @@ def load_layer(
     """
     check_destination(device, dtype)
     files = key_files(path)
-    moe = _skeleton(read_config(path) if config is None else config, backend)
+    moe = gemma4_skeleton(read_config(path) if config is None else config, backend)
     load(moe, path, files, layer, GEMMA4, device, dtype)
     return moe
 
@@ -214,18 +203,27 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
             bfloat16, float16, float32 and float64; or ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
-    parameters = _parameters(moe)
-    with checked(path, key_files(path), layer, GEMMA4, _skeleton(moe.config)) as tensors, torch.no_grad():
-        # All are mapped before the first is copied: one that can't be is seen while nothing is written yet.
-        mapped = [(parameters[tensor.slot.parameter][tensor.slot.part], tensor.read()) for tensor in tensors]
+    skeleton = gemma4_skeleton(moe.config)
+    with open_layer(path, key_files(path), layer, GEMMA4, skeleton) as (tensors, storages), torch.no_grad():
+        parameters = _parameters(moe, skeleton, storages)
+        # All are mapped, or read, before the first is copied: one that can't be is seen while nothing is written yet.
+        mapped = [
+            (parameters[tensor.slot.parameter][tensor.slot.part], tensor.read())
+            for tensor in tensors
+            if not tensor.slot.tensor
+        ]
+        for name, weight in read_weights(tensors, storages, skeleton, "cpu").items():
+            mapped += zip(_buffers(moe, name, weight), weight.buffers(), strict=True)
         for destination, source in mapped:
             destination.copy_(source)
 
 
-def _parameters(moe: Gemma4MoE) -> dict[str, torch.Tensor]:
-    """Every parameter of a layer by name, seen to be one that a checkpoint can be copied into."""
+def _parameters(moe: Gemma4MoE, skeleton: Gemma4MoE, storages: Mapping[str, Storage]) -> dict[str, torch.Tensor]:
+    """Every unquantised parameter of a layer by name, seen to be one that a checkpoint can be copied into."""
     parameters: dict[str, torch.Tensor] = {}
-    for name, wanted in _skeleton(moe.config).named_parameters():
+    for name, wanted in skeleton.named_parameters():
+        if name in storages:
+            continue
         try:
             parameters[name] = moe.get_parameter(name)
         except AttributeError as error:
@@ -238,7 +236,19 @@ def _parameters(moe: Gemma4MoE) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def _skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE:
-    """The module without memory for its parameters."""
-    with torch.device("meta"):
-        return Gemma4MoE(config, backend)
+def _buffers(moe: Gemma4MoE, name: str, weight: QuantizedWeight) -> list[torch.Tensor]:
+    """Those of the quantised weight of this name, seen to be ones that ``weight`` can be copied into."""
+    path, _, attribute = name.rpartition(".")
+    held = getattr(moe.get_submodule(path), attribute, None)
+    if not isinstance(held, QuantizedWeight):
+        raise ValueError(f"{name} must be quantised as {weight.format.name}, as the checkpoint's is; it is not")
+    for buffer, wanted in weight.named_buffers():
+        own = getattr(held, buffer)
+        if held.format != weight.format or own.dtype != wanted.dtype or own.shape != wanted.shape:
+            raise ValueError(
+                f"{name} must be {weight.format.name} with {buffer} {wanted.dtype} {[*wanted.shape]}, got "
+                f"{held.format.name} with {None if own is None else (own.dtype, [*own.shape])}"
+            )
+        if own.is_meta:
+            raise ValueError(f"{name} must not be on the meta device, where what is copied into it is lost")
+    return list(held.buffers())

@@ -6,15 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
-from cupymoe.checkpoint.files import CheckpointError, PathLike, read_fields
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import PathLike, read_fields
 from cupymoe.checkpoint.layout import Layout, Spelling
-from cupymoe.config import check_size
+from cupymoe.config import Gemma4MoEConfig, check_size
 from cupymoe.experts import MoEExperts
+from cupymoe.modules import Gemma4MoE
 
-_BY_ROLE = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-_BY_NUMBER = ("w1.weight", "w3.weight", "w2.weight")
+_BY_ROLE = ("gate_proj", "up_proj", "down_proj")
+_BY_NUMBER = ("w1", "w3", "w2")
+# Behind blk.N., where the other layouts stand behind layers.N.
+_GGUF = (
+    Layout("ffn_", stacked=("gate_up_exps", "down_exps")),
+    Layout("ffn_", stacked=("gate_exps", "up_exps", "down_exps")),
+)
+_GGUF_ROUTER = "ffn_gate_inp.weight"
 
 GEMMA4 = Spelling(
     layouts=(
@@ -23,10 +33,16 @@ GEMMA4 = Spelling(
         Layout("moe.experts."),
         Layout("experts.", _BY_ROLE),
         Layout("moe.experts.", _BY_ROLE),
+        *_GGUF,
     ),
     places="{router,experts,moe}.*",
     experts="experts.",
-    aliases={"moe.per_expert_scale": "router.per_expert_scale"},
+    aliases={
+        "moe.per_expert_scale": "router.per_expert_scale",
+        "ffn_gate_inp.weight": "router.proj.weight",
+        "ffn_gate_inp.scale": "router.scale",
+        "ffn_down_exps.scale": "router.per_expert_scale",
+    },
 )
 """Of a :class:`cupymoe.Gemma4MoE`, router and experts."""
 
@@ -72,15 +88,20 @@ def _clamped_swiglu(fields: _Fields) -> MoEActivation:
 
 FAMILIES = {
     "qwen3_moe": Family(
-        Spelling((Layout("mlp.experts.", _BY_ROLE), Layout("mlp.experts.")), "mlp.experts.*"),
+        Spelling(
+            (Layout("mlp.experts.", _BY_ROLE), Layout("mlp.experts."), *_GGUF),
+            "mlp.experts.*",
+            foreign=frozenset({_GGUF_ROUTER}),
+        ),
         num_experts=("num_experts", "num_local_experts"),
         intermediate_size="moe_intermediate_size",
         activation=_hidden_act,
     ),
     "mixtral": Family(
         Spelling(
-            (Layout("block_sparse_moe.experts.", _BY_NUMBER), Layout("mlp.experts.")),
+            (Layout("block_sparse_moe.experts.", _BY_NUMBER), Layout("mlp.experts."), *_GGUF),
             "{block_sparse_moe,mlp}.experts.*",
+            foreign=frozenset({_GGUF_ROUTER}),
         ),
         num_experts=("num_local_experts",),
         intermediate_size="intermediate_size",
@@ -138,3 +159,27 @@ def read_experts(path: PathLike, backend: str) -> tuple[Spelling, MoEExperts]:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_config(path: PathLike) -> Gemma4MoEConfig:
+    """Sizes and activation out of the ``config.json`` beside the checkpoint, flat or under ``text_config``.
+
+    Every field of :class:`cupymoe.Gemma4MoEConfig` must be in it, ``hidden_activation`` too: nothing is filled in.
+
+    Raises:
+        CheckpointError: the file is not there or not JSON, or a field is missing or not valid.
+    """
+    file, given = read_fields(path)
+    names = Gemma4MoEConfig.__dataclass_fields__
+    if missing := [name for name in names if name not in given]:
+        raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
+    try:
+        return Gemma4MoEConfig(**{name: given[name] for name in names})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def gemma4_skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE:
+    """Router and experts of a layer of Gemma 4, without memory for the parameters."""
+    with torch.device("meta"):
+        return Gemma4MoE(config, backend)

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from cupymoe.checkpoint import gguf
+from cupymoe.checkpoint.errors import CheckpointError
+
 PathLike = str | os.PathLike[str]
 
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""Of unquantised tensors, in the words of safetensors."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SPLIT = re.compile(r"(?P<name>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/(?!.*\.(?:safetensors|json)$)[A-Za-z0-9][\w.-]*")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is not what it must be; the text names the key, the file, what was found and what is allowed."""
 
 
 def on_disk(path: PathLike) -> Path:
@@ -53,6 +56,8 @@ def key_files(path: PathLike) -> dict[str, Path]:
             raise CheckpointError(f"{path}: neither {INDEX} nor a .safetensors file is there")
     if path.suffix == ".json":
         return _weight_map(path)
+    if path.suffix == gguf.SUFFIX:
+        files = _splits(path)
     result: dict[str, Path] = {}
     for file in files:
         for key in header_keys(file):
@@ -60,6 +65,19 @@ def key_files(path: PathLike) -> dict[str, Path]:
                 raise CheckpointError(f"{file}: {key} is there twice: {result[key]} has it too")
             result[key] = file
     return result
+
+
+def _splits(path: Path) -> list[Path]:
+    """A GGUF file and those that it was split into, which are named by their number and how many they are."""
+    parts = _SPLIT.fullmatch(path.name)
+    if parts is None:
+        return [path]
+    count = int(parts["count"])
+    files = [path.with_name(f"{parts['name']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file}: the file is missing; {path} is one of {count} parts")
+    return files
 
 
 def header_keys(file: Path) -> list[str]:
@@ -89,10 +107,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def config_file(path: PathLike) -> Path:
+    """Where the ``config.json`` beside the checkpoint is, if there is one."""
+    path = on_disk(path)
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
 def read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
     """The ``config.json`` beside the checkpoint, and what it says of the text model."""
-    path = on_disk(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = config_file(path)
     given = read_json(file)
     given = given.get("text_config", given)
     if not isinstance(given, dict):
@@ -101,7 +124,9 @@ def read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
 
 
 def open_file(file: Path) -> Any:
-    """A ``safetensors.safe_open``, which is a context manager."""
+    """A ``safetensors.safe_open``, or a GGUF file as one: a context manager."""
+    if file.suffix == gguf.SUFFIX:
+        return gguf.GgufFile(file)
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -114,10 +139,13 @@ def open_file(file: Path) -> Any:
 
 def read_tensor(file: Path, handle: Any, key: str) -> torch.Tensor:
     """A tensor of an open file, on the CPU and mapped to the file: its bytes are read when they are used."""
-    from safetensors import SafetensorError
+    unreadable: tuple[type[Exception], ...] = (OSError, RuntimeError)  # torch raises the latter where it can't map
+    if file.suffix != gguf.SUFFIX:
+        from safetensors import SafetensorError
 
+        unreadable += (SafetensorError,)
     try:
         tensor: torch.Tensor = handle.get_tensor(key)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises the RuntimeError where it can't map
+    except unreadable as error:
         raise CheckpointError(f"{file}: {key} can't be read: {error}") from error
     return tensor

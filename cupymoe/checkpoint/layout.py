@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from cupymoe.checkpoint.files import CheckpointError, PathLike
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import DTYPES, PathLike
+from cupymoe.checkpoint.quantised.storage import Rule, Storage
 
 _LAYER_KEY = re.compile(
-    r"(?P<prefix>(?:(?:model\.)?(?:language_model\.)?|language_model\.model\.)layers\.(?:0|[1-9][0-9]*)\.)(?P<name>.+)"
+    r"(?P<prefix>(?:(?:(?:model\.)?(?:language_model\.)?|language_model\.model\.)layers|blk)\.(?:0|[1-9][0-9]*)\.)"
+    r"(?P<name>.+)"
 )
 # Any spelling of a key of a router or of experts: what a family doesn't know is refused by name, never passed over.
-_KEY_OF_A_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>[0-9]+)\.(?:.*\.)?(?:router|experts|moe)(?:\.|$)")
+_KEY_OF_A_LAYER = re.compile(
+    r"(?:^|\.)layers\.(?P<layer>[0-9]+)\.(?:.*\.)?(?:router|experts|moe)(?:\.|$)"
+    r"|blk\.(?P<block>[0-9]+)\.(?:.*_exps|ffn_gate_inp)(?:\.|$)"  # GGUF's words
+)
 
 
 class Layout(NamedTuple):
@@ -24,8 +30,16 @@ class Layout(NamedTuple):
     prefix: str
     """What the names of their tensors begin with, behind ``layers.N.``"""
     single: tuple[str, str, str] | None = None
-    """Of layouts with one tensor for each projection of each expert, the names of its gate, up and down behind
-    ``<id>.``; None: the tensors are the parameters of all experts, and have their names."""
+    """Of layouts with one weight for each projection of each expert, the names of its gate, up and down behind
+    ``<id>.``."""
+    stacked: tuple[str, ...] | None = None
+    """Of layouts with one weight for each projection of all experts, the names of gate, up and down, or of gate and up
+    in one and down. Neither this nor ``single``: the weights are the parameters, and have their names."""
+
+    @property
+    def ending(self) -> str:
+        """What the name of an unquantised weight goes on with."""
+        return ".weight" if self.single or self.stacked else ""
 
 
 class Spelling(NamedTuple):
@@ -50,6 +64,18 @@ class Spelling(NamedTuple):
         return parts is None or parts["name"] not in self.foreign
 
 
+class Place(NamedTuple):
+    """A weight as files hold it: all of a parameter of the module that is read, or the part that is one expert's."""
+
+    layouts: tuple[Layout, ...]
+    """That have it: those that have one name in common are alike but for other names."""
+    parameter: str
+    part: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+    parts: int
+    """How many projections the rows are of: 2 where gate and up are fused."""
+
+
 class Slot(NamedTuple):
     """Where a tensor goes: a parameter of the module that is read, or the part of it that belongs to one expert."""
 
@@ -57,7 +83,9 @@ class Slot(NamedTuple):
     """The same for every spelling of the tensor."""
     parameter: str
     part: tuple[int | slice, ...]
-    shape: tuple[int, ...]
+    rule: Rule
+    tensor: str = ""
+    """Of a quantised weight, which of its tensors this is, in the words of its storage."""
 
 
 class Found(NamedTuple):
@@ -71,10 +99,52 @@ class Found(NamedTuple):
 def layer_of(key: str) -> int | None:
     """The layer that a key belongs to if it is one of a router or of experts, in whichever spelling."""
     match = _KEY_OF_A_LAYER.search(key)
-    return int(match["layer"]) if match else None
+    return int(match["layer"] or match["block"]) if match else None
 
 
-def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module) -> list[Found]:
+def places(spelling: Spelling, module: nn.Module) -> dict[str, Place]:
+    """Every weight of the experts in every layout, by its name behind ``layers.N.``, which ends where the names of the
+    tensors that it consists of begin."""
+    experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
+    num_experts, size, width = experts.down_proj.shape
+    gate, up = slice(0, width), slice(width, None)
+    found: dict[str, Place] = {}
+
+    def add(layout: Layout, name: str, parameter: str, part: tuple[int | slice, ...], *shape: int) -> None:
+        parts = 2 if parameter == "gate_up_proj" and not part and experts.activation.is_gated else 1
+        name = layout.prefix + name
+        others = found[name].layouts if name in found else ()
+        found[name] = Place((*others, layout), spelling.experts + parameter, part, shape, parts)
+
+    for layout in spelling.layouts:
+        if layout.single:
+            for expert in range(num_experts):
+                first, second, last = (f"{expert}.{name}" for name in layout.single)
+                add(layout, first, "gate_up_proj", (expert, gate), width, size)
+                add(layout, second, "gate_up_proj", (expert, up), width, size)
+                add(layout, last, "down_proj", (expert,), size, width)
+        elif layout.stacked:
+            *firsts, last = layout.stacked
+            if len(firsts) == 1:
+                add(layout, firsts[0], "gate_up_proj", (), *experts.gate_up_proj.shape)
+            else:
+                add(layout, firsts[0], "gate_up_proj", (slice(None), gate), num_experts, width, size)
+                add(layout, firsts[1], "gate_up_proj", (slice(None), up), num_experts, width, size)
+            add(layout, last, "down_proj", (), num_experts, size, width)
+        else:
+            for name, parameter in experts.named_parameters():
+                add(layout, name, name, (), *parameter.shape)
+    return found
+
+
+def match(
+    path: PathLike,
+    files: Mapping[str, Path],
+    layer: int,
+    spelling: Spelling,
+    module: nn.Module,
+    storages: Mapping[str, Storage],
+) -> list[Found]:
     """Every key of the layer, with nothing missing and nothing left over.
 
     Args:
@@ -83,12 +153,14 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spell
         layer: whose keys.
         spelling: of the layer.
         module: what is read, with parameters of the shapes that they must have.
+        storages: how the parameters that are quantised are stored, by name.
     """
     experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
-    names = _names(spelling, module, experts)
-    places = f"[model.][language_model.]layers.{layer}.{spelling.places}"
+    names = _names(path, spelling, module, storages)
+    where = f"[model.][language_model.]layers.{layer}.{spelling.places}"
     found: dict[str, Found] = {}
-    layouts: dict[Layout, str] = {}
+    layouts, narrowed_by = spelling.layouts, ""  # those that the keys so far leave open, and the key that closed others
+    contradiction: tuple[str, str] | None = None
     prefixes: dict[str, str] = {}
     for key, file in files.items():
         if not spelling.is_read(key, layer):
@@ -96,32 +168,43 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spell
         parts = _LAYER_KEY.fullmatch(key)
         if parts is None or parts["name"] not in names:
             raise CheckpointError(
-                f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} unquantised experts "
-                f"reads it; its tensors are read from {places}"
+                f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} "
+                f"{_described(storages)} reads it; its tensors are read from {where}"
             )
-        layout, slot = names[parts["name"]]
+        its_layouts, slot = names[parts["name"]]
         prefixes.setdefault(parts["prefix"], key)
-        if layout is not None:
-            layouts.setdefault(layout, key)
+        if not its_layouts:
+            pass
+        elif not (common := tuple(layout for layout in layouts if layout in its_layouts)):
+            contradiction = contradiction or (narrowed_by, key)
+        elif common != layouts:
+            layouts, narrowed_by = common, key
         if slot.name in found:
             raise CheckpointError(f"{file}: {key} is {slot.name} a second time: {found[slot.name].key} is it too")
         found[slot.name] = Found(key, file, slot)
     if not found:
         there = sorted({number for number in map(layer_of, files) if number is not None})
-        raise CheckpointError(f"{path}: no {places} key is there; layers that have one: {there}")
-    for what, keys in (("layouts of the experts", layouts), ("prefixes of a layer", prefixes)):
-        if len(keys) > 1:
-            first, second, *_ = keys.values()
-            raise CheckpointError(f"{path}: {first} and {second} are two {what}; one is allowed")
-    (prefix,), taken = prefixes, next(iter(layouts), spelling.layouts[0])
-    if taken.single and (not experts.activation.is_gated or experts.activation.is_interleaved):
+        raise CheckpointError(f"{path}: no {where} key is there; layers that have one: {there}")
+    if contradiction:
+        first, second = contradiction
+        raise CheckpointError(f"{path}: {first} and {second} are two layouts of the experts; one is allowed")
+    if len(prefixes) > 1:
+        first, second, *_ = prefixes.values()
+        raise CheckpointError(f"{path}: {first} and {second} are two prefixes of a layer; one is allowed")
+    (prefix,), taken = prefixes, layouts[0]
+    apart = taken.single or taken.stacked
+    if apart and len(apart) == 3 and (not experts.activation.is_gated or experts.activation.is_interleaved):
         raise CheckpointError(
-            f"{experts.activation.name} does not read [gate | up], so {taken.single[0]} and {taken.single[1]} of "
-            "single experts have no place; the fused layout (gate_up_proj) is allowed"
+            f"{experts.activation.name} does not read [gate | up], so {apart[0]} and {apart[1]}, which stand apart, "
+            "have no place; the fused layout (gate_up_proj) is allowed"
         )
+    # What is optional is there for all of a parameter or for none of it.
+    optional = {(each.slot.parameter, each.slot.tensor) for each in found.values()}
     wanted: dict[str, str] = {}
-    for name, (layout, slot) in names.items():
-        if layout in (None, taken):
+    for name, (its_layouts, slot) in names.items():
+        if its_layouts and taken not in its_layouts:
+            continue
+        if not slot.rule.optional or (slot.parameter, slot.tensor) in optional:
             wanted.setdefault(slot.name, prefix + name)
     if missing := [key for name, key in wanted.items() if name not in found]:
         raise CheckpointError(
@@ -130,36 +213,56 @@ def match(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spell
     return [found[name] for name in wanted]
 
 
-def _names(spelling: Spelling, module: nn.Module, experts: Any) -> dict[str, tuple[Layout | None, Slot]]:
-    """Every name that may stand behind ``layers.N.``: the layout that it belongs to, if any, and where its tensor goes.
+def layer_keys(files: Mapping[str, Path], layer: int, spelling: Spelling) -> Iterator[tuple[str, str, str]]:
+    """The keys of a layer that are spelt as such: each with its prefix up to ``layers.N.``, and the name behind it."""
+    for key in files:
+        if spelling.is_read(key, layer) and (parts := _LAYER_KEY.fullmatch(key)):
+            yield key, parts["prefix"], parts["name"]
+
+
+def _described(storages: Mapping[str, Storage]) -> str:
+    if not storages:
+        return "unquantised experts"
+    return f"experts quantised as {', '.join(f'{storage} ({name})' for name, storage in storages.items())}"
+
+
+def _names(
+    path: PathLike, spelling: Spelling, module: nn.Module, storages: Mapping[str, Storage]
+) -> dict[str, tuple[tuple[Layout, ...], Slot]]:
+    """Every name that may stand behind ``layers.N.``: the layouts that have it, if any, and where its tensor goes.
     Those of one slot stand in the order in which messages prefer them."""
-    names: dict[str, tuple[Layout | None, Slot]] = {}
-    of_experts: dict[str, Slot] = {}
-    for name, parameter in module.named_parameters():
-        slot = Slot(name, name, (), tuple(parameter.shape))
-        if name.startswith(spelling.experts):
-            of_experts[name.removeprefix(spelling.experts)] = slot
-        else:
-            names[name] = None, slot
+    names: dict[str, tuple[tuple[Layout, ...], Slot]] = {}
+    for name, value in module.named_parameters():
+        if not name.startswith(spelling.experts):
+            names[name] = (), Slot(name, name, (), Rule((*DTYPES,), (tuple(value.shape),)))
     for alias, name in spelling.aliases.items():
         names[alias] = names[name]
-    for layout in spelling.layouts:
-        slots = _single_slots(layout.single, spelling.experts, experts) if layout.single else of_experts
-        names |= {layout.prefix + name: (layout, slot) for name, slot in slots.items()}
+    for stem, place in places(spelling, module).items():
+        layouts, parameter, part, shape, parts = place
+        layout = layouts[0]
+        # What a slot is called must not depend on the layout's prefix.
+        slot_name = spelling.experts + stem.removeprefix(layout.prefix)
+        storage = storages.get(parameter)
+        if storage is None:
+            slot = Slot(slot_name + layout.ending, parameter, part, Rule((*DTYPES,), (shape,)))
+            names[stem + layout.ending] = layouts, slot
+        elif layout.single or storage.is_fused:
+            try:
+                rules = storage.rules(shape, parts)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {slot_name} can't be {storage}: {error}") from error
+            for tensor, rule in rules.items():
+                slot = Slot(f"{slot_name}.{tensor}", parameter, part, rule, tensor)
+                for ending in tensor_endings(layout, tensor):
+                    names[stem + ending] = layouts, slot
     return names
 
 
-def _single_slots(projections: tuple[str, str, str], path: str, experts: Any) -> dict[str, Slot]:
-    """Where the tensors of single experts go, by name behind the layout's prefix."""
-    gate, up, down = projections
-    num_experts, size, width = experts.down_proj.shape
-    slots: dict[str, Slot] = {}
-    for expert in range(num_experts):
-        for projection, parameter, part, shape in (
-            (gate, "gate_up_proj", (expert, slice(0, width)), (width, size)),
-            (up, "gate_up_proj", (expert, slice(width, None)), (width, size)),
-            (down, "down_proj", (expert,), (size, width)),
-        ):
-            name = f"{expert}.{projection}"
-            slots[name] = Slot(path + name, path + parameter, part, shape)
-    return slots
+def tensor_endings(layout: Layout, tensor: str) -> tuple[str, ...]:
+    """How the name of a quantised weight goes on with that of one of its tensors.
+
+    A fused weight's own ``weight_packed`` is spelt ``gate_up_proj_packed`` or ``gate_up_proj.weight_packed``.
+    """
+    if layout.ending:
+        return (f".{tensor}",)
+    return tensor.removeprefix("weight") if tensor.startswith("weight") else f"_{tensor}", f".{tensor}"

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cupymoe.checkpoint.files import CheckpointError, PathLike, open_file, read_tensor
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.files import DTYPES, PathLike, open_file, read_tensor
 from cupymoe.checkpoint.layout import Found, Slot, Spelling, match
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+from cupymoe.checkpoint.quantised.storage import Storage
 
 
 class Tensor(NamedTuple):
@@ -22,8 +22,14 @@ class Tensor(NamedTuple):
     key: str
     file: Path
     slot: Slot
-    dtype: torch.dtype
+    dtype: str
+    """In the words of safetensors."""
     handle: Any
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of a tensor that is not quantised."""
+        return DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
         """On the CPU, mapped to the file."""
@@ -32,7 +38,12 @@ class Tensor(NamedTuple):
 
 @contextmanager
 def checked(
-    path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module
+    path: PathLike,
+    files: Mapping[str, Path],
+    layer: int,
+    spelling: Spelling,
+    module: nn.Module,
+    storages: Mapping[str, Storage],
 ) -> Iterator[list[Tensor]]:
     """The layer's tensors, unread, after every check; the files are open until the context ends.
 
@@ -42,42 +53,18 @@ def checked(
         layer: N of ``layers.N.``
         spelling: of the layer.
         module: what is read, with parameters of the shapes that they must have.
+        storages: how the parameters that are quantised are stored, by name.
     """
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer must be an int, the N of layers.N., got {layer!r}")
-    found = match(path, files, layer, spelling, module)
+    found = match(path, files, layer, spelling, module, storages)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}
         listed = {(key, file) for key, file, _ in found}
         for file, handle in handles.items():
             keys = handle.keys()
             _check_header(path, file, {key for key in keys if spelling.is_read(key, layer)}, listed)
-        yield [_check_tensor(each, handles[each.file]) for each in found]
-
-
-def load(
-    module: nn.Module,
-    path: PathLike,
-    files: Mapping[str, Path],
-    layer: int,
-    spelling: Spelling,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-) -> None:
-    """Give a module without memory the parameters of a layer: those of the files, or copies where ``device``, ``dtype``
-    (None: the files') or the layout ask for them. Other arguments are as of :func:`checked`."""
-    state: dict[str, torch.Tensor] = {}
-    with checked(path, files, layer, spelling, module) as tensors:
-        wanted = _common_dtype(tensors) if dtype is None else dtype
-        for tensor in tensors:
-            _, name, part, _ = tensor.slot
-            if not part:
-                state[name] = tensor.read().to(device, wanted)
-                continue
-            if name not in state:
-                state[name] = torch.empty(module.get_parameter(name).shape, device=device, dtype=wanted)
-            state[name][part].copy_(tensor.read())
-    module.load_state_dict(state, strict=True, assign=True)
+        tensors = [_check_tensor(each, handles[each.file]) for each in found]
+        _check_alike(tensors)
+        yield tensors
 
 
 def check_destination(device: torch.device | str, dtype: torch.dtype | None) -> None:
@@ -86,8 +73,8 @@ def check_destination(device: torch.device | str, dtype: torch.dtype | None) -> 
     Raises:
         ValueError: ``dtype`` is neither None nor one of weights, or ``device`` is the meta device.
     """
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype must be one of {[*_DTYPES.values()]} or None, got {dtype}")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {[*DTYPES.values()]} or None, got {dtype}")
     if torch.device(device).type == "meta":
         raise ValueError(f"device must have memory for the parameters, got {device}")
 
@@ -106,19 +93,48 @@ def _check_tensor(found: Found, handle: Any) -> Tensor:
     key, file, slot = found
     header = handle.get_slice(key)
     dtype, shape = header.get_dtype(), header.get_shape()
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"{file}: {key} must have dtype {', '.join(_DTYPES)}, got {dtype} (no quantised weights)")
-    if tuple(shape) != slot.shape:
-        raise CheckpointError(f"{file}: {key} must have shape {[*slot.shape]}, got {shape}")
-    return Tensor(key, file, slot, _DTYPES[dtype], handle)
+    rule = slot.rule
+    if dtype not in rule.dtypes:
+        raise CheckpointError(
+            f"{file}: {key} must have dtype {', '.join(rule.dtypes)}, got {dtype}"
+            f"{'' if slot.tensor else ' (unquantised, as config.json has it)'}"
+        )
+    if not any(_is_shape(shape, each) for each in rule.shapes):
+        allowed = " or ".join(str([*each]) for each in rule.shapes)
+        raise CheckpointError(f"{file}: {key} must have shape {allowed}, got {shape}")
+    return Tensor(key, file, slot, dtype, handle)
 
 
-def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
-    first = tensors[0]
+def _is_shape(given: list[int], allowed: tuple[int, ...]) -> bool:
+    """Whether a shape is the one that is allowed, where -1 is any size."""
+    return len(given) == len(allowed) and all(wanted in (-1, size) for size, wanted in zip(given, allowed, strict=True))
+
+
+def _check_alike(tensors: list[Tensor]) -> None:
+    """The tensors of quantised weights have one dtype all over a parameter: it is the parameter's."""
+    first: dict[tuple[str, str], Tensor] = {}
     for tensor in tensors:
+        other = first.setdefault((tensor.slot.parameter, tensor.slot.tensor), tensor)
+        if tensor.slot.tensor and tensor.dtype != other.dtype:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.key} must have {other.key}'s dtype {other.dtype}, got {tensor.dtype}"
+            )
+
+
+def common_dtype(tensors: list[Tensor]) -> torch.dtype | None:
+    """The one dtype of all tensors that are not quantised; None where there is none of them.
+
+    Raises:
+        CheckpointError: they have several.
+    """
+    plain = [tensor for tensor in tensors if not tensor.slot.tensor]
+    if not plain:
+        return None
+    first = plain[0]
+    for tensor in plain:
         if tensor.dtype != first.dtype:
             raise CheckpointError(
-                f"{tensor.file}: {tensor.key} must have {first.key}'s dtype {first.dtype} as long as no dtype is asked "
-                f"for, got {tensor.dtype}"
+                f"{tensor.file}: {tensor.key} must have {first.key}'s dtype {first.torch_dtype} as long as no dtype "
+                f"is asked for, got {tensor.torch_dtype}"
             )
-    return first.dtype
+    return first.torch_dtype

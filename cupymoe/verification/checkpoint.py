@@ -14,6 +14,7 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4MoE
 from cupymoe.verification import experts, routing
 from cupymoe.verification.result import Result, Setting
+from cupymoe.weights import QuantizedWeight
 
 _TOKENS = 16
 
@@ -25,7 +26,7 @@ class LayerSetting(Setting):
     moe: Gemma4MoE
 
     @functools.cached_property
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def weights(self) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | QuantizedWeight]:
         """gate_up_proj and down_proj of the layer."""
         return self.moe.experts.gate_up_proj, self.moe.experts.down_proj
 
@@ -84,13 +85,23 @@ def _layer(
     measured = by_backend if peer is None else {**by_backend, "transformers": peer}
     parts = [f"{who} {errors.relative:.5f} (largest {errors.largest:.1e})" for who, errors in measured.items()]
     detail = f"relative error of {experts.bound(dtype):.5f}: {', '.join(parts)}; {_routing_statistics(logits, index)}"
+    detail += _formats(setting)
     if differing or not weight_error < routing.BOUND:
         detail += f"; {differing} experts differ from float64's, weights within {weight_error:.1e}"
     return Result.of(name, passed, detail)
 
 
 def _unhealthy(moe: Gemma4MoE) -> str | None:
-    """The first parameter that is not finite, or that is zero for a whole expert, as after a silent load failure."""
+    """The first weight that is not finite, or that is zero for a whole expert, as after a silent load failure."""
+    for name, weight in moe.named_modules():
+        if isinstance(weight, QuantizedWeight):  # finite, or it could not have been loaded
+            zero = [
+                expert
+                for expert in range(weight.shape[0])
+                if not weight.dequantize(torch.float32, slice(expert, expert + 1)).any()
+            ]
+            if zero:
+                return f"{name} of experts {zero[:8]} is zero ({len(zero)} of {weight.shape[0]})"
     for name, parameter in moe.named_parameters():
         rows = parameter.flatten(1) if parameter.dim() > 1 else parameter[None]
         # The infinity norm needs no temporary of the parameter's size, and a NaN comes through.
@@ -100,6 +111,16 @@ def _unhealthy(moe: Gemma4MoE) -> str | None:
                 where = f" of experts {bad.nonzero().flatten().tolist()[:8]}" if len(rows) > 1 else ""
                 return f"{name}{where} is {complaint} ({int(bad.sum())} of {len(rows)})"
     return None
+
+
+def _formats(setting: LayerSetting) -> str:
+    """What is quantised, and how."""
+    formats = [
+        weight.format.name if isinstance(weight, QuantizedWeight) else "unquantised" for weight in setting.weights
+    ]
+    if {*formats} == {"unquantised"}:
+        return ""
+    return f"; gate_up_proj {formats[0]}, down_proj {formats[1]}, which float64 and transformers have dequantised"
 
 
 def _normalised_states(setting: Setting) -> torch.Tensor:

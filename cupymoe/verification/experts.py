@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ from cupymoe.ops import experts_call
 from cupymoe.verification import transformers_peer
 from cupymoe.verification.result import Result, Setting, largest_error, relative_error
 from cupymoe.warmup import NUM_TOKENS
+from cupymoe.weights import QuantizedWeight
+from cupymoe.weights.dequantize import WeightOnDemand
+from cupymoe.weights.format import join_formats
 
 _TOKENS = (1, 7, 64)
 _FEWEST = 16  # tokens that are compared, in as many calls as that takes: the error of one token scatters by a tenth
@@ -82,10 +86,12 @@ def errors(setting: Setting, inputs: Inputs, num_tokens: int | None = None) -> t
     """
     rows = torch.randperm(len(inputs[0]), device=setting.device, generator=setting.generator())[:_ORACLE_TOKENS]
     states, index, weights = (tensor[rows] for tensor in inputs)
-    truth = reference.experts(states.double(), *setting.weights, index, weights, setting.config.activation)
+    gate_up, down = map(_exact, setting.weights)
+    truth = reference.experts(states.double(), gate_up, down, index, weights, setting.config.activation)
     peer = None
     if transformers_peer.missing_reason() is None:
-        module = transformers_peer.experts(setting.config, *setting.weights)
+        rounded = (weight_of(weight, slice(None), setting.dtype) for weight in setting.weights)
+        module = transformers_peer.experts(setting.config, *rounded)
         with torch.no_grad():
             peer = Errors.of(module(states, index, weights), truth)
     size = num_tokens or len(inputs[0])
@@ -103,7 +109,31 @@ def unsupported_reason(setting: Setting, inputs: Inputs, backend: str) -> str | 
 
 def _call(setting: Setting, inputs: Inputs) -> ExpertsCall:
     states, index, _ = inputs
-    return experts_call(states, *setting.weights, index, setting.config.activation)
+    (gate_up, *of_gate_up), (down, *of_down) = (
+        weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,) for weight in setting.weights
+    )
+    formats = (weight.format if isinstance(weight, QuantizedWeight) else None for weight in setting.weights)
+    return experts_call(
+        states,
+        gate_up,
+        down,
+        index,
+        setting.config.activation,
+        weight_format=join_formats(*formats),
+        of_quantised=(*of_gate_up, *of_down),
+    )
+
+
+def weight_of(weight: torch.Tensor | QuantizedWeight, experts: slice, dtype: torch.dtype) -> torch.Tensor:
+    """The weights of some experts, ``[E', n, k]``, dequantised to ``dtype`` if they are quantised."""
+    return weight.dequantize(dtype, experts) if isinstance(weight, QuantizedWeight) else weight[experts]
+
+
+def _exact(weight: torch.Tensor | QuantizedWeight) -> Any:
+    """A weight for the oracle: float64 weights of one expert after the other, where it is quantised."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    return WeightOnDemand(weight.format, weight.shape, weight.tensors(), torch.float64)
 
 
 def _inputs(setting: Setting, num_tokens: int) -> Inputs:

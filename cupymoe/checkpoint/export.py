@@ -1,0 +1,74 @@
+"""Experts in the words of a checkpoint: the tensors that its files would hold if these were their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cupymoe.checkpoint.families import FAMILIES, GEMMA4, gemma4_skeleton, read_config, read_experts
+from cupymoe.checkpoint.files import PathLike, key_files, read_fields
+from cupymoe.checkpoint.layer import open_layer
+from cupymoe.checkpoint.layout import Spelling
+from cupymoe.checkpoint.quantised.weights import export_weights
+from cupymoe.weights import QuantizedWeight
+
+
+def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, torch.Tensor]:
+    """The experts' tensors as a layer of a checkpoint holds its own: same keys, dtypes, shapes and storage.
+
+    Weights that were loaded from that layer are given back bit for bit. What they leave open is the layer's: the scales
+    of activations, and those of scales that are quantised themselves. The files have to be there; nothing is written.
+
+    Args:
+        experts: with ``gate_up_proj`` and ``down_proj``, each a :class:`cupymoe.QuantizedWeight` where the layer's is
+            quantised, in the same format, or else a tensor: a :class:`cupymoe.MoEExperts`, say, or a
+            :class:`cupymoe.QuantizedExperts`.
+        like: the checkpoint, as for :func:`cupymoe.checkpoint.load_layer`; its ``config.json`` must be there.
+        layer: N of ``layers.N.``
+
+    Returns:
+        Tensors on the CPU by key, those of the experts alone.
+
+    Raises:
+        CheckpointError: as of :func:`cupymoe.checkpoint.load_layer`.
+        ValueError: a weight is not of the shape or the format that the layer's is, or the layer's storage can't hold
+            it: scales of rows, say, where that has one for a whole tensor.
+        TypeError: ``layer`` is not an int.
+        ImportError: safetensors is not installed.
+    """
+    spelling, skeleton = _layer_of_model(like)
+    with open_layer(like, key_files(like), layer, spelling, skeleton) as (tensors, storages), torch.no_grad():
+        tensors = [tensor for tensor in tensors if tensor.slot.parameter.startswith(spelling.experts)]
+        weights: dict[str, QuantizedWeight] = {}
+        exported: dict[str, torch.Tensor] = {}
+        for parameter in dict.fromkeys(tensor.slot.parameter for tensor in tensors):
+            name = parameter.removeprefix(spelling.experts)
+            shape = tuple(skeleton.get_parameter(parameter).shape)
+            given: Any = getattr(experts, name, None)
+            storage = storages.get(parameter)
+            is_right = isinstance(given, torch.Tensor) if storage is None else isinstance(given, QuantizedWeight)
+            if not is_right or tuple(given.shape) != shape:
+                raise ValueError(
+                    f"experts.{name} must be {storage or 'unquantised'} of shape {[*shape]}, as {like} has it, got "
+                    f"{type(given).__name__} of shape {[*getattr(given, 'shape', ())]}"
+                )
+            if storage is not None:
+                if given.format != storage.format:
+                    raise ValueError(
+                        f"experts.{name} must be {storage.format.name}, as {like} has it, got {given.format.name}"
+                    )
+                weights[parameter] = given
+                continue
+            for tensor in tensors:
+                if tensor.slot.parameter == parameter:
+                    exported[tensor.key] = given[tensor.slot.part].to("cpu", tensor.torch_dtype).contiguous()
+        return exported | export_weights(tensors, storages, weights)
+
+
+def _layer_of_model(path: PathLike) -> tuple[Spelling, nn.Module]:
+    """How the model of a checkpoint spells a layer, and one without memory for its parameters."""
+    if read_fields(path)[1].get("model_type") in FAMILIES:
+        return read_experts(path, "auto")
+    return GEMMA4, gemma4_skeleton(read_config(path))

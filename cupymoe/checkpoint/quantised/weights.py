@@ -1,0 +1,142 @@
+"""The quantised weights of a layer, from the tensors of its files and back: one expert after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cupymoe.checkpoint.errors import CheckpointError
+from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage, in_order
+from cupymoe.checkpoint.tensors import Tensor
+from cupymoe.weights import QuantizedWeight
+
+_BUFFERS = ("codes", "scales", "zeros", "row_scales")
+
+
+class _One(NamedTuple):
+    """The tensors of one expert's weight, or of all experts' where ``expert`` is None."""
+
+    parameter: str
+    expert: int | None
+    rows: slice
+    tensors: dict[str, Tensor]
+
+
+def read_weights(
+    tensors: Sequence[Tensor], storages: Mapping[str, Storage], module: nn.Module, device: torch.device | str
+) -> dict[str, QuantizedWeight]:
+    """The weights of the parameters that ``storages`` names.
+
+    Args:
+        tensors: of a layer, checked against their rules; those of other parameters are passed over.
+        storages: how each parameter is stored.
+        module: whose parameters these are; only their shapes are looked at.
+        device: where the weights go. They are also unpacked there.
+
+    Raises:
+        CheckpointError: a tensor holds what it must not; the message names it.
+    """
+    weights: dict[str, QuantizedWeight] = {}
+    for one in _by_weight(tensors):
+        storage = storages[one.parameter]
+        num_experts, n, k = module.get_parameter(one.parameter).shape
+        rows = len(range(n)[one.rows])
+        opened = {name: tensor.read() for name, tensor in one.tensors.items()}
+        for expert in range(num_experts) if one.expert is None else (one.expert,):
+            given = {name: each.to(device) for name, each in _of_expert(one, opened, expert).items()}
+            try:
+                natural = storage.read(given, (rows, k))
+            except BadTensorError as error:
+                tensor = one.tensors[error.name]
+                of = f" of expert {expert}" if one.expert is None else ""
+                raise CheckpointError(f"{tensor.file}: {tensor.key}{of} {error.complaint}") from error
+            if one.parameter not in weights:
+                scale_dtype = None if natural.scales is None else natural.scales.dtype
+                weights[one.parameter] = QuantizedWeight(
+                    storage.format, (num_experts, n, k), scale_dtype=scale_dtype, device=device
+                )
+            _put(weights[one.parameter], expert, one.rows, natural)
+    return weights
+
+
+def export_weights(
+    tensors: Sequence[Tensor], storages: Mapping[str, Storage], weights: Mapping[str, QuantizedWeight]
+) -> dict[str, torch.Tensor]:
+    """The tensors that a layer's files would hold if these were its weights, on the CPU, by key.
+
+    Args:
+        tensors: of the layer, as of :func:`read_weights`; what the weights leave open is theirs.
+        storages: how each parameter is stored.
+        weights: the parameters' own, in the formats of ``storages``.
+
+    Raises:
+        ValueError: a weight can't be stored so; the message names it.
+    """
+    exported: dict[str, torch.Tensor] = {}
+    for one in _by_weight(tensors):
+        weight, storage = weights[one.parameter], storages[one.parameter]
+        opened = {name: tensor.read() for name, tensor in one.tensors.items()}
+        written = {one.tensors[name].key: each.clone() for name, each in opened.items()}
+        for expert in range(weight.shape[0]) if one.expert is None else (one.expert,):
+            like = _of_expert(one, opened, expert)
+            try:
+                parts = storage.export(_get(weight, expert, one.rows), like)
+            except ValueError as error:
+                raise ValueError(f"{one.parameter}, expert {expert}: {error}") from error
+            for name, part in parts.items():
+                key, rule = one.tensors[name].key, one.tensors[name].slot.rule
+                if one.expert is None and not rule.whole:
+                    written[key][expert] = part
+                else:
+                    written[key] = part
+        exported |= written
+    return exported
+
+
+def _by_weight(tensors: Sequence[Tensor]) -> Iterator[_One]:
+    """The tensors of each quantised weight that the files hold."""
+    grouped: dict[tuple[str, int | None, int], _One] = {}
+    for tensor in tensors:
+        slot = tensor.slot
+        if not slot.tensor:
+            continue
+        expert, rows = None, slice(None)
+        for index in slot.part:
+            if isinstance(index, slice):
+                rows = index
+            else:
+                expert = index
+        one = grouped.setdefault((slot.parameter, expert, rows.start or 0), _One(slot.parameter, expert, rows, {}))
+        one.tensors[slot.tensor] = tensor
+    yield from grouped.values()
+
+
+def _of_expert(one: _One, opened: Mapping[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
+    """The tensors of one expert, where those of all may be fused."""
+    if one.expert is not None:
+        return dict(opened)
+    return {name: tensor if one.tensors[name].slot.rule.whole else tensor[expert] for name, tensor in opened.items()}
+
+
+def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeight) -> None:
+    """Write some rows of one expert."""
+    codes, *factors = (None if each is None else in_order(each)[None] for each in natural)
+    assert codes is not None
+    part = QuantizedWeight.of(weight.format, codes, *factors)
+    for name in _BUFFERS:
+        target, source = getattr(weight, name), getattr(part, name)
+        if target is not None:
+            target[expert, rows] = source[0]
+
+
+def _get(weight: QuantizedWeight, expert: int, rows: slice) -> NaturalWeight:
+    """Some rows of one expert, on the CPU."""
+    part = QuantizedWeight(weight.format, (1, *weight.shape[1:]), device="meta")
+    for name in _BUFFERS:
+        buffer = getattr(weight, name)
+        setattr(part, name, None if buffer is None else buffer[expert, rows][None].cpu())
+    factors = (part.group_scales, part.group_zeros, part.row_scales)
+    return NaturalWeight(part.natural_codes()[0], *(None if each is None else each[0] for each in factors))
