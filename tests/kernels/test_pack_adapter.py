@@ -10,11 +10,10 @@ from torch.nn.functional import pad
 from cupymoe import LowRank
 from cupymoe.backends.adapters import lay_out_gradients, new_gradient, packed
 from cupymoe.kernels import pack_adapter as pack_adapter_module
+from cupymoe.kernels.launch import word_of
 from cupymoe.kernels.pack_adapter import Copy, pack_adapter
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from tests.helpers import poison_free_memory, transposed
-
-pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ORDERS = {"in order": (0, 1, 2), "rows innermost": (0, 2, 1), "experts innermost": (1, 2, 0)}
@@ -38,6 +37,7 @@ def expected_of(source, size, dtype, scale):
     return pad(scaled, (0, size[2] - source.shape[2], 0, size[1] - source.shape[1]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("source_order", "output_order"), [*product(ORDERS, ORDERS)])
 def test_any_order_into_any_other(source_order, output_order):
     for size, padding in product(SIZES, ((0, 0), (3, 0), (0, 15))):
@@ -48,6 +48,7 @@ def test_any_order_into_any_other(source_order, output_order):
         assert torch.equal(output, expected_of(source, padded, torch.bfloat16, -0.3)), (size, padded)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("source_dtype", "output_dtype"), [*product(DTYPES, DTYPES)])
 def test_dtypes(source_dtype, output_dtype):
     """Values that are subnormal, or infinite once they are rounded, among them."""
@@ -60,6 +61,7 @@ def test_dtypes(source_dtype, output_dtype):
         assert torch.equal(output, expected_of(source, output.shape, output_dtype, scale))
 
 
+@pytest.mark.gpu
 def test_a_part_of_a_larger_tensor():
     """Neither side reads or writes what lies between."""
     whole = torch.full((8, 40, 60), torch.nan, device="cuda")
@@ -73,6 +75,7 @@ def test_a_part_of_a_larger_tensor():
     assert bool((changed == 7.0).all())
 
 
+@pytest.mark.gpu
 def test_copies_of_every_kind_at_once():
     """More than a launch holds, by every tiling, an empty one and those of other dtypes among them."""
     copies = []
@@ -88,6 +91,7 @@ def test_copies_of_every_kind_at_once():
     pack_adapter([])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 5000])
 def test_old_sources_are_packed_beside_the_launch_before(num_tokens):
     """Both are right, over memory that held something else, and of a source that was written just before."""
@@ -107,6 +111,36 @@ def test_old_sources_are_packed_beside_the_launch_before(num_tokens):
         assert torch.equal(pairs.token_of_slot, expected_pairs.token_of_slot)
 
 
+def test_neighbours_of_the_same_dtypes_share_launches(monkeypatch):
+    """Up to four; a launch says where each of its copies lies, how large and how dense it is, and nothing of others."""
+    launches = []
+
+    def kernel(*dtypes_and_more):
+        return lambda grid, _, __, *words: launches.append((dtypes_and_more[:3], grid, words))
+
+    monkeypatch.setattr(pack_adapter_module, "_kernel", kernel)
+    monkeypatch.setattr(pack_adapter_module, "current_stream", lambda _: 0)
+    in_order, innermost = torch.empty(33, 5, 200), torch.empty(5, 200, 33).permute(2, 0, 1)
+    output = torch.empty(33, 16, 200, dtype=torch.bfloat16)
+    copies = [Copy(in_order, output), Copy(innermost, output, 2.0), Copy(in_order[:0], output[:0])]
+    pack_adapter([*copies, *copies, Copy(in_order, output), Copy(in_order.bfloat16(), output)], old_sources=True)
+    of_dtypes, grids, words = zip(*launches, strict=True)
+    assert of_dtypes == ((torch.float32, torch.bfloat16, True),) * 2 + ((torch.bfloat16, torch.bfloat16, True),)
+    wide, from_innermost = 33 * 1 * 2, 2 * 2 * 13
+    assert grids == ((2 * (wide + from_innermost), 1), (wide, 1), (wide, 1))
+    assert [[each[16 * copy + 3] for copy in range(4)] for each in words] == [
+        [wide, from_innermost] * 2,
+        [wide, 0, 0, 0],
+        [wide, 0, 0, 0],
+    ]
+    assert words[0][16:32] == (
+        *(innermost.data_ptr(), output.data_ptr(), word_of(2.0), from_innermost, 2),
+        *(33, 5, 200, 16, 200),
+        *(1, 200 * 33, 33, 16 * 200, 200, 1),
+    )
+    assert all(len(each) == 64 for each in words)
+
+
 def peft_adapter(weight, rank, dtype, scaling):
     """As PEFT keeps it: A in order, B [out, r, E]."""
     num_experts, out_size, in_size = weight.shape
@@ -115,6 +149,7 @@ def peft_adapter(weight, rank, dtype, scaling):
     return LowRank(a, b.permute(2, 0, 1), scaling)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rank", [0, 1, 4, 8, 12, 16, 64])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_adapters_are_packed_as_by_torch(rank, is_transposed):
@@ -132,6 +167,7 @@ def test_adapters_are_packed_as_by_torch(rank, is_transposed):
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.gpu
 def test_both_weights_adapters_are_packed_by_one_launch(monkeypatch):
     launches = []
     launch = pack_adapter_module._launch
@@ -149,6 +185,7 @@ def test_both_weights_adapters_are_packed_by_one_launch(monkeypatch):
     assert packed([None, adapters[1]], weights)[0] is None
 
 
+@pytest.mark.gpu
 def test_what_is_packed_already_is_taken_as_it_is():
     weight = torch.empty(4, 48, 64, device="cuda", dtype=torch.bfloat16)
     (once,) = packed([peft_adapter(weight, 12, torch.float32, 0.5)], [weight])
@@ -157,6 +194,7 @@ def test_what_is_packed_already_is_taken_as_it_is():
     assert scaled.b.data_ptr() != once.b.data_ptr()
 
 
+@pytest.mark.gpu
 def test_gradients_of_factors_are_laid_out_as_they_are():
     sizes = {"gate_up": (33, 48, 64), "down": (33, 64, 24)}
     adapters = {
