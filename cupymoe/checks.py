@@ -18,7 +18,7 @@ from cupymoe.backends import check_name
 from cupymoe.customisation import is_wrapper
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.lora import LowRank
-from cupymoe.weights.quantized import QuantizedWeight
+from cupymoe.weights.quantized import QuantizedWeight, Weight
 
 
 class Description(NamedTuple):
@@ -157,9 +157,7 @@ def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
         raise ValueError("out must not overlap an input, from the first to the last element of each")
 
 
-def check_adapter(
-    name: str, adapter: LowRank, weight: torch.Tensor | QuantizedWeight, hidden_states: torch.Tensor
-) -> None:
+def check_adapter(name: str, adapter: LowRank, weight: Weight, hidden_states: torch.Tensor) -> None:
     """An adapter of ``weight``: a number, and plain tensors of its shapes, on the device of ``hidden_states`` and each
     of its dtype or float32."""
     if not isinstance(adapter, LowRank):
@@ -218,8 +216,8 @@ def check_experts(
 
 def check_quantized_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor | QuantizedWeight,
-    down_proj: torch.Tensor | QuantizedWeight,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     gate_up_bias: torch.Tensor | None = None,
@@ -250,7 +248,7 @@ def check_quantized_experts(
     _check_bias_layout("down_bias", down_bias)
 
 
-def _describe_weight(name: str, weight: torch.Tensor | QuantizedWeight, hidden_states: Description) -> Description:
+def _describe_weight(name: str, weight: Weight, hidden_states: Description) -> Description:
     """A quantised weight as one in the dtype of ``hidden_states``, which it is multiplied with."""
     if isinstance(weight, torch.Tensor):
         return describe(name, weight)

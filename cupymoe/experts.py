@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from cupymoe.config import check_size
 from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts
 from cupymoe.parameters import DTYPES
+from cupymoe.weights.quantize import quantize
+from cupymoe.weights.quantized import QuantizedWeight, Weight, put_weight
 
 # Gemma 4's name for it, that of most models, and Aria's.
 _TOP_K = ("top_k_experts", "num_experts_per_tok", "moe_topk")
@@ -41,6 +43,11 @@ def experts_per_token(part: Any) -> int:
     )
 
 
+def as_out_in(weight: Weight, is_transposed: bool = True) -> Weight:
+    """``[E, out, in]`` of a weight that is kept as ``[E, in, out]`` where it is plain and ``is_transposed``."""
+    return weight if isinstance(weight, QuantizedWeight) or not is_transposed else weight.transpose(1, 2)
+
+
 class MoEExperts(nn.Module):
     """The experts of any model; call-compatible with transformers' classes of experts.
 
@@ -51,6 +58,10 @@ class MoEExperts(nn.Module):
     - ``down_proj`` ``[E, H, I]``;
     - with ``bias``, ``gate_up_proj_bias`` ``[E, 2I]`` (or ``up_proj_bias`` ``[E, I]``) and ``down_proj_bias``
       ``[E, H]``.
+
+    A :class:`cupymoe.QuantizedWeight` may take the place of either weight, by assignment or by :meth:`quantize_`: of
+    shape ``[E, out, in]``, ``transposed`` or not. A ``state_dict`` of such experts, with keys like
+    ``gate_up_proj.codes``, loads into any.
 
     Args:
         num_experts: E.
@@ -73,9 +84,9 @@ class MoEExperts(nn.Module):
             four, ``keep`` neither ``"gate_up"`` nor ``"input"``, or there is no such activation or backend.
     """
 
-    gate_up_proj: nn.Parameter
-    up_proj: nn.Parameter
-    down_proj: nn.Parameter
+    gate_up_proj: nn.Parameter | QuantizedWeight
+    up_proj: nn.Parameter | QuantizedWeight
+    down_proj: nn.Parameter | QuantizedWeight
     gate_up_proj_bias: nn.Parameter
     up_proj_bias: nn.Parameter
     down_proj_bias: nn.Parameter
@@ -136,18 +147,59 @@ class MoEExperts(nn.Module):
     ) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
-    def projections(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def projections(
+        self,
+    ) -> tuple[Weight, Weight, torch.Tensor | None, torch.Tensor | None]:
         """``gate_up_proj``, ``down_proj``, ``gate_up_bias`` and ``down_bias`` of :func:`cupymoe.fused_experts`.
 
         They are the parameters, or views of them: weights ``[E, out, in]``, and biases that are None without ``bias``.
         """
-        gate_up_proj: torch.Tensor = getattr(self, self._first_name)
-        down_proj: torch.Tensor = self.down_proj
+        gate_up_proj: Weight = getattr(self, self._first_name)
+        down_proj: Weight = self.down_proj
         if self.is_transposed:
-            gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+            gate_up_proj, down_proj = as_out_in(gate_up_proj), as_out_in(down_proj)
         if not self.has_bias:
             return gate_up_proj, down_proj, None, None
         return gate_up_proj, down_proj, getattr(self, f"{self._first_name}_bias"), self.down_proj_bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A quantised weight may be assigned in the place of a parameter, where torch lets no module be."""
+        if isinstance(value, QuantizedWeight):
+            put_weight(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def quantize_(self, format: str, *, group_size: int | None = None, scale_rule: str = "absmax") -> None:
+        """Quantise both weights in place; arguments and errors are as of :func:`cupymoe.quantize`.
+
+        The parameters are gone then, and an optimizer that holds them should be made anew. Biases stay.
+
+        Raises:
+            ValueError: a weight is quantised already.
+        """
+        gate_up_proj, down_proj, *_ = self.projections()
+        for name, weight in ((self._first_name, gate_up_proj), ("down_proj", down_proj)):
+            if isinstance(weight, QuantizedWeight):
+                raise ValueError(f"{path_of(self)} must have plain weights, got {name} in {weight.format.name}")
+        quantized = quantize(
+            cast(torch.Tensor, gate_up_proj),
+            cast(torch.Tensor, down_proj),
+            format,
+            group_size=group_size,
+            scale_rule=scale_rule,
+        )
+        for name, quantized_weight in zip((self._first_name, "down_proj"), quantized, strict=True):
+            setattr(self, name, quantized_weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Weights that are quantised in the state_dict are so here, too, before they are loaded."""
+        for name in (self._first_name, "down_proj"):
+            weight = getattr(self, name)
+            if not isinstance(weight, QuantizedWeight):
+                like = QuantizedWeight.like_state(state_dict, f"{prefix}{name}.", weight.device)
+                if like is not None and like.shape == tuple(as_out_in(weight, self.is_transposed).shape):
+                    setattr(self, name, like)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

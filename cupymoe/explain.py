@@ -10,7 +10,9 @@ from torch import nn
 
 from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, sizes_of
+from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, sizes_of
+from cupymoe.weights.format import join_formats
+from cupymoe.weights.quantized import QuantizedWeight, Weight
 
 
 class Explanation(NamedTuple):
@@ -25,7 +27,7 @@ class Explanation(NamedTuple):
     way: str
     """How that backend does it."""
     weight_format: str
-    """``"plain"``: as they are in the parameters."""
+    """``"plain"``: as they are in the parameters; or both formats of quantised ones, ``"int4_g32,int4_g32"``."""
     reasons: dict[str, str]
     """Why the backends before that one don't, by name; or under ``"cupymoe"`` why it computes none of it."""
 
@@ -81,7 +83,7 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, top_k: int
     named = name != "auto" and backends[name].unsupported_reason(call, direction) is None
     if name != "auto" and not named and direction == "forward":
         reason = backends[name].unsupported_reason(call, direction)
-        return Explanation(path, tokens, direction, None, "", "plain", {name: str(reason)})
+        return Explanation(path, tokens, direction, None, "", call.weight_format, {name: str(reason)})
     taken = backends[name] if named else serving(call, direction)
     reasons: dict[str, str] = {}
     for other, backend in backends.items():
@@ -91,7 +93,7 @@ def _explain(path: str, experts: Any, caller: nn.Module, tokens: int, top_k: int
         if reason is None:
             reason = f"backend={name!r} was asked for" if named else f"{taken.name} was faster at such a load"
         reasons[other] = reason
-    return Explanation(path, tokens, direction, taken.name, taken.way(call, direction), "plain", reasons)
+    return Explanation(path, tokens, direction, taken.name, taken.way(call, direction), call.weight_format, reasons)
 
 
 def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[str, ExpertsCall]:
@@ -105,9 +107,11 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
         gate_up_proj, down_proj, gate_up_bias, _, activation = served(experts)
         name = "auto"
     num_experts, hidden_size, intermediate_size = sizes_of(experts)
+    weights = gate_up_proj, down_proj
+    gate_up_format, down_format = (each.format if isinstance(each, QuantizedWeight) else None for each in weights)
     return name, ExpertsCall(
         device=gate_up_proj.device,
-        dtype=gate_up_proj.dtype,
+        dtype=dtype_of(experts),
         activation=activation,
         num_tokens=tokens,
         top_k=top_k,
@@ -115,16 +119,22 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         aligned_hidden_states=True,
-        aligned_weights=all(_is_aligned(weight) for weight in (gate_up_proj, down_proj)),
+        aligned_weights=all(_is_aligned(weight) for weight in weights),
         adapter_rank=0 if caller is experts else _low_rank(caller),
-        gate_up_transposed=not gate_up_proj.is_contiguous(),
-        down_transposed=not down_proj.is_contiguous(),
+        gate_up_transposed=_is_transposed(gate_up_proj),
+        down_transposed=_is_transposed(down_proj),
         has_bias=gate_up_bias is not None,
+        weight_format=join_formats(gate_up_format, down_format),
     )
 
 
-def _is_aligned(weight: torch.Tensor) -> bool:
-    return weight.is_meta or weight.data_ptr() % 16 == 0
+def _is_aligned(weight: Weight) -> bool:
+    tensors = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
+    return all(tensor is None or tensor.is_meta or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _is_transposed(weight: Weight) -> bool:
+    return isinstance(weight, torch.Tensor) and not weight.is_contiguous()
 
 
 def _low_rank(caller: nn.Module) -> int:

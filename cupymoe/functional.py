@@ -27,7 +27,7 @@ from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
 from cupymoe.weights.dequantize import Buffers
 from cupymoe.weights.format import WeightFormat, join_formats
-from cupymoe.weights.quantized import QuantizedWeight
+from cupymoe.weights.quantized import QuantizedWeight, Weight
 
 
 def _member(activation: MoEActivation | str) -> MoEActivation:
@@ -148,8 +148,8 @@ def route(
 
 def fused_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor | QuantizedWeight,
-    down_proj: torch.Tensor | QuantizedWeight,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     *,
@@ -302,8 +302,8 @@ def _differentiated(*arguments: Any) -> torch.Tensor:
 
 def _quantized_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor | QuantizedWeight,
-    down_proj: torch.Tensor | QuantizedWeight,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     *,
@@ -344,20 +344,20 @@ def _quantized_experts(
     return output
 
 
-def _buffers(weight: torch.Tensor | QuantizedWeight) -> Buffers:
+def _buffers(weight: Weight) -> Buffers:
     """Of a quantised weight; a plain one is where the codes would be."""
     return weight.tensors() if isinstance(weight, QuantizedWeight) else (weight, None, None, None)
 
 
-def _format(weight: torch.Tensor | QuantizedWeight) -> WeightFormat | None:
+def _format(weight: Weight) -> WeightFormat | None:
     return weight.format if isinstance(weight, QuantizedWeight) else None
 
 
 def _adapters(
     gate_up_adapter: LowRank | None,
     down_adapter: LowRank | None,
-    gate_up_proj: torch.Tensor | QuantizedWeight,
-    down_proj: torch.Tensor | QuantizedWeight,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     hidden_states: torch.Tensor,
 ) -> tuple[list[torch.Tensor | None], list[float]]:
     """The op's factors of both adapters, which are checked, and what these are multiplied with."""
@@ -376,8 +376,8 @@ def _adapters(
 
 def lora_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor | QuantizedWeight,
-    down_proj: torch.Tensor | QuantizedWeight,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     gate_up_adapter: LowRank | None,

@@ -15,6 +15,7 @@ from cupymoe.customisation import as_written, has_hooks, is_wrapper, runs_as
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import route
 from cupymoe.parameters import check_plain, check_writable
+from cupymoe.weights.quantized import QuantizedWeight
 
 _LINEAR_FORWARD = as_written("torch", nn.Linear, "forward")["forward"]
 
@@ -248,7 +249,7 @@ class Gemma4MoE(nn.Module):
                 f"got {type(decoder_layer).__name__}"
             )
         for name in ("gate_up_proj", "down_proj"):
-            if not isinstance(getattr(experts, name, None), nn.Parameter):
+            if not isinstance(getattr(experts, name, None), nn.Parameter | QuantizedWeight):
                 raise ValueError(f"decoder_layer.experts must hold the parameter {name}, got {type(experts).__name__}")
         from cupymoe.integrations.gemma4 import experts_activation, router_config
 

@@ -16,7 +16,7 @@ from cupymoe.backends.fused import plans_at_once, stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, keep_of, sizes_of
+from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, sizes_of
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
@@ -24,6 +24,7 @@ from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
 from cupymoe.modules import Gemma4MoE, Gemma4Router
+from cupymoe.weights.quantized import QuantizedWeight
 
 _MAX_TOKENS = 32768
 
@@ -225,7 +226,7 @@ def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> 
                 )
     # The innermost hook is the last to move the inputs.
     hooks = [*_hooks(loader), *_hooks(caller), *_hooks(part)]
-    device = hooks[-1].execution_device if hooks else _first(part).device
+    device = hooks[-1].execution_device if hooks else _device(part)
     return torch.empty(0, device=device).device, loader
 
 
@@ -282,10 +283,14 @@ def _loaded(loader: Any) -> Iterator[None]:
         loader._hf_hook.post_forward(loader, None)
 
 
-def _first(part: Any) -> torch.Tensor:
-    """The parameter whose dtype and device the hidden states have."""
-    parameter: torch.Tensor = part.scale if isinstance(part, Gemma4Router) else part.down_proj
-    return parameter
+def _device(part: Any) -> torch.device:
+    device: torch.device = (part.scale if isinstance(part, Gemma4Router) else part.down_proj).device
+    return device
+
+
+def _dtype(part: Any) -> torch.dtype:
+    """Of the hidden states."""
+    return part.scale.dtype if isinstance(part, Gemma4Router) else dtype_of(part)
 
 
 def _sizes(part: Any) -> tuple[int, int, int, int]:
@@ -314,7 +319,8 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
     parameters = ((name, p.shape, p.dtype, p.requires_grad) for name, p in caller.named_parameters())
-    return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters)
+    weights = ((name, module.format) for name, module in caller.named_modules() if isinstance(module, QuantizedWeight))
+    return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters, *weights)
 
 
 def _call(each: _Part, num_tokens: int, *, differentiates: bool = False) -> None:
@@ -324,7 +330,7 @@ def _call(each: _Part, num_tokens: int, *, differentiates: bool = False) -> None
         call = partial(type(each.module).forward, each.module)  # the other processes need not call warmup at once
     # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
     with _loaded(each.loader), torch.set_grad_enabled(differentiates):
-        dtype = _first(each.module).dtype
+        dtype = _dtype(each.module)
         arguments = [torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device, requires_grad=differentiates)]
         if not isinstance(each.module, Gemma4Router):
             arguments.append(torch.full((num_tokens, top_k), num_experts, device=device))

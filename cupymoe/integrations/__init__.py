@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from cupymoe.weights.quantized import QuantizedWeight
 
 EXPERTS_IMPLEMENTATION = "cupymoe"
 """The name that transformers knows us by."""
@@ -29,13 +32,26 @@ def is_set_to_cupymoe(experts: Any) -> bool:
 
 def are_experts_set_to_cupymoe(module: Any) -> bool:
     """Whether a module is such experts, and not one that shares their config."""
-    has_weights = isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    has_weights = isinstance(getattr(module, "down_proj", None), nn.Parameter | QuantizedWeight)
     has_both = has_weights and (hasattr(module, "gate_up_proj") or hasattr(module, "up_proj"))
     return has_both and is_set_to_cupymoe(module)
 
 
 def sizes_of(experts: Any) -> tuple[int, int, int]:
     """Number of experts, hidden and intermediate size; of the weights, which may have been pruned."""
-    num_experts, *sizes = experts.down_proj.shape
-    intermediate_size, hidden_size = sizes if getattr(experts, "is_transposed", False) else reversed(sizes)
+    weight = experts.down_proj
+    num_experts, *sizes = weight.shape
+    is_transposed = getattr(experts, "is_transposed", False) and not isinstance(weight, QuantizedWeight)
+    intermediate_size, hidden_size = sizes if is_transposed else reversed(sizes)
     return num_experts, hidden_size, intermediate_size
+
+
+def dtype_of(experts: nn.Module) -> torch.dtype:
+    """What hidden states are expected in: the dtype of the parameters. Where none is left, beside quantised weights,
+    bfloat16, although any is served."""
+    return next((parameter.dtype for parameter in experts.parameters(recurse=False)), torch.bfloat16)
+
+
+def dtype_beside(weights: Iterable[Any], otherwise: torch.dtype) -> torch.dtype:
+    """What hidden states are multiplied in: the dtype of the first weight or bias that is plain, or ``otherwise``."""
+    return next((weight.dtype for weight in weights if isinstance(weight, torch.Tensor)), otherwise)

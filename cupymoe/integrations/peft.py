@@ -22,13 +22,14 @@ from cupymoe.adapter_copies import AdapterCopy, Adapters, are_stand_ins_about
 from cupymoe.customisation import hooks_of, let_compute_as, own_forward, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
-from cupymoe.integrations import is_set_to_cupymoe, keep_of
+from cupymoe.integrations import dtype_beside, is_set_to_cupymoe, keep_of
 from cupymoe.lora import LowRank
+from cupymoe.weights.quantized import QuantizedWeight, Weight
 
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def _arguments(experts: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]] | None:
+def _arguments(experts: Any) -> tuple[tuple[Weight, Weight], dict[str, Any]] | None:
     """The weights and the other settings of a call of experts that are ours to compute now: our module, or
     transformers' under ``"cupymoe"``; else None."""
     if isinstance(experts, MoEExperts):
@@ -55,15 +56,15 @@ def _names(wrapper: layer.ParamWrapper) -> list[str]:
     return [] if wrapper.merged else [name for name in wrapper.active_adapters if name in wrapper.lora_A]
 
 
-def _low_rank(wrapper: layer.ParamWrapper, name: str) -> LowRank:
+def _low_rank(wrapper: layer.ParamWrapper, name: str, dtype: torch.dtype) -> LowRank:
     """One adapter, as views of PEFT's parameters.
 
     They are A ``[r * E, in]``, expert by expert, and B ``[out, r * E]``, with the experts innermost, also where the
-    parameter that they adapt is the transpose of our weight. A dtype that is neither float32 nor the parameter's is
-    cast to the latter.
+    parameter that they adapt is the transpose of our weight. A dtype that is neither float32 nor that of the hidden
+    states, the parameter's where it is plain, is cast to the latter.
     """
     a, b = (
-        factor if factor.dtype == torch.float32 else factor.to(wrapper.get_param().dtype)
+        factor if factor.dtype == torch.float32 else factor.to(dtype)
         for factor in (wrapper.lora_A[name].weight, wrapper.lora_B[name].weight)
     )
     experts = wrapper.num_experts
@@ -88,20 +89,22 @@ _replayed: WeakSet[layer.ParamWrapper] = WeakSet()
 class _Adapted(NamedTuple):
     """A weight, and adapters that are added to it: at least one."""
 
-    weight: torch.Tensor
+    weight: Weight
     """``[E, out, in]``"""
     wrapper: layer.ParamWrapper
     names: tuple[str, ...]
+    dtype: torch.dtype
+    """Of the hidden states."""
 
     @classmethod
-    def by(cls, wrapper: layer.ParamWrapper | None, weight: torch.Tensor) -> _Adapted | None:
+    def by(cls, wrapper: layer.ParamWrapper | None, weight: Weight, dtype: torch.dtype) -> _Adapted | None:
         """By the wrapper's active adapters; None without any, or if they are merged."""
         names = () if wrapper is None else tuple(_names(wrapper))
-        return cls(weight, wrapper, names) if names else None
+        return cls(weight, wrapper, names, dtype) if names else None
 
     def views(self) -> list[LowRank]:
         """Each adapter by itself."""
-        return [_low_rank(self.wrapper, name) for name in self.names]
+        return [_low_rank(self.wrapper, name, self.dtype) for name in self.names]
 
     def given(self) -> LowRank:
         """The adapters as one."""
@@ -128,10 +131,11 @@ class _Adapted(NamedTuple):
         return copies[self.names]
 
     def packed(self, adapters: Adapters) -> LowRank:
-        """The adapters as one, from their copy where one can be kept."""
+        """The adapters as one, from their copy where one can be kept: beside a plain weight, in whose dtype it is."""
         kept = None
-        if self.wrapper not in _replayed and adapters.can_be_kept(self.weight):
-            kept = self.copy().of(self.weight, adapters)
+        weight = self.weight
+        if self.wrapper not in _replayed and isinstance(weight, torch.Tensor) and adapters.can_be_kept(weight):
+            kept = self.copy().of(weight, adapters)
         return self.given() if kept is None else kept
 
     def distrust(self) -> None:
@@ -139,7 +143,7 @@ class _Adapted(NamedTuple):
         back."""
         for copy in [*_copies.get(self.wrapper, {}).values()]:
             copy.distrust()
-        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if self.weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             _replayed.add(self.wrapper)
 
 
@@ -197,12 +201,13 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         """Pack what is kept of this parameter's adapters, and of the active ones in any case; how many copies there
         are."""
         arguments = _arguments(self.get_base_layer())
-        if arguments is None:
+        weight = None if arguments is None else arguments[0][self.parameter_name == "down_proj"]
+        if not isinstance(weight, torch.Tensor):
             return 0
         _replayed.discard(self)
-        weight = arguments[0][self.parameter_name == "down_proj"]
         kept = [names for names in [*_copies.get(self, {})] if all(name in self.lora_A for name in names)]
-        adapted = [_Adapted(weight, self, names) for names in dict.fromkeys([*kept, tuple(_names(self))]) if names]
+        every = dict.fromkeys([*kept, tuple(_names(self))])
+        adapted = [_Adapted(weight, self, names, weight.dtype) for names in every if names]
         pairs = [(each, each.adapters()) for each in adapted]
         return sum(each.copy().refresh(weight, its) for each, its in pairs if its.can_be_kept(weight))
 
@@ -215,17 +220,39 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         experts: Any = self.get_base_layer()
         arguments = _arguments(experts) if not kwargs and len(args) == 2 and self._is_ours() else None
         if arguments is None:
+            if not (self.disable_adapters or self.merged):
+                self._check_plain("of PEFT's own forward, with hooks, another backend or keyword arguments, want")
             output: torch.Tensor = super().forward(x, *args, **kwargs)
             return output
         weights, settings = arguments
         wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
         pair = wrappers.get("gate_up_proj", wrappers.get("up_proj")), wrappers.get("down_proj")
-        adapted = [_Adapted.by(wrapper, weight) for wrapper, weight in zip(pair, weights, strict=True)]
+        biases = settings["gate_up_bias"], settings["down_bias"]
+        dtype = dtype_beside((*weights, *biases), x.dtype)
+        adapted = [_Adapted.by(wrapper, weight, dtype) for wrapper, weight in zip(pair, weights, strict=True)]
         if adapted == [None, None]:
             output = experts(x, *args)
             return output
-        adapters = _added(adapted, (x, *args, *weights, settings["gate_up_bias"], settings["down_bias"]))
-        return lora_experts(x.to(weights[0].dtype), *weights, *args, *adapters, **settings).to(x.dtype)
+        plain = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+        adapters = _added(adapted, (x, *args, *plain, *biases))
+        return lora_experts(x.to(dtype), *weights, *args, *adapters, **settings).to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's.
+
+        Raises:
+            ValueError: the weight is quantised.
+        """
+        self._check_plain("can be merged into")
+        super().merge(safe_merge, adapter_names)
+
+    def _check_plain(self, what: str) -> None:
+        weight = getattr(self.get_base_layer(), self.parameter_name)
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"{path_of(self)}: {self.parameter_name} must be a plain parameter, which adapters {what}, got one in "
+                f"{weight.format.name}: adapters beside quantised weights are computed unmerged, by cupymoe alone"
+            )
 
 
 def low_rank_wrappers(model: nn.Module) -> list[ParamWrapper]:

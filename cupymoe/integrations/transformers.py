@@ -15,15 +15,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
+from cupymoe.checks import check_module
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
+from cupymoe.experts import MoEExperts, as_out_in
 from cupymoe.functional import fused_experts
-from cupymoe.integrations import EXPERTS_IMPLEMENTATION, keep_of
+from cupymoe.integrations import EXPERTS_IMPLEMENTATION, are_experts_set_to_cupymoe, dtype_beside, keep_of
 from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
 from cupymoe.parameters import DTYPES
+from cupymoe.weights.quantize import quantize
+from cupymoe.weights.quantized import QuantizedWeight, Weight, put_weight
 
 _GELU_TANH_CLASSES = (
     activations.GELUTanh,
@@ -80,9 +85,9 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 class Served(NamedTuple):
     """What a call of experts is computed from."""
 
-    gate_up_proj: torch.Tensor
+    gate_up_proj: Weight
     """``[E, 2I, H]``, or ``[E, I, H]`` of experts that are not gated; a view where transformers has it transposed."""
-    down_proj: torch.Tensor
+    down_proj: Weight
     """``[E, H, I]``, likewise"""
     gate_up_bias: torch.Tensor | None
     """``[E, 2I]`` or ``[E, I]``"""
@@ -191,7 +196,7 @@ def served(experts: Any) -> Served:
     return Served(*parameters, activation_of(experts))
 
 
-def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _parameters(experts: Any) -> tuple[Weight, Weight, torch.Tensor | None, torch.Tensor | None]:
     """The weights and biases of experts as :class:`Served` has them.
 
     Raises:
@@ -202,18 +207,22 @@ def _parameters(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
             raise ValueError(reason)
     names = _NAMES[getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)]
     parameters: list[Any] = [getattr(experts, name, None) for name in names]
+    plain = {name: each for name, each in zip(names, parameters, strict=True) if isinstance(each, torch.Tensor)}
+    first, dtype = next(((name, each.dtype) for name, each in plain.items()), (None, None))
     for name, parameter in zip(names, parameters, strict=True):
         if parameter is None:
             raise ValueError(f"it has no {name}")
+        if isinstance(parameter, QuantizedWeight):
+            continue
         if parameter.dtype not in DTYPES:
             raise ValueError(f"its {name} is {parameter.dtype}, not one of {DTYPES}")
         if is_wrapper(type(parameter)):
             raise ValueError(f"its {name} is a {type(parameter).__name__}, not a plain tensor")
-        if parameter.dtype != parameters[0].dtype:
-            raise ValueError(f"its {name} is {parameter.dtype}, but its {names[0]} {parameters[0].dtype}")
+        if parameter.dtype != dtype:
+            raise ValueError(f"its {name} is {parameter.dtype}, but its {first} {dtype}")
     gate_up_proj, down_proj, *biases = parameters
     if getattr(experts, "is_transposed", False):
-        gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
+        gate_up_proj, down_proj = as_out_in(gate_up_proj), as_out_in(down_proj)
     gate_up_bias, down_bias = biases or (None, None)
     return gate_up_proj, down_proj, gate_up_bias, down_bias
 
@@ -236,8 +245,9 @@ def experts_forward(
     except ValueError as error:
         raise ValueError(f"{path_of(self)}: {error}") from None
     dtype = hidden_states.dtype
-    if dtype != gate_up_proj.dtype:  # to() costs 1 us where it has nothing to do
-        hidden_states = hidden_states.to(gate_up_proj.dtype)
+    wanted = dtype_beside((gate_up_proj, down_proj, gate_up_bias, down_bias), dtype)
+    if dtype != wanted:  # to() costs 1 us where it has nothing to do
+        hidden_states = hidden_states.to(wanted)
     output = fused_experts(
         hidden_states,
         gate_up_proj,
@@ -292,6 +302,93 @@ def replace_routers(model: nn.Module) -> int:
     for router in found.values():
         gemma4.take_over(router)
     return len(found)
+
+
+def quantize_experts(
+    model: nn.Module, format: str, *, group_size: int | None = None, scale_rule: str = "absmax"
+) -> int:
+    """Quantise the weights of every experts module of a model that cupymoe computes, in place and one after the other.
+
+    The weights of a module are gone before the next one's are quantised, so that no more memory is taken than one
+    module's. Biases, routers and everything else stay. A :class:`cupymoe.QuantizedWeight` takes the place of each
+    parameter, with ``state_dict`` keys like ``experts.gate_up_proj.codes``; only ``experts_implementation="cupymoe"``
+    computes with it.
+
+    Adapters of PEFT come first: ``get_peft_model`` and :func:`cupymoe.integrations.peft.use_low_rank`, and then this,
+    because PEFT adapts parameters, and there are none afterwards.
+
+    Args:
+        model: with ``experts_implementation="cupymoe"``, or holding :class:`cupymoe.MoEExperts`.
+        format, group_size, scale_rule: as of :func:`cupymoe.quantize`.
+
+    Returns:
+        How many modules of experts were quantised.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it holds no such experts, or some that cupymoe does not serve, that are quantised already, that are
+            shards or not there, or that have parametrizations; or PEFT would merge its adapters. The message names
+            their path, and nothing was changed. Or the format does not fit a weight: the modules before it are
+            quantised then.
+    """
+    check_module("model", model)
+    found = {path: module for path, module in model.named_modules() if _is_ours(module)}
+    if not found:
+        raise ValueError(
+            f"model must hold experts that cupymoe computes; {type(model).__name__} holds none: "
+            'set experts_implementation="cupymoe"'
+        )
+    for path, experts in found.items():
+        _check_quantizable(path or type(experts).__name__, experts)
+    for path, wrapper in model.named_modules():
+        if type(wrapper).__module__.startswith("peft.") and getattr(wrapper, "parameter_name", None) in _WEIGHTS:
+            raise ValueError(
+                f"{path}: adapters of quantised experts must be computed unmerged: call "
+                "cupymoe.integrations.peft.use_low_rank(model) first"
+            )
+    for path, experts in found.items():
+        gate_up_proj, down_proj, *_ = _weights_of(experts)
+        try:
+            quantized = quantize(gate_up_proj, down_proj, format, group_size=group_size, scale_rule=scale_rule)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        del gate_up_proj, down_proj
+        for name, weight in zip(_weight_names(experts), quantized, strict=True):
+            assert isinstance(weight, QuantizedWeight)
+            put_weight(experts, name, weight)
+    return len(found)
+
+
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def _is_ours(module: Any) -> bool:
+    return isinstance(module, MoEExperts) or are_experts_set_to_cupymoe(module)
+
+
+def _weights_of(experts: Any) -> tuple[Any, ...]:
+    return experts.projections() if isinstance(experts, MoEExperts) else served(experts)
+
+
+def _weight_names(experts: Any) -> list[str]:
+    """Of the first weight and of the second."""
+    return [name for name in _WEIGHTS if isinstance(getattr(experts, name, None), nn.Parameter | QuantizedWeight)]
+
+
+def _check_quantizable(path: str, experts: Any) -> None:
+    try:
+        weights = _weights_of(experts)[:2]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, weight in zip(_weight_names(experts), weights, strict=True):
+        if isinstance(weight, QuantizedWeight):
+            raise ValueError(f"{path} must have plain weights, got {name} in {weight.format.name}")
+        if weight.is_meta or is_wrapper(type(weight)) or not weight.numel():
+            raise ValueError(f"{path}.{name} must be here as a whole, got a {type(weight).__name__} on {weight.device}")
+    if parametrize.is_parametrized(experts):
+        raise ValueError(
+            f"{path} must have no parametrizations, which would be lost, got some of {type(experts).__name__}"
+        )
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

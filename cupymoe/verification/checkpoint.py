@@ -28,7 +28,10 @@ class LayerSetting(Setting):
     @functools.cached_property
     def weights(self) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | QuantizedWeight]:
         """gate_up_proj and down_proj of the layer."""
-        return self.moe.experts.gate_up_proj, self.moe.experts.down_proj
+        experts = self.moe.experts
+        assert isinstance(experts.gate_up_proj, torch.Tensor)  # load_layer makes no quantised ones
+        assert isinstance(experts.down_proj, torch.Tensor)
+        return experts.gate_up_proj, experts.down_proj
 
 
 def run(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[Result]:

@@ -6,7 +6,7 @@ Their tensors are buffers, not parameters: there is no gradient with respect to 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -221,6 +221,25 @@ class QuantizedWeight(nn.Module):
             if not buffer.is_contiguous():
                 raise ValueError(f"{name}.{buffer_name} must be contiguous, got strides {buffer.stride()}")
 
+    @classmethod
+    def like_state(
+        cls, state_dict: Mapping[str, torch.Tensor], prefix: str, device: torch.device | str | None = None
+    ) -> QuantizedWeight | None:
+        """An uninitialised weight of the format, shape and dtypes that a ``state_dict`` has under a prefix, ready to be
+        loaded from it; None if none lies there.
+
+        Raises:
+            ValueError: what says its format there is unknown.
+        """
+        state = state_dict.get(prefix + "_extra_state")
+        if state is None or prefix + "codes" not in state_dict:
+            return None
+        name, *sizes = _text(state).split()
+        num_experts, rows, k = map(int, sizes)
+        scales = state_dict.get(prefix + "scales")
+        scale_dtype = None if scales is None else scales.dtype
+        return cls(name, (num_experts, rows, k), scale_dtype=scale_dtype, device=device)
+
     def extra_repr(self) -> str:
         """The format and the shape."""
         return f"{self.format.name}, {' x '.join(map(str, self.shape))}"
@@ -265,6 +284,16 @@ class QuantizedWeight(nn.Module):
             error_msgs += errors
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+Weight = torch.Tensor | QuantizedWeight
+"""What may be a weight of the experts."""
+
+
+def put_weight(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Let a quantised weight take the place of a module's parameter, which is gone then."""
+    module._parameters.pop(name, None)
+    nn.Module.__setattr__(module, name, weight)
 
 
 def _text(state: torch.Tensor) -> str:
