@@ -22,6 +22,7 @@ from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.verification.result import DTYPES, SHAPES, Setting
+from cupymoe.weights import FORMATS
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
 _SEED = click.IntRange(0, 2**63 - 1)  # what a torch.Generator takes
@@ -120,6 +121,13 @@ def info() -> None:
             call = calls["bfloat16"]._replace(num_tokens=tokens)
             taken = serving(call, direction)
             click.echo(f"  {tokens:5} tokens, {direction:8} {taken.name}: {taken.way(call, direction)}")
+    click.echo("\nquantised weights, both in one format (bfloat16)")
+    click.echo(f"  {'format':16}{''.join(name.ljust(10) for name in registry())}".rstrip())
+    for format in FORMATS:
+        call = calls["bfloat16"]._replace(weight_format=f"{format},{format}")
+        served = [backend.unsupported_reason(call) is None for backend in registry().values()]
+        cells = "".join("yes".ljust(10) if each else "no".ljust(10) for each in served)
+        click.echo(f"  {format:16}{cells}".rstrip())
     if device.type == "cuda" and (arch := Arch.of(device)) != HOPPER:
         click.echo(f"\n{_never_run(arch)}")
     click.echo("\nCUDA sources")

@@ -9,8 +9,10 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe import reports
+from cupymoe.backends import registry
 from cupymoe.cli import main
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
+from cupymoe.weights import FORMATS
 
 
 def info():
@@ -71,6 +73,13 @@ def test_info_of_a_package_that_is_not_installed(no_gpu, monkeypatch, package):
 
 def test_info_without_a_gpu(no_gpu):
     assert states_of_sources(info()) == dict.fromkeys(cuda_sources.names(), "not compiled: no CUDA device")
+
+
+def test_info_says_which_backend_serves_which_format(no_gpu):
+    table = section(info(), "quantised weights, both in one format (bfloat16)")
+    served = ["yes" if name == "reference" else "no" for name in registry()]
+    rows = {name: cells.split() for name, cells in table.items()}
+    assert rows == {"format": [*registry()], **dict.fromkeys(FORMATS, served)}
 
 
 def test_info_says_of_each_benchmark_report_whether_it_is_of_these_kernels(no_gpu, monkeypatch, tmp_path):

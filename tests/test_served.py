@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
+from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, quantize, reference
 from tests.helpers import Experts, laid_out, random_biases, random_experts, slow_on_cuda
 
 TEXT = (Path(__file__).parents[1] / "docs" / "served.md").read_text(encoding="utf-8")
@@ -17,7 +17,6 @@ for _axis, _value, _ in ROWS:
     AXES.setdefault(_axis, []).append(_value)
 NOT_SERVED = {value for _, value, state in ROWS if state == "not yet"}
 REFUSALS = {
-    "quantised": r"gate_up_proj must have hidden_states's dtype",
     "invariant": r"numerics='invariant' is not served yet",
     "expert_map": r"expert_map is not served yet",
     "batched": r"hidden_states must have shape \[\*, \*\], got \[",
@@ -39,13 +38,16 @@ def test_the_table_has_every_axis():
 
 
 class Call(torch.nn.Module):
-    """The call as a module, which is what torch.export takes."""
+    """The call as a module, which is what torch.export takes, and which holds quantised weights."""
 
-    def __init__(self, cell, settings):
+    def __init__(self, cell, settings, quantised=()):
         super().__init__()
         self.low_rank, self.settings = cell["adapters"] == "low rank", settings
+        self.quantised = torch.nn.ModuleList(quantised)
 
     def forward(self, *tensors, **biases):
+        if len(self.quantised):
+            tensors = tensors[0], *self.quantised, *tensors[3:]
         if not self.low_rank:
             return fused_experts(*tensors[:5], activation="gelu_tanh", **biases, **self.settings)
         adapters = LowRank(*tensors[5:7]), LowRank(*tensors[7:9])
@@ -75,8 +77,11 @@ def test_a_cell(device, values):
         settings["expert_map"] = torch.arange(6, dtype=torch.int32, device=device)
     if cell["numerics"] == "invariant":
         settings["numerics"] = "invariant"
+    quantised = []
     if cell["weights"] == "quantised":
-        case = case._replace(gate_up_proj=(case.gate_up_proj * 16).to(torch.int8))
+        quantised = [*quantize(*case[1:3], "int8")]
+        gate_up, down = (weight.dequantize(torch.float32) for weight in quantised)
+        case = case._replace(gate_up_proj=gate_up, down_proj=down)
     if cell["weights"] == "transposed":
         case = laid_out(case, (True, True))
     if cell["layout"] == "batched":
@@ -84,7 +89,7 @@ def test_a_cell(device, values):
     factors = [torch.randn(shape, device=device) / 4 for shape in ((6, 8, 32), (6, 48, 8), (6, 8, 24), (6, 32, 8))]
     tensors = [*case, *(factors if cell["adapters"] == "low rank" else [])]
     biases = random_biases(case) if cell["bias"] == "both" else {}
-    call = Call(cell, settings)
+    call = Call(cell, settings, quantised)
     if refused:
         with pytest.raises((TypeError, ValueError), match="|".join(REFUSALS[value] for value in refused)):
             call(*tensors, **biases)
@@ -93,7 +98,7 @@ def test_a_cell(device, values):
         call = torch.export.export(call, tuple(tensors), biases).module()
     leaves = [
         tensor.requires_grad_(cell["direction"] == "backward")
-        for tensor in (*tensors, *biases.values())
+        for tensor in (*tensors[:1], *(() if quantised else tensors[1:3]), *tensors[3:], *biases.values())
         if tensor.is_floating_point()
     ]
     output, expected = call(*tensors, **biases), truth(tensors, biases)

@@ -25,6 +25,9 @@ from cupymoe.customisation import is_written_by
 _PARAMETERS = {"limit": "limit", "swiglu_limit": "limit", "alpha": "alpha", "swiglu_alpha": "alpha"}
 """Attributes of experts that their gating function may read, and the parameters of an activation that they are."""
 
+_OPTIONAL = (*_PARAMETERS, "gate_softcap", "up_softcap")
+"""Attributes that experts of transformers may have as None, and gate in another way then."""
+
 # Two of each, so that a function with one of them written into it is not taken for one that reads it.
 _VALUES = ({"limit": 1.75, "alpha": 1.25}, {"limit": 5.5, "alpha": 0.75})
 
@@ -50,11 +53,9 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
             "its _apply_gate was set on this module, and cupymoe computes only those that transformers' classes define"
         )
     function = type(experts)._apply_gate
-    if torch.compiler.is_compiling():
-        spelling, parameters, attributes = _spelled(function, None if act is None else act.value)
-        activation = MoEActivation.from_str(spelling) if spelling else None
-    else:
-        activation, parameters, attributes = _recognised(function, act)
+    activation, parameters, attributes = _found(function, act)
+    if activation is None and (absent := [name for name in _OPTIONAL if getattr(experts, name, 0) is None]):
+        activation, parameters, attributes = _found(function, act, *absent)
     if activation is None:
         name = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', None)}"
         raise ValueError(
@@ -63,6 +64,13 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
     if not attributes:
         return activation
     return with_values(activation, parameters, tuple([getattr(experts, name) for name in attributes]))
+
+
+def _found(gate: Callable[..., Any], act: MoEActivation | None, *absent: str) -> Recognised:
+    if torch.compiler.is_compiling():
+        spelling, parameters, attributes = _spelled(gate, None if act is None else act.value, *absent)
+        return MoEActivation.from_str(spelling) if spelling else None, parameters, attributes
+    return _recognised(gate, act, *absent)
 
 
 def with_values(activation: MoEActivation, names: tuple[str, ...], values: tuple[Any, ...]) -> MoEActivation:
@@ -97,8 +105,8 @@ def _given(activation: MoEActivation, names: tuple[str, ...], values: tuple[Any,
 
 
 @functools.cache
-def _recognised(gate: Callable[..., Any], act: MoEActivation | None) -> Recognised:
-    found: Recognised = _alone(_recognise, gate, act)
+def _recognised(gate: Callable[..., Any], act: MoEActivation | None, *absent: str) -> Recognised:
+    found: Recognised = _alone(_recognise, gate, act, *absent)
     return found
 
 
@@ -107,8 +115,9 @@ def _recognised(gate: Callable[..., Any], act: MoEActivation | None) -> Recognis
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _spelled(gate: Callable[..., Any], act: str | None) -> tuple[str | None, Names, Names]:
-    activation, parameters, attributes = _recognised(gate, None if act is None else MoEActivation.from_str(act))
+def _spelled(gate: Callable[..., Any], act: str | None, *absent: str) -> tuple[str | None, Names, Names]:
+    member = None if act is None else MoEActivation.from_str(act)
+    activation, parameters, attributes = _recognised(gate, member, *absent)
     return None if activation is None else activation.value, parameters, attributes
 
 
@@ -133,15 +142,19 @@ def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _StandIn:
-    """In place of experts: it has an ``act_fn`` and parameters, and remembers which of them were read."""
+    """In place of experts: it has an ``act_fn`` and parameters, and remembers which of them were read. Those that are
+    absent are None, as they are in the experts."""
 
-    def __init__(self, act: MoEActivation | None, values: Mapping[str, float]) -> None:
+    def __init__(self, act: MoEActivation | None, values: Mapping[str, float], absent: Names) -> None:
         self._values = values
+        self._absent = absent
         self.read: dict[str, str] = {}
         if act is not None:
             self.act_fn = functools.partial(_act, act)
 
-    def __getattr__(self, name: str) -> float:
+    def __getattr__(self, name: str) -> float | None:
+        if name in self._absent:
+            return None
         if name not in _PARAMETERS:
             raise AttributeError(name)
         self.read[name] = _PARAMETERS[name]
@@ -153,13 +166,13 @@ def _act(act: MoEActivation, gate: torch.Tensor, up: torch.Tensor | None = None)
     return value if up is None else value * act.definition.up(up, act.parameters)[0]
 
 
-def _recognise(gate: Callable[..., Any], act: MoEActivation | None) -> Recognised:
+def _recognise(gate: Callable[..., Any], act: MoEActivation | None, *absent: str) -> Recognised:
     if not is_written_by("transformers", gate):
         return None, (), ()
     candidates = [*([] if act is None else [act]), *(member for member in MoEActivation if member.is_gated)]
     attributes: dict[str, str] = {}
     for values in _VALUES:
-        stand_in = _StandIn(act, values)
+        stand_in = _StandIn(act, values, absent)
         output = _output(gate, stand_in, _input())
         attributes = stand_in.read
         read = {name: values[name] for name in attributes.values()}

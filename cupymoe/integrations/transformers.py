@@ -24,7 +24,7 @@ from cupymoe.checks import check_module
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.experts import MoEExperts, as_out_in
 from cupymoe.functional import fused_experts
-from cupymoe.integrations import EXPERTS_IMPLEMENTATION, are_experts_set_to_cupymoe, dtype_beside, keep_of
+from cupymoe.integrations import EXPERTS_IMPLEMENTATION, are_experts_set_to_cupymoe, dtype_beside, fp8, keep_of
 from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
 from cupymoe.parameters import DTYPES
 from cupymoe.weights.quantize import quantize
@@ -207,19 +207,22 @@ def _parameters(experts: Any) -> tuple[Weight, Weight, torch.Tensor | None, torc
             raise ValueError(reason)
     names = _NAMES[getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)]
     parameters: list[Any] = [getattr(experts, name, None) for name in names]
-    plain = {name: each for name, each in zip(names, parameters, strict=True) if isinstance(each, torch.Tensor)}
-    first, dtype = next(((name, each.dtype) for name, each in plain.items()), (None, None))
+    first = None  # of those that are plain
     for name, parameter in zip(names, parameters, strict=True):
         if parameter is None:
             raise ValueError(f"it has no {name}")
         if isinstance(parameter, QuantizedWeight):
             continue
         if parameter.dtype not in DTYPES:
+            if fp8.take_over(experts, *names[:2]):
+                return _parameters(experts)
             raise ValueError(f"its {name} is {parameter.dtype}, not one of {DTYPES}")
         if is_wrapper(type(parameter)):
             raise ValueError(f"its {name} is a {type(parameter).__name__}, not a plain tensor")
-        if parameter.dtype != dtype:
-            raise ValueError(f"its {name} is {parameter.dtype}, but its {first} {dtype}")
+        first = parameter if first is None else first
+        if parameter.dtype != first.dtype:
+            first_name = next(each for each in names if getattr(experts, each) is first)
+            raise ValueError(f"its {name} is {parameter.dtype}, but its {first_name} {first.dtype}")
     gate_up_proj, down_proj, *biases = parameters
     if getattr(experts, "is_transposed", False):
         gate_up_proj, down_proj = as_out_in(gate_up_proj), as_out_in(down_proj)
@@ -397,5 +400,5 @@ try:
 except ImportError:
     pass
 else:
-    # They have a registry of their own, which would call our name unknown: experts_forward says what is in the way.
+    # They have a registry of their own.
     ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

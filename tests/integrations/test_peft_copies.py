@@ -92,7 +92,7 @@ def given(model):
     pair = {each.parameter_name: each for each in (wrapper, wrapper.base_layer)}
     weights = wrapper.get_base_layer().projections()[:2]
     return [
-        (integration._Adapted(weight, pair[name], tuple(names)).given(), weight)
+        (integration._Adapted(weight, pair[name], tuple(names), weight.dtype).given(), weight)
         for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True)
     ]
 

@@ -258,19 +258,6 @@ def test_a_property_that_cupymoe_does_not_know_is_named(monkeypatch):
         integration.served(experts)
 
 
-def test_float8_experts_are_refused_by_their_dtype():
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    model = gemma4()
-    quantization = transformers.FineGrainedFP8Config()
-    model = fp8.replace_with_fp8_linear(model, quantization_config=quantization, modules_to_not_convert=["lm_head"])
-    model.set_experts_implementation("cupymoe")
-    experts = model.model.layers[0].experts
-    with pytest.raises(
-        ValueError, match=r"does not serve FP8Experts: its gate_up_proj is torch.float8_e4m3fn, not one of"
-    ):
-        experts(torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
-
-
 @pytest.mark.parametrize(
     ("function", "member"),
     [(torch.nn.functional.silu, MoEActivation.SILU), (torch.nn.functional.gelu, MoEActivation.GELU)],
