@@ -1,11 +1,11 @@
-"""MoE layers out of safetensors checkpoints: memory-mapped, one layer at a time, and strict.
+"""MoE layers out of safetensors and GGUF checkpoints: memory-mapped, one layer at a time, and strict.
 
 :func:`load_layer` and :func:`load_into` read routers and experts of Gemma 4, :func:`load_experts` the experts of
 Qwen3-MoE, Mixtral and GPT-OSS.
 
-A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, or a folder with either, on this machine: nothing
-is downloaded. Every function here raises a :class:`CheckpointError` for a path where there is neither a file nor a
-folder, and a TypeError for what is neither a str nor an ``os.PathLike``.
+A path is a ``.safetensors`` file, a ``model.safetensors.index.json``, a folder with either, or a ``.gguf`` file, on
+this machine: nothing is downloaded. Every function here raises a :class:`CheckpointError` for a path where there is
+neither a file nor a folder, and a TypeError for what is neither a str nor an ``os.PathLike``.
 
 The keys of layer N start with ``[model.][language_model.]layers.N.`` or ``language_model.model.layers.N.``, all alike.
 Then come, for Gemma 4, ``router.proj.weight``, ``router.scale``, ``router.per_expert_scale`` (or
@@ -22,9 +22,15 @@ For the others come the experts alone, in one layout of theirs:
 - GPT-OSS: ``mlp.experts.gate_up_proj`` [E, H, 2I], ``gate_up_proj_bias`` [E, 2I], ``down_proj`` [E, I, H] and
   ``down_proj_bias`` [E, H]
 
+GGUF files have ``blk.N.ffn_gate_up_exps.weight``, ``ffn_down_exps.weight`` and so on.
+
+Experts may be quantised, in the ways that docs/checkpoints.md lists: ``quantization_config`` in config.json says how,
+the files must hold it, and the weight becomes a :class:`cupymoe.QuantizedWeight`. :func:`export_experts` is the way
+back.
+
 Every key of a layer with a part ``router``, ``experts`` or ``moe`` is accounted for in the files' headers before the
-first tensor is read. Whatever is missing, left over, misshapen or quantised is a :class:`CheckpointError` that names
-it.
+first tensor is read. Whatever is missing, left over, misshapen or stored in a way that is not known is a
+:class:`CheckpointError` that names it.
 """
 
 from __future__ import annotations
@@ -139,12 +145,14 @@ def load_layer(
         layer: N of ``layers.N.``
         config: sizes and activation; None reads ``config.json`` (:func:`read_config`).
         device: where the parameters go; not the meta device, which would lose them.
-        dtype: bfloat16, float16, float32 or float64; None keeps the checkpoint's, which must be one for the layer.
+        dtype: bfloat16, float16, float32 or float64, of all that is not quantised; None keeps the checkpoint's, which
+            must be one for the layer.
         backend: of the experts, as for :func:`cupymoe.fused_experts`.
 
     Raises:
         CheckpointError: a key is missing, left over, misshapen, of a dtype that is none of the four, there twice, or
-            the experts are in two layouts; or one of the files can't be read.
+            the experts are in two layouts; they are not quantised as config.json says, or in a way that is not
+            served, or hold numbers that they must not; or one of the files can't be read.
         ValueError: ``dtype`` is none of the four, or ``device`` is the meta device.
         TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
@@ -173,7 +181,8 @@ def load_experts(
         path: the checkpoint, as the module says.
         layer: N of ``layers.N.``
         device: where the parameters go; not the meta device, which would lose them.
-        dtype: bfloat16, float16, float32 or float64; None keeps the checkpoint's, which must be one for the experts.
+        dtype: bfloat16, float16, float32 or float64, of what is not quantised; None keeps the checkpoint's, which must
+            be one for the experts.
         backend: as for :func:`cupymoe.fused_experts`.
 
     Raises:
@@ -197,8 +206,8 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
 
     Raises:
         CheckpointError: as of :func:`load_layer`.
-        ValueError: a parameter is not there or not of the shape that ``moe.config`` says, or it is on the meta device,
-            where a copy would be lost.
+        ValueError: a parameter is not there or not of the shape that ``moe.config`` says, or not quantised as the
+            checkpoint's is, or it is on the meta device, where a copy would be lost.
         TypeError: a parameter is a DTensor or another tensor that is not plain memory, or its dtype is none of
             bfloat16, float16, float32 and float64; or ``layer`` is not an int.
         ImportError: safetensors is not installed.

@@ -16,7 +16,7 @@ from cupymoe.checkpoint.quantised.resolve import resolve
 from cupymoe.checkpoint.quantised.storage import Storage
 from cupymoe.checkpoint.quantised.weights import read_weights
 from cupymoe.checkpoint.tensors import Tensor, checked, common_dtype
-from cupymoe.weights import QuantizedWeight
+from cupymoe.weights.quantized import put_weight
 
 
 class OpenLayer(NamedTuple):
@@ -68,14 +68,7 @@ def load(
                 state[slot.parameter] = torch.empty(shape, device=device, dtype=wanted)
             state[slot.parameter][slot.part].copy_(tensor.read())
     for name, weight in weights.items():
-        hold(module, name, weight)
+        path, _, attribute = name.rpartition(".")
+        put_weight(module.get_submodule(path), attribute, weight)
         state |= {f"{name}.{buffer}": value for buffer, value in weight.state_dict().items()}
     module.load_state_dict(state, strict=True, assign=True)
-
-
-def hold(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    """Put a quantised weight in the place of a parameter, by its path."""
-    path, _, attribute = name.rpartition(".")
-    owner = module.get_submodule(path)
-    delattr(owner, attribute)
-    setattr(owner, attribute, weight)

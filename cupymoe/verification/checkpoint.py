@@ -15,6 +15,7 @@ from cupymoe.modules import Gemma4MoE
 from cupymoe.verification import experts, routing
 from cupymoe.verification.result import Result, Setting
 from cupymoe.weights import QuantizedWeight
+from cupymoe.weights.quantized import Weight
 
 _TOKENS = 16
 
@@ -26,12 +27,9 @@ class LayerSetting(Setting):
     moe: Gemma4MoE
 
     @functools.cached_property
-    def weights(self) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | QuantizedWeight]:
+    def weights(self) -> tuple[Weight, Weight]:
         """gate_up_proj and down_proj of the layer."""
-        experts = self.moe.experts
-        assert isinstance(experts.gate_up_proj, torch.Tensor)  # load_layer makes no quantised ones
-        assert isinstance(experts.down_proj, torch.Tensor)
-        return experts.gate_up_proj, experts.down_proj
+        return self.moe.experts.gate_up_proj, self.moe.experts.down_proj
 
 
 def run(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> Iterator[Result]:

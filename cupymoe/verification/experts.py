@@ -18,6 +18,7 @@ from cupymoe.warmup import NUM_TOKENS
 from cupymoe.weights import QuantizedWeight
 from cupymoe.weights.dequantize import WeightOnDemand
 from cupymoe.weights.format import join_formats
+from cupymoe.weights.quantized import Weight
 
 _TOKENS = (1, 7, 64)
 _FEWEST = 16  # tokens that are compared, in as many calls as that takes: the error of one token scatters by a tenth
@@ -124,12 +125,12 @@ def _call(setting: Setting, inputs: Inputs) -> ExpertsCall:
     )
 
 
-def weight_of(weight: torch.Tensor | QuantizedWeight, experts: slice, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(weight: Weight, experts: slice, dtype: torch.dtype) -> torch.Tensor:
     """The weights of some experts, ``[E', n, k]``, dequantised to ``dtype`` if they are quantised."""
     return weight.dequantize(dtype, experts) if isinstance(weight, QuantizedWeight) else weight[experts]
 
 
-def _exact(weight: torch.Tensor | QuantizedWeight) -> Any:
+def _exact(weight: Weight) -> Any:
     """A weight for the oracle: float64 weights of one expert after the other, where it is quantised."""
     if not isinstance(weight, QuantizedWeight):
         return weight

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.weights import QuantizedWeight
+from cupymoe.weights.quantized import Weight
 
 SHAPES = {
     "gemma4-26b": Gemma4MoEConfig.gemma4_26b_a4b(),
@@ -58,7 +58,7 @@ class Setting:
         return torch.Generator(self.device).manual_seed(self.seed)
 
     @functools.cached_property
-    def weights(self) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | QuantizedWeight]:
+    def weights(self) -> tuple[Weight, Weight]:
         """Random gate_up_proj and down_proj, scaled so that every layer keeps its input's size."""
         config, generator = self.config, self.generator()
         size, intermediate = config.hidden_size, config.moe_intermediate_size

@@ -29,8 +29,19 @@ class Scheme(NamedTuple):
 
     file: Path
     """That says so."""
-    storage: Callable[[str], Storage | None]
-    """How a module's weight is stored; None: unquantised. It raises a CheckpointError for what is not served."""
+    rule: Callable[[str], Storage | None]
+    """Of each module, as :meth:`storage` says."""
+
+    def storage(self, module: str) -> Storage | None:
+        """How a module's weight is stored; None: unquantised.
+
+        Raises:
+            CheckpointError: in a way that is not served, or the file can't be understood.
+        """
+        try:
+            return self.rule(module)
+        except re.error as error:
+            raise CheckpointError(f"{self.file}: {error.pattern!r} is no regular expression: {error}") from error
 
 
 class _Settings(dict[str, Any]):
@@ -123,19 +134,11 @@ def _in_layers(name: str) -> str:
     return name[match.start() :] if (match := re.search(r"\blayers\.\d", name)) else name
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a regular expression matches a name from its start."""
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise CheckpointError(f"{pattern!r} is no regular expression: {error}") from error
-
-
 def _is_target(target: str, module: str) -> bool:
     """compressed-tensors' rule for names, for a module or those that it is in."""
     names = _names_of(module)
     if target.startswith("re:"):
-        return any(_matches(target[3:], name) for name in names)
+        return any(re.match(target[3:], name) for name in names)
     return _in_layers(target) in map(_in_layers, names)
 
 
@@ -143,7 +146,7 @@ def _is_kept(key: str, module: str) -> bool:
     """transformers' rule for modules that are not to be converted; or the key is some of the name's parts, in a row."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(
-        _matches(rf"(?:{key}){boundary}", name) or name.endswith(f".{key}") or f".{key}." in f".{name}."
+        re.match(rf"(?:{key}){boundary}", name) or name.endswith(f".{key}") or f".{key}." in f".{name}."
         for name in _names_of(module)
     )
 
@@ -279,7 +282,7 @@ def _gptq(settings: _Settings) -> Callable[[str], Storage | None]:
 
     def storage(module: str) -> Storage | None:
         for pattern in changes:
-            if _matches(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
                 if pattern.startswith("-:"):
                     return None
                 raise settings.refuse("dynamic", f"without settings of its own for {module}")

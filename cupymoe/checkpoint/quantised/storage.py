@@ -189,11 +189,9 @@ def check_codes(format: WeightFormat, name: str, codes: torch.Tensor) -> None:
     Raises:
         BadTensorError: there is one.
     """
-    bad = torch.zeros_like(codes, dtype=torch.bool)
-    for code in format.nan_codes:
-        bad |= codes == code
-    if bad.any():
-        raise BadTensorError(name, f"must have no code that is NaN, got {int(bad.sum())} of {codes.numel()}")
+    bad = sum(int((codes == code).sum()) for code in format.nan_codes)
+    if bad:
+        raise BadTensorError(name, f"must have no code that is NaN, got {bad} of {codes.numel()}")
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from cupymoe.checkpoint.errors import CheckpointError
-from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage, in_order
+from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage
 from cupymoe.checkpoint.tensors import Tensor
-from cupymoe.weights import QuantizedWeight
+from cupymoe.weights import QuantizedWeight, pack_codes
 
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
 
@@ -54,10 +54,7 @@ def read_weights(
                 of = f" of expert {expert}" if one.expert is None else ""
                 raise CheckpointError(f"{tensor.file}: {tensor.key}{of} {error.complaint}") from error
             if one.parameter not in weights:
-                scale_dtype = None if natural.scales is None else natural.scales.dtype
-                weights[one.parameter] = QuantizedWeight(
-                    storage.format, (num_experts, n, k), scale_dtype=scale_dtype, device=device
-                )
+                weights[one.parameter] = _allocated(storage, (num_experts, n, k), natural, device)
             _put(weights[one.parameter], expert, one.rows, natural)
     return weights
 
@@ -121,15 +118,26 @@ def _of_expert(one: _One, opened: Mapping[str, torch.Tensor], expert: int) -> di
     return {name: tensor if one.tensors[name].slot.rule.whole else tensor[expert] for name, tensor in opened.items()}
 
 
+def _allocated(
+    storage: Storage, shape: tuple[int, int, int], natural: NaturalWeight, device: torch.device | str
+) -> QuantizedWeight:
+    """A weight for natural ones such as this to be put into; what pads its rows is zero."""
+    scale_dtype = None if natural.scales is None else natural.scales.dtype
+    weight = QuantizedWeight(storage.format, shape, scale_dtype=scale_dtype, device=device)
+    for padded in (weight.scales, weight.zeros):
+        if padded is not None:
+            padded.view(torch.uint8).zero_()
+    return weight
+
+
 def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeight) -> None:
-    """Write some rows of one expert."""
-    codes, *factors = (None if each is None else in_order(each)[None] for each in natural)
-    assert codes is not None
-    part = QuantizedWeight.of(weight.format, codes, *factors)
-    for name in _BUFFERS:
-        target, source = getattr(weight, name), getattr(part, name)
+    """Write some rows of one expert, which whoever read them has checked."""
+    weight.codes[expert, rows] = pack_codes(weight.format, natural.codes[None])[0]
+    factors = weight.group_scales, weight.group_zeros, weight.row_scales
+    for target, source in zip(factors, natural[1:], strict=True):
         if target is not None:
-            target[expert, rows] = source[0]
+            assert source is not None
+            target[expert, rows] = source
 
 
 def _get(weight: QuantizedWeight, expert: int, rows: slice) -> NaturalWeight:
