@@ -500,8 +500,8 @@ MUTATIONS = (
     cuda(
         "the bias of the first expert for all in the tiles",
         "common/expert_tiles.cuh",
-        "const SCALAR* bias = gemm.bias + (u64)expert * Gemm::kRows;",
-        "const SCALAR* bias = gemm.bias;",
+        "const T* of_expert = tensor + (u64)expert * Gemm::kRows;",
+        "const T* of_expert = tensor;",
         BIASED_TILES,
         source="experts_down_wgmma",
         defines=("HAS_BIAS=1",),
@@ -664,8 +664,8 @@ MUTATIONS = (
     launcher(
         "a stale map of the weights",
         "kernels/experts_up_wgmma.py",
-        "*_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),",
-        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)),",
+        "*_weight_maps(gate_up_proj, shape, scales),",
+        "*vars(_plan).setdefault(shape, _weight_maps(gate_up_proj, shape, scales)),",
         PARAMETERS,
     ),
     launcher(

@@ -28,6 +28,8 @@
 //        adds is not rounded by itself. Past LOW_RANK there are zeros up to a whole step: a loop of its own for fewer k would cost
 //        the main loop more than they do, as ptxas then has no registers left to describe products ahead.
 //
+// Weights that are stored as codes are brought by decoded_weights.cuh in the place of PlainWeights; all else is the same for both.
+//
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
 // where a slot's token row is, kBoxes and box_start() of a part, prefetch_inputs(), which brings near what the store of a tile will
 // load, and store(), which gets the sums of 16 slots a warp. Where there is a bias, also bias and weight_row(), which says what the
@@ -49,8 +51,13 @@
 #define TOKENS_KEPT_BELOW 176
 #define CONSUMER_THREADS 256
 #define PRODUCER_THREADS 128
+#if defined(WEIGHT_CODEC) && PRODUCTS * BLOCK_N <= 352  // producers decode, and consumers leave them so many
+#define CONSUMER_REGISTERS 216
+#define PRODUCER_REGISTERS 72
+#else
 #define CONSUMER_REGISTERS 224
 #define PRODUCER_REGISTERS 56
+#endif
 #define TOKEN_BYTES (BLOCK_SLOTS * ROW_BYTES)
 #define WEIGHT_BYTES (TILE_ROWS * ROW_BYTES)
 #define STAGE_BYTES (TOKEN_BYTES + WEIGHT_BYTES)
@@ -87,6 +94,12 @@ struct Adapter {
 #define GATHERED_ADAPTER Adapter{}
 #define DENSE_ADAPTER_PARAMETERS
 #define DENSE_ADAPTER Adapter{}
+#endif
+
+#ifndef WEIGHT_CODEC  // else decoded_weights.cuh says so
+#define CODED_MAPS
+#define ROW_SCALES_PARAMETER
+#define WEIGHTS(MAP, ADAPTER) PlainWeights{MAP, ADAPTER}
 #endif
 static_assert(LOW_RANK % 16 == 0, "the rank is padded to whole products");
 
@@ -127,10 +140,15 @@ struct Pipeline {
     __device__ __forceinline__ u32 tile_ready(u32 index) const { return shared_address(shared.tile_ready) + index % 2 * 8; }
     __device__ __forceinline__ u32 tile_read(u32 index) const { return shared_address(shared.tile_read) + index % 2 * 8; }
 
-    // The cluster's index-th tile; for whole warps.
-    __device__ __forceinline__ Tile tile(u32 index) const {
+    // The cluster's index-th tile, for a thread whose warp has yet to ask for it.
+    __device__ __forceinline__ Tile shown_tile(u32 index) const {
         wait_barrier(tile_ready(index), index / 2 % 2);
-        Tile tile = shared.tiles[index % 2];
+        return shared.tiles[index % 2];
+    }
+
+    // The same for whole warps, once.
+    __device__ __forceinline__ Tile tile(u32 index) const {
+        Tile tile = shown_tile(index);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive_in(tile_read(index), 0);
         return tile;
@@ -206,9 +224,11 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
     __syncwarp();
 }
 
-// The token rows of a tile, each thread one 16-byte pack of every ROWS_PER_PASS-th row.
-template <class Gemm> struct RowLoader {
-    u32 rows[PASSES], passes, offset;
+// The token rows of a tile, each thread one 16-byte pack of every ROWS_PER_PASS-th row. Where registers are few, the 8 lanes of
+// a row are kKeepers of which row it is in each pass, every 8th pass each, and tell each other.
+template <class Gemm, u32 kKeepers = 1> struct RowLoader {
+    static_assert(kKeepers == 1 || kKeepers == 8, "each lane keeps all passes' rows, or an eighth of them");
+    u32 rows[PASSES / kKeepers], passes, offset;
     const unsigned char* source;
 
     // A pass that starts before the last slot is done in full: its rows past that one repeat it.
@@ -218,9 +238,15 @@ template <class Gemm> struct RowLoader {
         offset = row * ROW_BYTES + (pack ^ row % 8) * 16;
         source = reinterpret_cast<const unsigned char*>(gemm.tokens + pack * 8);
 #pragma unroll
-        for (int i = 0; i < PASSES; i++) {
-            rows[i] = i < passes ? gemm.row(tile.first_slot + min((int)row + i * ROWS_PER_PASS, tile.slots - 1)) : 0;
+        for (int i = 0; i < PASSES / kKeepers; i++) {
+            u32 pass = kKeepers == 1 ? i : i * 8 + pack;
+            rows[i] = pass < passes ? gemm.row(tile.first_slot + min((int)row + (int)pass * ROWS_PER_PASS, tile.slots - 1)) : 0;
         }
+    }
+
+    // The row of a pass; for whole warps.
+    __device__ __forceinline__ u32 row(int pass) const {
+        return kKeepers == 1 ? rows[pass] : __shfl_sync(FULL_WARP, rows[pass / kKeepers], threadIdx.x % 32 / 8 * 8 + pass % 8);
     }
 
     __device__ __forceinline__ void load(u32 stage, u32 step, u64 policy) const {
@@ -231,7 +257,7 @@ template <class Gemm> struct RowLoader {
         for (int i = 0; i < PASSES; i += 4, to += 4 * ROWS_PER_PASS * ROW_BYTES) {
             const void* sources[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) sources[j] = step_source + (u64)rows[i + j] * (Gemm::kDepth * sizeof(SCALAR));
+            for (int j = 0; j < 4; j++) sources[j] = step_source + (u64)row(i + j) * (Gemm::kDepth * sizeof(SCALAR));
             if (i + 4 <= passes) {
                 copy_4_packs<ROWS_PER_PASS * ROW_BYTES>(to, sources, bytes, policy);
                 continue;
@@ -255,108 +281,132 @@ template <class Gemm> struct RowLoader {
     }
 };
 
-// Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
-template <class Gemm>
-__device__ __forceinline__ void fill_ring(const Gemm& gemm, const TensorMap& weights, const Adapter& adapter,
-                                          const Schedule& schedule, const Pipeline& pipeline) {
-    u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
-    u64 weights_policy = evict_unchanged_policy(), tokens_policy = weights_policy;
-    if (!Gemm::kDenseTokens) {
-        u32 mean_slots = pipeline.shared.first_slot[NUM_EXPERTS] / NUM_EXPERTS;
-        if (mean_slots < WEIGHTS_ONCE_BELOW) weights_policy = evict_first_policy();
-        else if (mean_slots < TOKENS_KEPT_BELOW) tokens_policy = evict_last_policy();
-    }
-    bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
-    auto of_adapter = [](u32 step) { return LOW_RANK > 0 && step >= kDepthSteps<Gemm>; };
-    auto step_of_adapter = [](u32 step) { return step - kDepthSteps<Gemm>; };
-    // Or of an adapter the factor.
-    auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
-        u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
-        const TensorMap& map = of_adapter(step) ? *adapter.factor : weights;
-        arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
-        u32 to = pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), part = tile.column * BLOCKS + rank;
+// Where a tile's weights come from. Beside these, which lie in memory as products read them, there are decoded_weights.cuh's.
+//
+// kRingBytes   of shared memory between the ring and Shared, for its own use
+// kFillings    arrivals that fill a stage
+// kShowings    arrivals that show a tile
+// kStored      whether threads store weights, which products read through another proxy
+// kScalesRows  whether sums are multiplied by row_scales [NUM_EXPERTS, kRows] before all else
+// init()       prepares the launch. One thread, before the barriers are published
+// fill_ring()  is what the producer warps do
+struct PlainWeights {
+    static constexpr u32 kRingBytes = 0;
+    // A lone block's scheduler arrives itself. That it is the leader's warp would do with one arrival; then registers spill.
+    static constexpr u32 kShowings = BLOCKS == 1 ? 2 : 1;
+    static constexpr bool kScalesRows = false, kStored = false;
+    template <class Gemm> static constexpr u32 kFillings = Gemm::kDenseTokens ? 1 : 1 + PRODUCER_THREADS;
+    const TensorMap& map;
+    Adapter adapter;
+
+    __device__ __forceinline__ void init() const { prefetch_map(map); }
+
+    // Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
+    template <class Gemm>
+    __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Schedule& schedule, const Pipeline& pipeline) const {
+        u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
+        u64 weights_policy = evict_unchanged_policy(), tokens_policy = weights_policy;
+        if (!Gemm::kDenseTokens) {
+            u32 mean_slots = pipeline.shared.first_slot[NUM_EXPERTS] / NUM_EXPERTS;
+            if (mean_slots < WEIGHTS_ONCE_BELOW) weights_policy = evict_first_policy();
+            else if (mean_slots < TOKENS_KEPT_BELOW) tokens_policy = evict_last_policy();
+        }
+        bool leader = thread == 0, scheduler = thread < 32 && rank == 0;
+        auto of_adapter = [](u32 step) { return LOW_RANK > 0 && step >= kDepthSteps<Gemm>; };
+        auto step_of_adapter = [](u32 step) { return step - kDepthSteps<Gemm>; };
+        // Or of an adapter the factor.
+        auto load_weights = [&](const Tile& tile, u32 step, u32 stage) {
+            u32 token_bytes = Gemm::kDenseTokens ? (tile.slots + 63) / 64 * 64 * ROW_BYTES : 0;
+            const TensorMap& from = of_adapter(step) ? *adapter.factor : map;
+            arrive_expecting(pipeline.filled(stage), WEIGHT_BYTES + token_bytes);
+            u32 to = pipeline.weights(stage) + rank * (BLOCK_N * ROW_BYTES), part = tile.column * BLOCKS + rank;
 #pragma unroll
-        for (int box = 0; box < Gemm::kBoxes; box++, to += BLOCK_N * ROW_BYTES / Gemm::kBoxes) {
-            BoxStart start = gemm.box_start(tile.expert, part, box, (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K);
-            copy_box_to_blocks<BLOCKS>(to, map, start, pipeline.filled(stage), weights_policy);
-        }
-    };
-    u32 ticket = 0;
-    if (scheduler) {
-        ticket = cluster_index();  // a cluster's first; the others are counted after these
-        take_tile(gemm, schedule, pipeline, 0, ticket);
-    }
-    Turn turn = {0, 1};
-    u32 ahead = 0;  // steps of the first tile whose weights are under way
-    for (u32 index = 0;; index++) {
-        if (leader) arrive_expecting(pipeline.tile_ready(index), BLOCKS == 1 ? 0 : sizeof(Tile));
-        __syncwarp();
-        Tile tile = pipeline.tile(index);
-        if (Gemm::kDenseTokens && index == 0) {
-            if (leader && tile.expert >= 0) {
-                for (; ahead < min((u32)STAGES, kDepthSteps<Gemm>); ahead++) load_weights(tile, ahead, ahead);
+            for (int box = 0; box < Gemm::kBoxes; box++, to += BLOCK_N * ROW_BYTES / Gemm::kBoxes) {
+                BoxStart start = gemm.box_start(tile.expert, part, box, (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K);
+                copy_box_to_blocks<BLOCKS>(to, from, start, pipeline.filled(stage), weights_policy);
             }
-            wait_for_previous_grid();
-            order_writes_before_bulk_copies();
+        };
+        u32 ticket = 0;
+        if (scheduler) {
+            ticket = cluster_index();  // a cluster's first; the others are counted after these
+            take_tile(gemm, schedule, pipeline, 0, ticket);
         }
-        if (tile.expert < 0) break;
-        if (scheduler) take_tile(gemm, schedule, pipeline, index + 1, ticket);
-        if constexpr (Gemm::kDenseTokens) {
-            for (u32 step = 0; leader && step < kSteps<Gemm>; step++, turn.next()) {
-                // Not for those ahead: a block without slots adds nothing to them, so they may be filled and emptied already,
-                // and the wait would be for the round after.
-                if (step >= ahead) {
-                    wait_barrier(pipeline.emptied(turn.stage), turn.parity);
-                    load_weights(tile, step, turn.stage);
-                }
-                const TensorMap& tokens = of_adapter(step) ? *adapter.low_map : gemm.token_map;
-                u32 column = (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K;
-                for (int slot = 0; slot < tile.slots; slot += 64) {
-                    copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, tokens, column, tile.first_slot + slot,
-                             pipeline.filled(turn.stage));
-                }
-            }
+        Turn turn = {0, 1};
+        u32 ahead = 0;  // steps of the first tile whose weights are under way
+        for (u32 index = 0;; index++) {
+            if (leader) arrive_expecting(pipeline.tile_ready(index), BLOCKS == 1 ? 0 : sizeof(Tile));
             __syncwarp();
-        } else {
-            RowLoader<Gemm> loader(gemm, tile, thread);
-#pragma unroll 1  // of four unrolled steps ptxas made copies that tests/kernels/test_machine_code.py calls broken
-            for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
-                wait_barrier(pipeline.emptied(turn.stage), turn.parity);
-                if (leader) load_weights(tile, step, turn.stage);
-                u32 to = pipeline.tokens(turn.stage);
-                if (of_adapter(step)) loader.load_low(to, tile, adapter.low, step_of_adapter(step), tokens_policy);
-                else loader.load(to, step, tokens_policy);
-                arrive_after_copies(pipeline.filled(turn.stage));
+            Tile tile = pipeline.tile(index);
+            if (Gemm::kDenseTokens && index == 0) {
+                if (leader && tile.expert >= 0) {
+                    for (; ahead < min((u32)STAGES, kDepthSteps<Gemm>); ahead++) load_weights(tile, ahead, ahead);
+                }
+                wait_for_previous_grid();
+                order_writes_before_bulk_copies();
             }
+            if (tile.expert < 0) break;
+            if (scheduler) take_tile(gemm, schedule, pipeline, index + 1, ticket);
+            if constexpr (Gemm::kDenseTokens) {
+                for (u32 step = 0; leader && step < kSteps<Gemm>; step++, turn.next()) {
+                    // Not for those ahead: a block without slots adds nothing to them, so they may be filled and emptied already,
+                    // and the wait would be for the round after.
+                    if (step >= ahead) {
+                        wait_barrier(pipeline.emptied(turn.stage), turn.parity);
+                        load_weights(tile, step, turn.stage);
+                    }
+                    const TensorMap& tokens = of_adapter(step) ? *adapter.low_map : gemm.token_map;
+                    u32 column = (of_adapter(step) ? step_of_adapter(step) : step) * BLOCK_K;
+                    for (int slot = 0; slot < tile.slots; slot += 64) {
+                        copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, tokens, column, tile.first_slot + slot,
+                                 pipeline.filled(turn.stage));
+                    }
+                }
+                __syncwarp();
+            } else {
+                RowLoader<Gemm> loader(gemm, tile, thread);
+#pragma unroll 1  // of four unrolled steps ptxas made copies that tests/kernels/test_machine_code.py calls broken
+                for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
+                    wait_barrier(pipeline.emptied(turn.stage), turn.parity);
+                    if (leader) load_weights(tile, step, turn.stage);
+                    u32 to = pipeline.tokens(turn.stage);
+                    if (of_adapter(step)) loader.load_low(to, tile, adapter.low, step_of_adapter(step), tokens_policy);
+                    else loader.load(to, step, tokens_policy);
+                    arrive_after_copies(pipeline.filled(turn.stage));
+                }
+            }
+            ahead = 0;
         }
-        ahead = 0;
+        wait_for_copies();
     }
-    wait_for_copies();
-}
+};
 
 typedef float TileSums[PRODUCTS][SUMS];
 
-// Brings the biases of a tile near while it is multiplied. Whole warps.
-template <class Gemm> __device__ __forceinline__ void prefetch_bias(const Gemm& gemm, int expert, u32 part) {
+// Brings what a tile's weight rows have in a tensor [NUM_EXPERTS, kRows], such as biases, near while it is multiplied. Whole warps.
+template <class Gemm, typename T>
+__device__ __forceinline__ void prefetch_of_rows(const Gemm& gemm, const T* tensor, int expert, u32 part) {
     u32 eight = threadIdx.x % 32, row = gemm.weight_row(part, eight, 0);
     if (eight < BLOCK_N / 8 && row < Gemm::kRows) {
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(gemm.bias + (u64)expert * Gemm::kRows + row));
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(tensor + (u64)expert * Gemm::kRows + row));
     }
 }
 
-// Adds to every slot's sums the bias of their weight rows. Eight rows are all there or, past the last row, none of them.
-template <class Gemm> __device__ __forceinline__ void add_bias(const Gemm& gemm, TileSums& sums, int expert, u32 part) {
-    const SCALAR* bias = gemm.bias + (u64)expert * Gemm::kRows;
+// combine(sum, value) of every slot's sums and what their weight rows have there. Eight rows are all there or, past the last row,
+// none of them.
+template <class Gemm, typename T, class Combine>
+__device__ __forceinline__ void combine_with_rows(const Gemm& gemm, const T* tensor, TileSums& sums, int expert, u32 part,
+                                                  Combine combine) {
+    const T* of_expert = tensor + (u64)expert * Gemm::kRows;
 #pragma unroll
     for (int eight = 0; eight < BLOCK_N / 8; eight++) {
         if (Gemm::kRows % TILE_ROWS != 0 && gemm.weight_row(part, eight, 0) >= Gemm::kRows) continue;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float value = to_float(bias[gemm.weight_row(part, eight, threadIdx.x % 4 * 2 + i)]);
+            float value = to_float(of_expert[gemm.weight_row(part, eight, threadIdx.x % 4 * 2 + i)]);
 #pragma unroll
             for (int product = 0; product < PRODUCTS; product++) {
-                sums[product][4 * eight + i] += value;
-                sums[product][4 * eight + i + 2] += value;
+                combine(sums[product][4 * eight + i], value);
+                combine(sums[product][4 * eight + i + 2], value);
             }
         }
     }
@@ -364,13 +414,13 @@ template <class Gemm> __device__ __forceinline__ void add_bias(const Gemm& gemm,
 
 // sums = the products of a tile over all k, and over an adapter's: kProducts times 64 slots of this warpgroup x its weight rows. A stage
 // is free as soon as it is multiplied.
-template <int kProducts, class Gemm>
+template <int kProducts, class Gemm, class Weights>
 __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pipeline, Turn& turn, u32 slot_group, u32 row_group) {
     u32 lane = threadIdx.x % 32;
     for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
         wait_barrier(pipeline.filled(turn.stage), turn.parity);
         if (kProducts > 0) {
-            if (!Gemm::kDenseTokens) order_copies_before_products();
+            if (!Gemm::kDenseTokens || Weights::kStored) order_copies_before_products();
             u64 a = tile_descriptor(pipeline.tokens(turn.stage) + slot_group * (64 * ROW_BYTES));
             u64 b = tile_descriptor_of_b(pipeline.weights(turn.stage) + row_group * (BLOCK_N * ROW_BYTES));
             begin_products();
@@ -389,7 +439,8 @@ __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pi
     }
 }
 
-template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Pipeline& pipeline) {
+template <class Gemm, class Weights>
+__device__ __forceinline__ void consume_ring(const Gemm& gemm, const Weights& weights, const Pipeline& pipeline) {
     // A shuffle, so that the compiler knows it is one value for the warp, as the products want.
     u32 warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0);
     u32 slot_group = warpgroup % SLOT_GROUPS, row_group = warpgroup / SLOT_GROUPS;
@@ -400,37 +451,46 @@ template <class Gemm> __device__ __forceinline__ void consume_ring(const Gemm& g
         if (tile.expert < 0) return;
         int products = ((tile.slots + 63) / 64 + SLOT_GROUPS - 1 - (int)slot_group) / SLOT_GROUPS;
         if ((tile.column * BLOCKS + row_group) * BLOCK_N >= Gemm::kRows) products = 0;
-        if (products > 0) gemm.prefetch_inputs(tile, slot_group, tile.column * BLOCKS + row_group);
-        if (PRODUCTS == 3 && products == 3) multiply_tile<PRODUCTS, Gemm>(sums, pipeline, turn, slot_group, row_group);
-        else if (products == 2) multiply_tile<2, Gemm>(sums, pipeline, turn, slot_group, row_group);
-        else if (products == 1) multiply_tile<1, Gemm>(sums, pipeline, turn, slot_group, row_group);
-        else multiply_tile<0, Gemm>(sums, pipeline, turn, slot_group, row_group);
+        u32 part = tile.column * BLOCKS + row_group;
+        if (products > 0) gemm.prefetch_inputs(tile, slot_group, part);
+        if constexpr (Weights::kScalesRows) {
+            if (products > 0) prefetch_of_rows(gemm, weights.row_scales, tile.expert, part);
+        }
+        if (PRODUCTS == 3 && products == 3) multiply_tile<PRODUCTS, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
+        else if (products == 2) multiply_tile<2, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
+        else if (products == 1) multiply_tile<1, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
+        else multiply_tile<0, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
+        if constexpr (Weights::kScalesRows) {
+            if (products > 0) {
+                combine_with_rows(gemm, weights.row_scales, sums, tile.expert, part, [](float& sum, float scale) { sum *= scale; });
+            }
+        }
         if constexpr (HAS_BIAS) {
-            if (products > 0) add_bias(gemm, sums, tile.expert, tile.column * BLOCKS + row_group);
+            if (products > 0) {
+                combine_with_rows(gemm, gemm.bias, sums, tile.expert, part, [](float& sum, float bias) { sum += bias; });
+            }
         }
 #pragma unroll
         for (int i = 0; i < PRODUCTS; i++) {
             if (i >= products) continue;
             int slot = (i * SLOT_GROUPS + slot_group) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-            gemm.store(tile, slot, tile.column * BLOCKS + row_group, sums[i]);
+            gemm.store(tile, slot, part, sums[i]);
         }
     }
 }
 
-template <class Gemm>
-__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorMap& weights, const Adapter& adapter,
-                                                 const Schedule& schedule) {
-    Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
+template <class Gemm, class Weights>
+__device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights& weights, const Schedule& schedule) {
+    Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES + Weights::kRingBytes);
     Pipeline pipeline = {shared, shared_address(block_memory)};
     if (threadIdx.x == 0) {
-        prefetch_map(weights);
+        weights.init();
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(pipeline.filled(s), Gemm::kDenseTokens ? 1 : 1 + PRODUCER_THREADS);
+            init_barrier(pipeline.filled(s), Weights::template kFillings<Gemm>);
             init_barrier(pipeline.emptied(s), BLOCKS * CONSUMER_THREADS / 32);
         }
         for (int i = 0; i < 2; i++) {
-            // A lone block's scheduler arrives itself. That it is the leader's warp would do with one arrival; then registers spill.
-            init_barrier(pipeline.tile_ready(i), BLOCKS == 1 ? 2 : 1);
+            init_barrier(pipeline.tile_ready(i), Weights::kShowings);
             init_barrier(pipeline.tile_read(i), BLOCKS * BLOCK_THREADS / 32);
         }
         publish_barriers();
@@ -448,10 +508,10 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const TensorM
             wait_for_previous_grid();
             release_next_grid();
         }
-        consume_ring(gemm, pipeline);
+        consume_ring(gemm, weights, pipeline);
     } else {
         shrink_registers<PRODUCER_REGISTERS>();
-        fill_ring(gemm, weights, adapter, schedule, pipeline);
+        weights.fill_ring(gemm, schedule, pipeline);
     }
     sync_cluster();  // a block's memory must not go while the other may write there
 }

@@ -35,6 +35,7 @@ from cupymoe.kernels import (
     sum_parts,
 )
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
+from cupymoe.kernels.codes import Codes
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
@@ -130,6 +131,10 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down_wgmma.variant(tile_shape.up_back)
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
+    for tile_shape in _coded_tile_shapes():
+        yield experts_up_wgmma.variant(tile_shape)
+        yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
+        yield experts_down_wgmma.variant(tile_shape)
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):
         for left_gathered in (False, True):
@@ -218,4 +223,25 @@ def _tile_shapes() -> Iterator[TileShape]:
             transposed,
             has_bias,
             has_bias,
+        )
+
+
+def _coded_tile_shapes() -> Iterator[TileShape]:
+    """Each cut with each codec at Gemma 4's sizes, int4 with each dtype of its scales, one with biases."""
+    sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+    codes = [Codes("int4_g32", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    codes += [Codes("int4_g64_zero", torch.bfloat16), Codes("int8"), Codes("fp8"), Codes("fp8_g128", torch.float32)]
+    codes += [Codes("nvfp4", torch.float8_e4m3fn), Codes("mxfp4", torch.float8_e8m0fnu)]
+    for cut, each, dtype in product(CUTS, codes, (torch.bfloat16, torch.float16)):
+        yield tile_shape_of(
+            *cut,
+            dtype,
+            sizes.activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            has_gate_up_bias=each.format == "int8",
+            has_down_bias=each.format == "int8",
+            gate_up_codes=each,
+            down_codes=each,
         )

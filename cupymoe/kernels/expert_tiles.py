@@ -11,6 +11,7 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER
+from cupymoe.kernels.codes import PLAIN_CODES, Codes
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.tensor_map import tensor_map
@@ -47,6 +48,8 @@ _SHALLOW = 512
 # weight two blocks with three products are: on an H200 the way back through gate_up at Gemma 4's sizes and 16384 tokens
 # takes 1694 to 1740 us, with one block 1804 to 1880.
 _LONE_FROM, _LONE_UP_TO = 1024, 8192
+# Stages of codes: one is decoded while others are under way; more than these take longer than memory's latency.
+_CODE_STAGES = (2, 3, 4)
 # Weight rows of the down projection's products, by its cut; of a cut that is not here, best_width chooses.
 _DOWN_BACK_WIDTH = 128  # leaves the registers that its epilogue loads gate_up into
 _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
@@ -87,6 +90,16 @@ def down_back_cut(gate_up_cut: tuple[int, int]) -> tuple[int, int]:
     return (2, 2) if gate_up_cut == (1, 3) else gate_up_cut
 
 
+def _alone(cut: tuple[int, int], codes: Codes) -> tuple[int, int]:
+    """A cut without a cluster where the weight is quantised: blocks would have only codes to share.
+
+    A third product leaves too few registers to decode zero points with.
+    """
+    if codes.are_plain:
+        return cut
+    return 1, 2 if codes.has_zeros else cut[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Tiling:
     """The tiles of one GEMM."""
@@ -99,6 +112,8 @@ class Tiling:
     """Weight rows that a block loads of a tile, and that each product multiplies."""
     stages: int
     shared_bytes: int
+    code_stages: int = 0
+    """Of the ring of codes, where the weight is quantised."""
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tiling."""
@@ -109,16 +124,28 @@ class Tiling:
             f"BLOCK_N={self.block_n}",
             f"BLOCK_K={BLOCK_K}",
             f"STAGES={self.stages}",
+            *((f"CODE_STAGES={self.code_stages}",) if self.code_stages else ()),
         )
 
 
 @functools.cache
-def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling:
-    """Tiles of ``block_n`` weight rows a block, and as many stages as fit."""
+def tiling(blocks: int, products: int, block_n: int, num_experts: int, code_row_bytes: int = 0) -> Tiling:
+    """Tiles of ``block_n`` weight rows a block, and as many stages as fit.
+
+    Where rows have ``code_row_bytes`` in a stage of codes, as many of these as leave the other ring its stages.
+    """
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
     tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
-    stages = (HOPPER.shared_bytes_of_block - tile_bytes - 16) // (stage_bytes + 16)
-    return Tiling(blocks, products, block_n, stages, -(-(stages * (stage_bytes + 16) + tile_bytes) // 16) * 16)
+
+    def ring(code_stages: int) -> tuple[int, int, int]:
+        """Stages, stages of codes, and the bytes of these."""
+        code_bytes = code_stages * (block_n * code_row_bytes + 16)
+        left = HOPPER.shared_bytes_of_block - tile_bytes - 16 - code_bytes
+        return left // (stage_bytes + 16), code_stages, code_bytes
+
+    stages, code_stages, code_bytes = max(map(ring, _CODE_STAGES if code_row_bytes else (0,)))
+    shared_bytes = -(-(stages * (stage_bytes + 16) + code_bytes + tile_bytes) // 16) * 16
+    return Tiling(blocks, products, block_n, stages, shared_bytes, code_stages)
 
 
 @functools.cache
@@ -160,6 +187,9 @@ class TileShape:
     gate_up_rank: int = 0
     """Of an adapter of gate_up_proj, a multiple of 16; 0 without one."""
     down_rank: int = 0
+    gate_up_codes: Codes = PLAIN_CODES
+    """How gate_up_proj is stored."""
+    down_codes: Codes = PLAIN_CODES
 
     @property
     def gate_up_rows(self) -> int:
@@ -174,17 +204,19 @@ class TileShape:
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        cut = self.blocks, self.products
+        cut = _alone((self.blocks, self.products), self.gate_up_codes)
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
-        return tiling(*cut, best_width(*cut, self.gate_up_rows, self.num_experts, box_rows), self.num_experts)
+        width = best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
+        return tiling(*cut, width, self.num_experts, self.gate_up_codes.row_bytes)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
-        cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
+        plain_cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
+        cut = _alone(plain_cut, self.down_codes)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
-        width = _DOWN_WIDTHS.get(cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
-        return tiling(*cut, width, self.num_experts)
+        width = _DOWN_WIDTHS.get(plain_cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
+        return tiling(*cut, width, self.num_experts, self.down_codes.row_bytes)
 
     @property
     def up_back(self) -> TileShape:

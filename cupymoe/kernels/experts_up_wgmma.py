@@ -8,6 +8,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.codes import Scales, coded_maps
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -30,6 +31,7 @@ def variant(shape: TileShape) -> Variant:
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
             f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
             f"LOW_RANK={shape.gate_up_rank}",
+            *shape.gate_up_codes.defines(),
         ),
     )
 
@@ -43,7 +45,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.up.shared_bytes,
         dependent=True,
-        tensor_maps=2 if shape.gate_up_rank else 1,
+        tensor_maps=shape.gate_up_codes.maps + (shape.gate_up_rank > 0),
     )
     return run, grid(shape.up, device)
 
@@ -52,25 +54,43 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
 def _gate_up_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
     """Of gate_up_proj, or of an adapter's factor, whose ``depth`` is its rank.
 
-    Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...
-
-    Of an ungated weight a box is simply the rows in their order; of a transposed weight 64 of its columns, or 64 gate
-    columns and the 64 up columns for the same outputs.
+    Of a transposed weight a box is 64 of its columns, or 64 gate columns and the 64 up columns for the same outputs.
     """
-    rows, halves = shape.gate_up_rows, shape.gate_up_halves
     if shape.gate_up_transposed:
-        boxes = transposed_boxes(shape.num_experts, depth, rows, halves, shape.dtype.itemsize)
+        sizes = (shape.num_experts, depth, shape.gate_up_rows)
+        boxes = transposed_boxes(*sizes, shape.gate_up_halves, shape.dtype.itemsize)
         return tensor_map(address, shape.dtype, *boxes)
-    row = depth * shape.dtype.itemsize
+    return _map_of_rows(address, shape, shape.dtype, depth, BLOCK_K)
+
+
+def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: int, box_columns: int) -> tuple[int, ...]:
+    """Of a tensor ``[E, 2 I, columns]`` (``[E, I, columns]``), which has a row for every row of the weight.
+
+    Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...; of an ungated weight a box is
+    simply the rows in their order.
+    """
+    rows, row = shape.gate_up_rows, columns * dtype.itemsize
     inputs = rows // shape.intermediate_size  # gate and up, or one
     next_column, next_input = (inputs * row, row) if shape.activation.is_interleaved else (row, rows // inputs * row)
     return tensor_map(
         address,
-        shape.dtype,
-        sizes=(depth, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
+        dtype,
+        sizes=(columns, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
         strides=(next_column, next_input, 8 * next_column, rows * row),
-        box=(BLOCK_K, 8, inputs, shape.up.block_n // (8 * inputs), 1),
+        box=(box_columns, 8, inputs, shape.up.block_n // (8 * inputs), 1),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _map_of_bytes(shape: TileShape, address: int, row_bytes: int, box_bytes: int) -> tuple[int, ...]:
+    """Of the codes of gate_up_proj, or of what belongs to them."""
+    return _map_of_rows(address, shape, torch.uint8, row_bytes, box_bytes)
+
+
+def _weight_maps(gate_up_proj: torch.Tensor, shape: TileShape, scales: Scales | None) -> tuple[int, ...]:
+    if scales is None:
+        return _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)
+    return coded_maps(gate_up_proj, scales, functools.partial(_map_of_bytes, shape))
 
 
 def experts_up_wgmma(
@@ -81,6 +101,7 @@ def experts_up_wgmma(
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -92,6 +113,8 @@ def experts_up_wgmma(
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
+        scales: of gate_up_proj, where ``shape.gate_up_codes`` are codes, which it then holds, uint8
+            ``[E, 2 I, row bytes]`` (``[E, I, row bytes]``); else None.
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
@@ -100,7 +123,7 @@ def experts_up_wgmma(
         blocks,
         THREADS,
         current_stream(device),
-        *_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),
+        *_weight_maps(gate_up_proj, shape, scales),
         *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
         *(() if adapter is None else (adapter.low.data_ptr(),)),
         hidden_states.data_ptr(),
@@ -110,5 +133,6 @@ def experts_up_wgmma(
         intermediate.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
+        *(() if scales is None else (scales.row_scales_address,)),
     )
     return intermediate

@@ -13,8 +13,9 @@ WORDS = MAP_BYTES // 8
 """As many arguments of a launch make up one map."""
 
 # enum values of cuda.h
-_DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}
-_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _ZEROS_OUT_OF_BOUNDS = 0, 3, 3, 0
+_DATA_TYPES = {torch.uint8: 0, torch.float16: 6, torch.bfloat16: 9}
+_SWIZZLES = {16: 0, 64: 2, 128: 3}  # by the bytes of a box in its innermost dimension, all of which are swizzled
+_NO_INTERLEAVE, _PROMOTE_TO_256_BYTES, _ZEROS_OUT_OF_BOUNDS = 0, 3, 0
 
 
 # A map holds an address and a geometry, no contents: it stays right when other memory takes the address.
@@ -22,13 +23,14 @@ _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES, _ZEROS_OUT_OF_BOUNDS 
 def tensor_map(
     address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The words of a map of a tensor that is copied box by box, its innermost 128 bytes swizzled.
+    """The words of a map of a tensor that is copied box by box, the innermost bytes of a box swizzled: in rows of 128
+    bytes pack p of row r lies at p ^ (r % 8), in rows of 64 at p ^ (r / 2 % 4), and one of 16 is a single pack.
 
     Args:
         address: of the first element; a multiple of 16.
         sizes: elements in each dimension, innermost first.
         strides: bytes from one index to the next in every dimension but the innermost; multiples of 16, in any order.
-        box: elements in each dimension; 128 bytes in the innermost.
+        box: elements in each dimension; 128, 64 or 16 bytes in the innermost.
 
     Raises:
         RuntimeError: the driver refused the description.
@@ -46,7 +48,7 @@ def tensor_map(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         _NO_INTERLEAVE,
-        _SWIZZLE_128_BYTES,
+        _SWIZZLES[box[0] * dtype.itemsize],
         _PROMOTE_TO_256_BYTES,
         _ZEROS_OUT_OF_BOUNDS,
     )
