@@ -1,7 +1,8 @@
 // experts_down: the down projection of every slot's intermediate row, not yet weighted; companion of experts_up.cu.
 //
 // Reads  intermediate [slots, INTERMEDIATE] SCALAR    written by the grid before this one
-//        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR   TRANSPOSED: [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
+//        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR, or codes of WEIGHTS; TRANSPOSED: [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
+//        scales       [NUM_EXPERTS, HIDDEN, INTERMEDIATE / GROUP] SCALE_SCALAR, and zeros, as experts_up.cu
 //        bias         [NUM_EXPERTS, HIDDEN] SCALAR   only with HAS_BIAS
 //        factor       [NUM_EXPERTS, HIDDEN, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, HIDDEN]; and
 //        low          [slots, LOW_RANK] SCALAR: of an adapter, only with LOW_RANK, and then it is low that the grid before wrote
@@ -19,8 +20,8 @@
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
     !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
-    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(LOW_RANK)
-#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
+    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(WEIGHTS) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(LOW_RANK)
+#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -37,6 +38,8 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     SLOT_SCALAR* expert_output;
     const scalar_t* factor;
     const scalar_t* low;
+    const unsigned char* scales;
+    const unsigned char* zeros;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan&, u32 slot) const { return intermediate + (u64)slot * INTERMEDIATE; }
 
@@ -54,7 +57,8 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
-             u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low) {
+             u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low,
+             const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros) {
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
@@ -62,5 +66,5 @@ experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ dow
     empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
-    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output, factor, low}, plan);
+    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output, factor, low, scales, zeros}, plan);
 }

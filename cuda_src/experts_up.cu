@@ -1,9 +1,11 @@
 // experts_up: act(x W_gate^T) * (x W_up^T) for every slot; for up to a thousand tokens, at the speed of reading the weights.
 //
 // Reads  hidden_states [T, HIDDEN] SCALAR
-//        gate_up_proj  [NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN] SCALAR   gate rows, then up rows; INTERLEAVED: in turn;
+//        gate_up_proj  [NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN] SCALAR, or codes of WEIGHTS   gate rows, then up rows; INTERLEAVED: in turn;
 //                      not GATED: INTERMEDIATE rows, and the output is act(x W^T);
 //                      TRANSPOSED: [NUM_EXPERTS, HIDDEN, rows]
+//        scales        [NUM_EXPERTS, rows of gate_up_proj, HIDDEN / GROUP] SCALE_SCALAR, and zeros, the same of bytes with HAS_ZEROS:
+//                      their rows padded to 16 bytes; only of codes that have GROUP
 //        bias          [NUM_EXPERTS, rows of gate_up_proj] SCALAR   only with HAS_BIAS
 //        factor        [NUM_EXPERTS, rows of gate_up_proj, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]; and
 //        low           [slots, LOW_RANK] SCALAR, written by the grid before this one: of an adapter, only with LOW_RANK
@@ -24,9 +26,9 @@
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
     !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
-    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || \
+    !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(WEIGHTS) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || \
     !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP) || !defined(LOW_RANK)
-#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES and WHOLE_ROWS"
+#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -46,6 +48,8 @@ struct UpGemm : UpRows {
     scalar_t* gate_up;
     const scalar_t* factor;
     const scalar_t* low;
+    const unsigned char* scales;
+    const unsigned char* zeros;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan& plan, u32 slot) const {
         return hidden_states + (u64)(plan.pair_of_slot[slot] / TOP_K) * HIDDEN;
@@ -93,8 +97,8 @@ experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __re
            const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
            const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up, const scalar_t* __restrict__ factor,
-           const scalar_t* low) {
-    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low};
+           const scalar_t* low, const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros) {
+    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low, scales, zeros};
 #if !INLINE_PAIRS && !TRANSPOSED
     prefetch_first_tile(gemm);
 #endif

@@ -6,6 +6,22 @@
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// A value of 1, 2, 4 or 8 bytes at a shared address.
+template <typename T> __device__ __forceinline__ T load_shared(u32 address) {
+    static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "at most two words");
+    if constexpr (sizeof(T) == 8) {
+        u64 words;
+        asm volatile("ld.shared.u64 %0, [%1];" : "=l"(words) : "r"(address) : "memory");
+        return *reinterpret_cast<T*>(&words);
+    } else {
+        u32 word;
+        if constexpr (sizeof(T) == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+        else if constexpr (sizeof(T) == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+        else asm volatile("ld.shared.u8 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+        return *reinterpret_cast<T*>(&word);
+    }
+}
+
 #define CACHE_POLICY(kind)                                                                       \
     __device__ __forceinline__ u64 kind##_policy() {                                             \
         u64 policy;                                                                              \

@@ -12,7 +12,7 @@
 //                                       turn. What a warp loads of a stage it multiplies ROW_BLOCKS or TOKEN_GROUPS times: where
 //                                       products take the time, and not the weights, several of both halve the loads.
 //   stream/store.cuh     the outputs    The K_WARPS parts of a sum meet, and the GEMM stores what it makes of it.
-//   weights/plain.cuh    the weights    How they are stored, and how they become operands.
+//   weights/             the weights    How they are stored, and how they become operands: WEIGHTS says which codec.
 //
 // WHOLE_ROWS  BLOCK_K is the depth and both operands are neighbouring rows: a stage is two bulk copies, whose packs aren't swapped.
 // TRANSPOSED  Weights are [NUM_EXPERTS, depth, rows] in memory, and a stage has them as BLOCK_K k rows of TILE_ROWS. A 16-byte

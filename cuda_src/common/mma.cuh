@@ -17,6 +17,13 @@ __device__ __forceinline__ Fragment load_fragment(u32 address) {
     return f;
 }
 
+// Four matrices of 8 rows of 16 bytes. Lane 8m + r says where row r of matrix m begins, and every lane gets of each matrix word
+// lane % 4 of row lane / 4.
+__device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+}
+
 // The same two fragments, low and high, of weights that lie in shared memory as k rows: 16 bytes are 8 weights of one k.
 //
 // ldmatrix reads four 8 x 8 matrices. Lane 8m + r says where row r of matrix m begins; .trans gives each lane the elements of

@@ -13,6 +13,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
 
 MAX_PAIRS = 8192
 """Of a call that plan_experts.cu plans; more are sorted before."""
@@ -57,10 +58,11 @@ class Tile:
         """Consumers, and one producer warp or four."""
         return (self.warps + (1 if self.whole_rows else 4)) * 32
 
-    def shared_bytes(self, tokens: int) -> int:
+    def shared_bytes(self, tokens: int, stored: StoredWeight = PLAIN_WEIGHT) -> int:
         """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
         sums = self.k_warps * min(tokens, 16) * (self.rows + 4) * 4
-        return self.stages * (self.rows + tokens) * self.block_k * 2 + sums
+        stage = self.rows * stored.stage_row_bytes(self.block_k) + tokens * self.block_k * 2
+        return self.stages * stage + sums
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tile."""
@@ -86,6 +88,8 @@ class Regime:
     down: Tile
     transposed: Tile
     """Of either GEMM, where its weight is transposed."""
+    codes: Tile
+    """Of either GEMM, where its weight is quantised; with as many stages as fit, whatever its scales are."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
@@ -96,6 +100,11 @@ class Regime:
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
 _TRANSPOSED = Tile(128, 4)
 
+# 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
+_CODES = Tile(256, 2, k_warps=2, row_blocks=2)
+# Of more tokens; for all of them in a warp there are no registers.
+_CODES_OF_48, _CODES_OF_80 = (Tile(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
+
 # By the most pairs of an expert on average; beyond the last of these is one more.
 _MOST_PAIRS = (4, 16, 32)
 _UP_TO_4_PAIRS = Regime(
@@ -103,6 +112,7 @@ _UP_TO_4_PAIRS = Regime(
     up=Tile(256, 4, k_warps=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
+    codes=_CODES,
     inline_pairs=0,
     fp32_slots=True,
 )
@@ -111,6 +121,7 @@ _UP_TO_16_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
+    codes=_CODES,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -119,6 +130,7 @@ _UP_TO_32_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2),
     down=Tile(256, 3, k_warps=2),
     transposed=_TRANSPOSED,
+    codes=_CODES_OF_48,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -127,6 +139,7 @@ _MORE_PAIRS = Regime(
     up=Tile(128, 4),
     down=Tile(128, 4),
     transposed=_TRANSPOSED,
+    codes=_CODES_OF_80,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -143,6 +156,7 @@ def _inline_regime(intermediate_size: int) -> Regime:
         up=Tile(256, 4, k_warps=4),
         down=down,
         transposed=Tile(256, 3, k_warps=2),
+        codes=_CODES,
         inline_pairs=_INLINE_PAIRS,
         fp32_slots=True,
     )
@@ -152,10 +166,11 @@ def _inline_regime(intermediate_size: int) -> Regime:
 _STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
 
 
-def _fitted(tile: Tile, tokens: int, shared_bytes: int) -> Tile:
+@functools.cache
+def _fitted(tile: Tile, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tile:
     """The tile with as many stages as fit: the more of them, the more bytes are on their way."""
     stages = 2
-    while replace(tile, stages=stages + 1).shared_bytes(tokens) <= shared_bytes:
+    while replace(tile, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
         stages += 1
     return replace(tile, stages=stages)
 
@@ -170,32 +185,32 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     the time, and warps lie two by four over tokens and rows.
     """
 
-    def new(tokens: int, tile: Tile, transposed: Tile, *, fp32_slots: bool = False) -> Regime:
+    def new(tokens: int, tile: Tile, transposed: Tile, codes: Tile, *, fp32_slots: bool = False) -> Regime:
         room = shared_bytes - _STATIC_BYTES
         of_both = _fitted(tile, tokens, room)
-        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), 0, fp32_slots)
+        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, 0, fp32_slots)
 
     def inline(transposed: Tile) -> Regime:
         # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
         tile, room = Tile(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
-        return Regime(8, tile, tile, _fitted(transposed, 8, room), _INLINE_PAIRS, fp32_slots=True)
+        return Regime(8, tile, tile, _fitted(transposed, 8, room), _CODES, _INLINE_PAIRS, fp32_slots=True)
 
     wide, square = Tile(64, 2), Tile(64, 2, token_warps=2, row_blocks=2)
     if shared_bytes < 160 * 1024:
         return (
             inline(Tile(128, 2, k_warps=2)),
-            new(16, wide, wide, fp32_slots=True),
-            new(32, wide, wide),
-            new(48, square, wide),
-            new(96, square, square),
+            new(16, wide, wide, Tile(128, 2), fp32_slots=True),
+            new(32, wide, wide, Tile(128, 2)),
+            new(48, square, wide, Tile(128, 2)),
+            new(96, square, square, Tile(64, 2, token_warps=2)),
         )
     deep, deep_square = Tile(256, 2, k_warps=2), replace(square, block_k=128)
     return (
         inline(deep),
-        new(32, deep, Tile(128, 2), fp32_slots=True),
-        new(32, deep, Tile(128, 2)),
-        new(48, deep_square, wide),
-        new(64, deep_square, square),
+        new(32, deep, Tile(128, 2), _CODES, fp32_slots=True),
+        new(32, deep, Tile(128, 2), _CODES),
+        new(48, deep_square, wide, _CODES_OF_48),
+        new(64, deep_square, square, _CODES_OF_80),
     )
 
 
@@ -244,16 +259,40 @@ class Shape:
     arch: Arch = HOPPER
     sorted_pairs: bool = False
     """Whether sort_by_expert.cu and plan_chunks.cu make the plan, in which slots then have tokens, and not pairs."""
+    gate_up_stored: StoredWeight = PLAIN_WEIGHT
+    """How gate_up_proj is stored; a quantised weight is never transposed."""
+    down_stored: StoredWeight = PLAIN_WEIGHT
 
     @property
     def up(self) -> Tile:
         """Of the gate_up projection."""
-        return self.regime.transposed if self.gate_up_transposed else self.regime.up
+        return self._tile(self.regime.up, self.gate_up_transposed, self.gate_up_stored)
 
     @property
     def down(self) -> Tile:
         """Of the down projection."""
-        return self.regime.transposed if self.down_transposed else self.regime.down
+        return self._tile(self.regime.down, self.down_transposed, self.down_stored)
+
+    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight) -> Tile:
+        if transposed:
+            return self.regime.transposed
+        if stored.is_plain:
+            return plain
+        room, inline = self.arch.shared_bytes_of_block, self.regime.inline_pairs > 0
+        if inline and room == HOPPER.shared_bytes_of_block:
+            room //= 2  # for both rings together, as where weights are plain
+        room -= _STATIC_BYTES_OF_PLAN if inline else _STATIC_BYTES
+        return _fitted(self.regime.codes, self.regime.tokens, room, stored)
+
+    @property
+    def up_shared_bytes(self) -> int:
+        """Dynamic shared memory of a block of the gate_up projection."""
+        return self.up.shared_bytes(self.regime.tokens, self.gate_up_stored)
+
+    @property
+    def down_shared_bytes(self) -> int:
+        """The same of the down projection."""
+        return self.down.shared_bytes(self.regime.tokens, self.down_stored)
 
     @property
     def slot_dtype(self) -> torch.dtype:

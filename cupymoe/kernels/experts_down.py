@@ -20,6 +20,7 @@ def variant(shape: Shape) -> Variant:
         (
             *shape.defines(),
             *shape.down.defines(),
+            *shape.down_stored.defines(),
             f"SLOT_SCALAR={SCALARS[shape.slot_dtype]}",
             f"TRANSPOSED={int(shape.down_transposed)}",
             f"HAS_BIAS={int(shape.has_down_bias)}",
@@ -32,7 +33,7 @@ def variant(shape: Shape) -> Variant:
 def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.down
-    shared_bytes = tile.shared_bytes(shape.regime.tokens)
+    shared_bytes = shape.down_shared_bytes
     run = kernel(variant(shape), "experts_down", device, shared_bytes=shared_bytes, dependent=True, arch=shape.arch)
     return run, grid(tile, device), tile.threads
 
@@ -44,12 +45,15 @@ def experts_down(
     workspace: Workspace,
     bias: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
     Args:
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
-            ``transpose(1, 2)`` of a contiguous tensor.
+            ``transpose(1, 2)`` of a contiguous tensor. Where ``shape.down_stored`` is quantised its packed codes, uint8
+            ``[E, H, row_bytes]``, contiguous.
         top_k_index: ``[T, K]``, contiguous, as ``experts_up`` had it in the launch just before this one, but for
             :func:`lora_shrink_chunks` between them.
         shape: of the call.
@@ -58,6 +62,7 @@ def experts_down(
         factor: ``[E, H, R]``, the second of an adapter, 16-byte aligned, laid out as down_proj, where
             ``shape.down_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the workspace, and
             was the launch just before this one.
+        scales, zeros: ``[E, H, G]``, as those of ``experts_up``, by ``shape.down_stored``.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -76,4 +81,6 @@ def experts_down(
         0 if bias is None else bias.data_ptr(),
         0 if factor is None else factor.data_ptr(),
         workspace.down_low,
+        0 if scales is None else scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
     )

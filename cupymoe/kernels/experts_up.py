@@ -20,6 +20,7 @@ def variant(shape: Shape) -> Variant:
         (
             *shape.defines(),
             *shape.up.defines(),
+            *shape.gate_up_stored.defines(),
             *activation_defines(shape.activation),
             f"GATED={int(shape.activation.is_gated)}",
             f"INTERLEAVED={int(shape.activation.is_interleaved)}",
@@ -35,7 +36,7 @@ def variant(shape: Shape) -> Variant:
 def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.up
-    shared_bytes = tile.shared_bytes(shape.regime.tokens)
+    shared_bytes = shape.up_shared_bytes
     run = kernel(variant(shape), "experts_up", device, shared_bytes=shared_bytes, dependent=True, arch=shape.arch)
     return run, grid(tile, device), tile.threads
 
@@ -49,13 +50,16 @@ def experts_up(
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
-            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
+            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor. Where ``shape.gate_up_stored`` is
+            quantised its packed codes, uint8 ``[E, 2 I, row_bytes]``, contiguous.
         top_k_index: ``[T, K]``, contiguous, at least one pair.
         shape: of the call.
         workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.
@@ -64,6 +68,9 @@ def experts_up(
         factor: ``[E, 2 I, R]`` or ``[E, I, R]``, the second of an adapter, 16-byte aligned, laid out as gate_up_proj,
             where ``shape.gate_up_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the
             workspace, and was the launch just before this one.
+        scales: ``[E, 2 I, G]`` where the format of ``shape.gate_up_stored`` has groups, G the number of them and padded
+            to whole 16 bytes; contiguous, 16-byte aligned; else None.
+        zeros: uint8, the same, where the format has zero points, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -84,4 +91,6 @@ def experts_up(
         0 if gate_up is None else gate_up.data_ptr(),
         0 if factor is None else factor.data_ptr(),
         workspace.gate_up_low,
+        0 if scales is None else scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
     )

@@ -5,45 +5,56 @@
 #include "store.cuh"
 
 #define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
-#define RANK_AHEAD (ROW_BLOCKS == 1 && (TOKENS <= 48 || !TRANSPOSED))  // where sums leave registers for a step that is loaded ahead
+// Where sums leave registers for a step that is loaded ahead.
+#define RANK_AHEAD (ROW_BLOCKS == 1 && (WEIGHTS == PLAIN ? TOKENS <= 48 || !TRANSPOSED : TOKENS <= 32))
 
 static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
 
-// sums += this warp's rows and k steps of a stage x the first kGroups groups of 8 tokens; unrolled, so loads run ahead.
-template <int kGroups>
-__device__ __forceinline__ void multiply_stage(Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS], u32 k_warp) {
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        if ((s + 1) * K_WARPS > BLOCK_K / 32 && s * K_WARPS + k_warp >= BLOCK_K / 32) break;
-        Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
-#pragma unroll
-        for (int b = 0; b < ROW_BLOCKS; b++) {
-#if TRANSPOSED
-            load_transposed_fragments(low[b], high[b], (weights ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
-#else
-            low[b] = Weights::fragment(weights + packs[s] + b * 16 * WEIGHT_ROW_BYTES);
-            high[b] = Weights::fragment(weights + packs[s] + (b * 16 + 8) * WEIGHT_ROW_BYTES);
-#endif
-        }
-#pragma unroll
-        for (int g = 0; g < kGroups; g++) {
-            Fragment of_tokens = load_fragment(tokens + packs[s] + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
-#pragma unroll
-            for (int b = 0; b < ROW_BLOCKS; b++) multiply(sums[b][g], low[b], high[b], of_tokens, scalar_t());
-        }
-    }
-}
+// A warp's view of the ring: where its weights and its tokens lie in a stage.
+struct Warp {
+    Place place;
+    Weights weights;
+    u32 tokens;                            // this lane's first token in a stage
+    u32 first_pack, swap;                  // in a token's row
 
-// The smallest compiled number of groups that holds `groups`.
-template <int kGroups>
-__device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 weights, u32 tokens, const u32 (&packs)[STEPS],
-                                                u32 k_warp) {
-    constexpr int kNext = kGroups < 4 ? kGroups + 1 : kGroups + 2, kMore = kNext < TOKEN_GROUPS ? kNext : TOKEN_GROUPS;
-    if constexpr (kGroups < TOKEN_GROUPS) {
-        if (groups > kGroups) return multiply_groups<kMore>(groups, sums, weights, tokens, packs, k_warp);
+    __device__ __forceinline__ Warp(u32 lane) : weights(place, lane) {
+        tokens = FIRST_TOKEN + (place.token_warp * 8 + lane / 4) * TOKEN_ROW_BYTES;
+        first_pack = place.k_warp * PARTS_OF_STEP * 64 + lane % 4 * 16, swap = swap_of_token(lane / 4) * 16;
     }
-    multiply_stage<kGroups>(sums, weights, tokens, packs, k_warp);
-}
+
+    // sums += this warp's rows and k steps of the stage that begins at k x its first kGroups groups of 8 tokens; unrolled, so that
+    // loads run ahead.
+    template <int kGroups> __device__ __forceinline__ void multiply_stage(Sums& sums, u32 stage, u32 k) const {
+        constexpr int kSteps = BLOCK_K / Weights::kStep;
+        u32 first_token = stage + tokens;
+#pragma unroll(Weights::unrolled_steps(kGroups))
+        for (int s = 0; s < STEPS; s++) {
+            if ((s + 1) * K_WARPS > kSteps && s * K_WARPS + place.k_warp >= kSteps) break;
+            Weights::Step step = weights.load(stage, k, s);
+#pragma unroll
+            for (int part = 0; part < PARTS_OF_STEP; part++) {
+                Weights::Operands operands = step.operands(part);
+                u32 from = first_token + ((s * K_WARPS * PARTS_OF_STEP + part) * 64 + first_pack ^ swap);
+#pragma unroll
+                for (int g = 0; g < kGroups; g++) {
+                    if (Weights::kLoadsAhead < kGroups && g && g % Weights::kLoadsAhead == 0) __syncwarp();
+                    Fragment of_tokens = load_fragment(from + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
+#pragma unroll
+                    for (int b = 0; b < ROW_BLOCKS; b++) operands.multiply_by(of_tokens, b, sums[b][g]);
+                }
+            }
+        }
+    }
+
+    // The smallest compiled number of groups that holds `groups`.
+    template <int kGroups> __device__ __forceinline__ void multiply_groups(u32 groups, Sums& sums, u32 stage, u32 k) const {
+        constexpr int kNext = kGroups < 4 ? kGroups + 1 : kGroups + 2, kMore = kNext < TOKEN_GROUPS ? kNext : TOKEN_GROUPS;
+        if constexpr (kGroups < TOKEN_GROUPS) {
+            if (groups > kGroups) return multiply_groups<kMore>(groups, sums, stage, k);
+        }
+        multiply_stage<kGroups>(sums, stage, k);
+    }
+};
 
 typedef Pack<scalar_t, 2 * ROW_BLOCKS> Biases;
 
@@ -130,28 +141,20 @@ __device__ __forceinline__ void add_adapter(const Gemm& gemm, const Cursor<Gemm>
 
 template <class Gemm>
 __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan, Ring ring, float* shared_sums) {
-    Place place;
     u32 lane = threadIdx.x % 32;
-    u32 swap = Weights::swap_of_row(lane / 4) * 16;
-    u32 packs[STEPS];  // where this lane's pack of each of its k steps lies in a row
-#pragma unroll
-    for (int s = 0; s < STEPS; s++) packs[s] = ((s * K_WARPS + place.k_warp) * 64 + lane % 4 * 16) ^ swap;
-    u32 fragment_row = lane / 4 * TOKEN_ROW_BYTES;
+    Warp warp(lane);
+    Place place = warp.place;
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
     if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
     [[maybe_unused]] RankStep rank_step;
     if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
-        u32 stage = ring.data + turn.stage * STAGE_BYTES, rows = stage + fragment_row;
         wait_barrier(ring.filled + turn.stage * 8, turn.parity);
         if (place.row_warp * (ROW_BLOCKS * 8) < cursor.units) {
-            u32 weights = TRANSPOSED ? stage + k_row_of_fragment(place.row_warp, place.k_warp, lane)
-                                     : rows + place.row_warp * (ROW_BLOCKS * 16) * WEIGHT_ROW_BYTES;
-            u32 tokens = rows + WEIGHT_BYTES + place.token_warp * 8 * TOKEN_ROW_BYTES;
             // Every TOKEN_WARPS-th group of 8 tokens, from the token_warp-th on.
             u32 groups = ((cursor.chunk.tokens + 7) / 8 + TOKEN_WARPS - 1 - place.token_warp) / TOKEN_WARPS;
-            multiply_groups<1>(groups, sums, weights, tokens, packs, place.k_warp);
+            warp.multiply_groups<1>(groups, sums, ring.data + turn.stage * STAGE_BYTES, cursor.k);
         }
         __syncwarp();
         if (lane == 0) arrive(ring.emptied + turn.stage * 8);

@@ -1,4 +1,5 @@
-// Fills the ring: by the copy engine where rows are whole, else by four warps of 16-byte copies, weights and tokens apart.
+// Fills the ring: by the copy engine where rows are whole, else by four warps of 16-byte copies, of weights, of what groups of them
+// share, and of tokens apart.
 #pragma once
 #include "../ring.cuh"
 #include "schedule.cuh"
@@ -28,20 +29,26 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
     for (Turn turn = {0, 1}; !cursor.done(); cursor.advance(plan)) {
         wait_barrier(ring.emptied + turn.stage * 8, turn.parity);
         if (!ahead) load_weights(cursor, turn.stage);
-        copy_bulk(ring.data + turn.stage * STAGE_BYTES + WEIGHT_BYTES, gemm.token_row(plan, cursor.chunk.first_slot),
+        copy_bulk(ring.data + turn.stage * STAGE_BYTES + FIRST_TOKEN, gemm.token_row(plan, cursor.chunk.first_slot),
                   cursor.chunk.tokens * TOKEN_ROW_BYTES, ring.filled + turn.stage * 8, evict_last);
         turn.next();
         if (turn.stage == 0) ahead = false;
     }
 }
 #else
-// How the producers copy rows of kPacks packs of 16 bytes: each thread the same pack of every kRows-th row, from its own on.
+// How the producers copy rows of kPacks packs of 16 bytes: each thread the same pack of every kRows-th row, from its own on. What
+// is left of the threads has none: kRows has one binary digit, so that a row and a multiple of kRows have none in common.
 template <u32 kPacks> struct Share {
-    static constexpr u32 kRows = PRODUCER_THREADS / kPacks;
-    static_assert(PRODUCER_THREADS % kPacks == 0, "BLOCK_K, WARPS");
-    u32 row, pack;
+    static __device__ __forceinline__ constexpr u32 largest_power(u32 most) { return most < 2 ? most : 2 * largest_power(most / 2); }
 
-    __device__ __forceinline__ Share(u32 thread) : row(thread / kPacks), pack(thread % kPacks) {}
+    static constexpr u32 kRows = largest_power(PRODUCER_THREADS / kPacks);
+    static_assert(kRows > 0, "BLOCK_K");
+    u32 row, pack;
+    bool copies;
+
+    __device__ __forceinline__ Share(u32 thread) : row(thread / kPacks), pack(thread % kPacks) {
+        copies = kPacks * kRows == PRODUCER_THREADS || row < kRows;
+    }
 };
 
 // 16 up to the depth, 0 past it.
@@ -60,6 +67,7 @@ template <class Gemm> struct WeightLoader {
 
     __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : units_left(0), from(gemm.weights) {
         Mine mine(thread);
+        static_assert(Mine::kRows * PACKS_PER_K_ROW == PRODUCER_THREADS, "TRANSPOSED");
         first_k = mine.row, first_row = mine.pack * 8;
         offset = first_k * K_ROW_BYTES + (mine.pack ^ swap_of_k(first_k)) * 16;
     }
@@ -86,36 +94,71 @@ template <class Gemm> struct WeightLoader {
 // One producer thread's share of a tile's weights: one pack of some rows.
 template <class Gemm> struct WeightLoader {
     typedef Share<WEIGHT_ROW_BYTES / 16> Mine;
-    static constexpr u32 kPasses = TILE_ROWS / Mine::kRows;
-    static_assert(TILE_ROWS % Mine::kRows == 0, "BLOCK_K, WARPS");
-    u32 row, pack, offset;  // of the first copy, and where it goes in a stage
-    int units_left;         // of the tile, from the first row's on; none past the end
+    Mine mine;
+    u32 place;       // of its pack in its first row, in a stage
+    int units_left;  // of the tile, from the first row's on; none past the end
     const unsigned char* from;
 
-    __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : units_left(0), from(gemm.weights) {
-        Mine mine(thread);
-        row = mine.row, pack = mine.pack;
-        offset = row * WEIGHT_ROW_BYTES + (pack ^ Weights::swap_of_row(row)) * 16;
+    __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : mine(thread), units_left(0), from(gemm.weights) {
+        place = mine.pack ^ Weights::swap_of_row(mine.row);
     }
 
     // Past the last tile there is nothing to copy.
     __device__ __forceinline__ void close() { units_left = 0; }
 
     __device__ __forceinline__ void open(const Gemm& gemm, const Cursor<Gemm>& cursor) {
-        units_left = (int)cursor.units - (int)Gemm::unit_of_row(row);
-        from = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, row) + pack * 16;
+        units_left = mine.copies ? (int)cursor.units - (int)Gemm::unit_of_row(mine.row) : 0;
+        from = weight_row(gemm, cursor.chunk.expert, cursor.first_unit, mine.row) + mine.pack * 16;
     }
 
     __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
 #pragma unroll
-        for (int i = 0; i < kPasses; i++) {
-            copy_16((int)Gemm::unit_of_row(i * Mine::kRows) < units_left, stage + offset + i * Mine::kRows * WEIGHT_ROW_BYTES,
-                    from + Weights::bytes(k) + Gemm::row_of(0, 0, i * Mine::kRows) * Weights::bytes(Gemm::kDepth),
-                    bytes_at<Gemm>(k + pack * Weights::kOfPack), policy);
+        for (int i = 0; i < TILE_ROWS; i += Mine::kRows) {
+            copy_16((int)Gemm::unit_of_row(i) < units_left,
+                    stage + (mine.row + i) * WEIGHT_ROW_BYTES + (place ^ Weights::swap_of_row(i)) * 16,
+                    from + Weights::bytes(k) + Gemm::row_of(0, 0, i) * Weights::bytes(Gemm::kDepth),
+                    bytes_at<Gemm>(k + mine.pack * Weights::kOfPack), policy);
         }
     }
 };
 #endif
+
+// One producer thread's share of what a tile's groups of weights share: one pack of some rows. kFirst: where they are in a stage.
+template <class Gemm, class Values, u32 kFirst> struct GroupLoader {
+    typedef Share<Values::kPacks> Mine;
+    static constexpr u32 kRowBytes = Values::row_bytes(Gemm::kDepth);
+    Mine mine;
+    int units_left;  // as of WeightLoader
+    const unsigned char* from;
+
+    __device__ __forceinline__ GroupLoader(const unsigned char* values, u32 thread) : mine(thread), units_left(0), from(values) {}
+
+    __device__ __forceinline__ void close() { units_left = 0; }
+
+    __device__ __forceinline__ void open(const unsigned char* values, const Cursor<Gemm>& cursor) {
+        units_left = mine.copies ? (int)cursor.units - (int)Gemm::unit_of_row(mine.row) : 0;
+        from = values + Gemm::row_of(cursor.chunk.expert, cursor.first_unit, mine.row) * kRowBytes + mine.pack * 16;
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
+        u32 first = Values::first_byte(k), bytes = first + mine.pack * 16 < kRowBytes ? 16 : 0;
+#pragma unroll
+        for (int i = 0; i < TILE_ROWS; i += Mine::kRows) {
+            copy_16((int)Gemm::unit_of_row(i) < units_left, stage + kFirst + (mine.row + i) * Values::kStageRowBytes + mine.pack * 16,
+                    from + first + Gemm::row_of(0, 0, i) * kRowBytes, bytes, policy);
+        }
+    }
+};
+
+template <class Gemm, u32 kFirst> struct GroupLoader<Gemm, NoValues, kFirst> {
+    __device__ __forceinline__ GroupLoader(const unsigned char*, u32) {}
+
+    __device__ __forceinline__ void close() {}
+
+    __device__ __forceinline__ void open(const unsigned char*, const Cursor<Gemm>&) {}
+
+    __device__ __forceinline__ void load(u32, u32, u64) const {}
+};
 
 // One producer thread's share of a chunk's activations, whose rows lie anywhere: one pack of some tokens.
 template <class Gemm> struct TokenLoader {
@@ -123,12 +166,13 @@ template <class Gemm> struct TokenLoader {
     static constexpr u32 kPasses = (TOKENS + Mine::kRows - 1) / Mine::kRows;
     u32 row, column, offset;  // of the first copy: its token, its first element, and where it goes in a stage
     int tokens_left;          // of the chunk, from the first row's on; none past the end
+    bool copies;
     const scalar_t* from[kPasses];
 
     __device__ __forceinline__ TokenLoader(const Gemm& gemm, u32 thread) : tokens_left(0) {
         Mine mine(thread);
-        row = mine.row, column = mine.pack * 8;
-        offset = WEIGHT_BYTES + row * TOKEN_ROW_BYTES + (mine.pack ^ row % 2 * 4) * 16;
+        row = mine.row, column = mine.pack * 8, copies = mine.copies;
+        offset = FIRST_TOKEN + row * TOKEN_ROW_BYTES + (mine.pack ^ swap_of_token(row)) * 16;
 #pragma unroll
         for (int i = 0; i < kPasses; i++) from[i] = reinterpret_cast<const scalar_t*>(gemm.weights);  // read by no copy
     }
@@ -136,7 +180,7 @@ template <class Gemm> struct TokenLoader {
     __device__ __forceinline__ void close() { tokens_left = 0; }
 
     __device__ __forceinline__ void open(const Gemm& gemm, const Plan& plan, const Cursor<Gemm>& cursor) {
-        tokens_left = cursor.chunk.tokens - (int)row;
+        tokens_left = copies ? cursor.chunk.tokens - (int)row : 0;
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {
             int token = i * Mine::kRows;
@@ -160,22 +204,31 @@ template <class Gemm> struct Loader {
     Cursor<Gemm> cursor;
     WeightLoader<Gemm> weights;
     TokenLoader<Gemm> tokens;
+    GroupLoader<Gemm, Weights::Scales, FIRST_SCALE> scales;
+    GroupLoader<Gemm, Weights::Zeros, FIRST_ZERO> zeros;
     u64 evict_first, evict_last;
 
     __device__ __forceinline__ Loader(const Gemm& gemm, const Plan& plan, u32 thread)
-        : gemm(gemm), plan(plan), cursor(plan), weights(gemm, thread), tokens(gemm, thread) {
+        : gemm(gemm), plan(plan), cursor(plan), weights(gemm, thread), tokens(gemm, thread), scales(gemm.scales, thread),
+          zeros(gemm.zeros, thread) {
         evict_first = evict_first_policy(), evict_last = evict_last_policy();
         open();
     }
 
     __device__ __forceinline__ void open() {
-        weights.close(), tokens.close();
+        weights.close(), scales.close(), zeros.close(), tokens.close();
         if (cursor.done()) return;
         weights.open(gemm, cursor);
         tokens.open(gemm, plan, cursor);
+        scales.open(gemm.scales, cursor);
+        zeros.open(gemm.zeros, cursor);
     }
 
-    __device__ __forceinline__ void load_weights(u32 stage) const { weights.load(stage, cursor.k, evict_first); }
+    __device__ __forceinline__ void load_weights(u32 stage) const {
+        weights.load(stage, cursor.k, evict_first);
+        scales.load(stage, cursor.k, evict_first);
+        zeros.load(stage, cursor.k, evict_first);
+    }
 
     __device__ __forceinline__ void load_tokens(u32 stage) const { tokens.load(stage, cursor.k, evict_last); }
 

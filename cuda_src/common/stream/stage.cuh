@@ -1,6 +1,6 @@
 // The ring of the weight stream: what one of its stages looks like, and which warp takes what of it.
 //
-// A stage is BLOCK_K deep, in this picture 128: TILE_ROWS weight rows, then TOKENS rows of activations. p0 is a row's first 16
+// A stage is BLOCK_K deep, in this picture 128: TILE_ROWS weight rows, what their groups share, then TOKENS rows of activations. p0 is a row's first 16
 // bytes, 8 values of 16 bits. 8 lanes that load pack p of two rows together touch all 32 banks of shared memory, because packs of
 // odd rows are swapped in fours.
 //
@@ -8,7 +8,8 @@
 //                          row 1  | p4  p5  p6  p7  p0  p1  p2  p3  p12 p13 p14 p15 p8  p9  p10 p11 |
 //                          row 2  | p0  p1  ..                                                      |
 //                          ..
-//     + WEIGHT_BYTES       token 0| p0  p1  ..        the same, of the activations                  |
+//     + FIRST_SCALE, FIRST_ZERO    what groups of weights share, a row for each weight row, unswapped
+//     + FIRST_TOKEN        token 0| p0  p1  ..        the same, of the activations                  |
 //                          ..
 //     + STAGE_BYTES        the next stage
 //
@@ -38,8 +39,12 @@
 #define TOKEN_ROW_BYTES (BLOCK_K * 2)            // in a stage
 #define WEIGHT_ROW_BYTES ((u32)Weights::bytes(BLOCK_K))  // in a stage
 #define WEIGHT_BYTES (TILE_ROWS * WEIGHT_ROW_BYTES)
-#define STAGE_BYTES (WEIGHT_BYTES + TOKENS * TOKEN_ROW_BYTES)
-#define STEPS ((BLOCK_K / 32 + K_WARPS - 1) / K_WARPS)  // of each of the K_WARPS
+#define FIRST_SCALE WEIGHT_BYTES                                     // in a stage
+#define FIRST_ZERO (FIRST_SCALE + Weights::Scales::kStageBytes)      // in a stage
+#define FIRST_TOKEN (FIRST_ZERO + Weights::Zeros::kStageBytes)       // in a stage
+#define STAGE_BYTES (FIRST_TOKEN + TOKENS * TOKEN_ROW_BYTES)
+#define STEPS ((BLOCK_K / (int)Weights::kStep + K_WARPS - 1) / K_WARPS)  // of each of the K_WARPS
+#define PARTS_OF_STEP ((int)Weights::kStep / 32)                         // of 32 k
 
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0, "BLOCK_K");
@@ -54,6 +59,9 @@ struct Ring {
     u32 data, filled, emptied;  // shared addresses: STAGES stages, and two barriers of each
 };
 
+// Pack p of a token's row lies at p ^ swap_of_token(token); bulk copies leave rows as they are.
+__device__ __forceinline__ constexpr u32 swap_of_token(u32 token) { return WHOLE_ROWS ? 0 : token % 2 * 4; }
+
 // Which part of a tile a consumer's warp has.
 struct Place {
     u32 row_warp, k_warp, token_warp;
@@ -64,6 +72,11 @@ struct Place {
         k_warp = TOKEN_WARPS > 1 ? 0 : warp / ROW_WARPS;
         token_warp = TOKEN_WARPS > 1 ? warp / ROW_WARPS : 0;
     }
+};
+
+// What weights without groups share; the others: weights/groups.cuh.
+struct NoValues {
+    static constexpr u32 kStageBytes = 0;
 };
 
 // Of a lane: for each block of 16 rows and each group of 8 tokens what mma.cuh says of its results.
