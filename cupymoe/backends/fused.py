@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,9 +17,10 @@ from cupymoe.backends import (
     row_packs_reason,
 )
 from cupymoe.backends.fused_adapters import packed_adapters, step
-from cupymoe.backends.fused_backward import new_kept, tile_shape
-from cupymoe.kernels import expert_stream, sort_by_expert
+from cupymoe.backends.fused_backward import new_kept, scale_dtypes_of, tile_shape
+from cupymoe.kernels import codes, expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
+from cupymoe.kernels.codes import Scales
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
@@ -32,16 +33,13 @@ from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
-from cupymoe.weights.format import PLAIN
+from cupymoe.kernels.stored_weight import StoredWeight
+from cupymoe.weights.format import PLAIN, formats_of
 
 # Pairs of an expert on average up to which each of arch.BUILDS was measured faster than ``grouped`` on an H200
 # (portable.json: 8 are 128 tokens at Gemma 4's sizes; at 1024, the next measured, all are slower), and Hopper's
 # own stream (None, sweep.json) for the cards that would run it as it is.
 _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 8, "sm_86": 8, "sm_120": 8, None: 48}
-
-
-SERVED_FORMATS: frozenset[str] = frozenset()
-"""Of quantised weights, both of which must be of one of them."""
 
 
 class FusedBackend:
@@ -77,9 +75,8 @@ class FusedBackend:
             return reason
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
-        if call.weight_format != PLAIN and not SERVED_FORMATS.issuperset(call.weight_format.split(",")):
-            served = ", ".join(sorted(SERVED_FORMATS)) or "none"
-            return f"of quantised weights its kernels read these formats: {served}; not {call.weight_format}"
+        if call.weight_format != PLAIN and direction == "backward":
+            return f"its gradients are those of plain weights, not of {call.weight_format}"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
@@ -87,10 +84,10 @@ class FusedBackend:
         if call.adapter_rank > MAX_RANK:
             return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
         arch = self.arch(call.device)
-        not_tiled = tiles_reason(call.load, call.hidden_size, arch)
+        not_tiled = tiles_reason(call.load, call.hidden_size, arch, call.weight_format, call.adapter_rank > 0)
         if direction == "backward":
             return not_tiled
-        not_streamed = stream_reason(call.load, arch)
+        not_streamed = stream_reason(call.load, arch, call.weight_format)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
 
     def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
@@ -103,7 +100,7 @@ class FusedBackend:
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
         arch = self.arch(call.device)
-        if direction == "backward" or takes_tiles(call.load, call.hidden_size, arch):
+        if direction == "backward" or _is_tiled(call, arch):
             blocks, products = cut(call.load, call.intermediate_size)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
@@ -125,7 +122,7 @@ class FusedBackend:
         kept: Kept | None = None,
     ) -> torch.Tensor:
         arch = self.build or _arch_of(tensors.hidden_states.get_device())
-        if takes_tiles(call.load, call.hidden_size, arch):
+        if _is_tiled(call, arch):
             return tiles(call, tensors, out, kept)
         return stream(call, tensors, out, kept, arch)
 
@@ -147,31 +144,46 @@ def _arch_of(device: int) -> Arch:
     return Arch.of(device)
 
 
+def _is_tiled(call: ExpertsCall, arch: Arch) -> bool:
+    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format, call.adapter_rank > 0)
+
+
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER) -> bool:
+def takes_tiles(
+    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, has_adapter: bool = False
+) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    prefers = prefers_tiles(load) or stream_reason(load, arch) is not None
-    return prefers and tiles_reason(load, hidden_size, arch) is None
+    prefers = prefers_tiles(load) or stream_reason(load, arch, weight_format) is not None
+    return prefers and tiles_reason(load, hidden_size, arch, weight_format, has_adapter) is None
 
 
-def stream_reason(load: Load, arch: Arch = HOPPER) -> str | None:
+def stream_reason(load: Load, arch: Arch = HOPPER, weight_format: str = PLAIN) -> str | None:
     """Why the weight stream does not serve a call; None if it does."""
     if load.num_experts > expert_stream.MAX_EXPERTS:
         return f"the weight stream serves at most {expert_stream.MAX_EXPERTS} experts, not {load.num_experts}"
     most = expert_stream.MAX_PAIRS if arch.wgmma else expert_stream.MAX_SORTED_PAIRS
     if load.num_pairs > most:
         return f"the weight stream serves at most {most} (token, k) pairs, not {load.num_pairs}"
-    return None
+    return _first(map(stored_weight.unsupported_reason, weight_format.split(",")))
 
 
-def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER) -> str | None:
+def tiles_reason(
+    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, has_adapter: bool = False
+) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if not arch.wgmma:
         return f"its tiles need the wgmma of compute capability 9.0, not {'.'.join(map(str, arch.capability))}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
-    return sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
+    if has_adapter and weight_format != PLAIN:
+        return f"its tiles add adapters to plain weights, not to {weight_format}"
+    reason = _first(map(codes.unsupported_reason, weight_format.split(",")))
+    return reason or sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _regime(call: ExpertsCall, arch: Arch) -> Regime:
@@ -200,6 +212,7 @@ def stream(
     of_gate_up, of_down = packed_adapters(call, tensors)
     chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
+    stored = _stored_weights(call, tensors)
     shape = shape_of(
         chosen,
         call.dtype,
@@ -218,6 +231,7 @@ def stream(
         0 if of_down is None else of_down.a.shape[1],
         arch,
         is_sorted,
+        *stored,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
@@ -234,13 +248,22 @@ def stream(
     if of_gate_up is not None:
         lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
         up_factor = of_gate_up.b
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor)
+    of_codes = tensors.gate_up_scales, tensors.gate_up_zeros
+    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor, *of_codes)
     if of_down is not None:
         lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
         down_factor = of_down.b
-    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor)
+    of_codes = tensors.down_scales, tensors.down_zeros
+    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor, *of_codes)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
+
+
+def _stored_weights(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[StoredWeight, ...]:
+    """How both weights are stored, for the weight stream."""
+    if call.weight_format == PLAIN:
+        return ()  # as a shape has it
+    return tuple(map(stored_weight.stored_weight, call.weight_format.split(","), scale_dtypes_of(tensors)))
 
 
 def plans_at_once(load: Load, arch: Arch) -> bool:
@@ -263,7 +286,20 @@ def tiles(
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
-    intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
+    of_codes = _scales_of(call, tensors)
+    intermediate = experts_up_wgmma(
+        hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step, scales=of_codes[0]
+    )
     down_step = step(of_down, intermediate, pairs, down_low, gathered=False)
-    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
+    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step, scales=of_codes[1])
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)
+
+
+def _scales_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Scales | None, Scales | None]:
+    """What belongs to the codes of each weight that is quantised, for the tiles."""
+    if call.weight_format == PLAIN:
+        return None, None
+    up = Scales(tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales)
+    down = Scales(tensors.down_scales, tensors.down_zeros, tensors.down_row_scales)
+    of_gate_up, of_down = formats_of(call.weight_format)
+    return None if of_gate_up is None else up, None if of_down is None else down

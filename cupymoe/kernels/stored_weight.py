@@ -40,7 +40,9 @@ class StoredWeight:
         each GroupValues::kStageRowBytes."""
         if self.format is None:
             return block_k * 2
-        return self.format.row_bytes(block_k) + sum(map(functools.partial(self._packs_bytes, block_k), self._group_values))
+        return self.format.row_bytes(block_k) + sum(
+            map(functools.partial(self._packs_bytes, block_k), self._group_values)
+        )
 
     def _packs_bytes(self, block_k: int, size: int) -> int:
         assert self.format is not None
