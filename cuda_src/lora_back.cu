@@ -132,8 +132,8 @@ lora_back(const scalar_t* rows, const scalar_t* factor, const scalar_t* low, con
         }
     }
 
-    // Sums of low lie in the order of the threads that have them: by 16 slots, 16 ranks, half of the slots and lane. A four is of one
-    // slot, ranks 2 q, 2 q + 1, 2 q + 8 and 2 q + 9.
+    // Sums of low lie in the order of the threads that have them: by 16 ranks, half of the slots and lane. A four is of one slot,
+    // ranks 2 q, 2 q + 1, 2 q + 8 and 2 q + 9.
     auto store_low = [&](u32 step, u32 index, const Four& four) {
         u32 slot = step * STEP + index / 32 % 2 * 8 + index % 32 / 4, rank = index / 64 * 16 + index % 4 * 2;
         if (slot >= slots) return;
@@ -211,7 +211,8 @@ lora_back(const scalar_t* rows, const scalar_t* factor, const scalar_t* low, con
 #pragma unroll
         for (int n = 0; n < SQUARES; n++) {
             u32 square = from + (of_warp + n * 16) * 2;
-            Square slots_first = load_square<true, false>(square, ROW_PITCH), columns_first = load_square<false, true>(square, ROW_PITCH);
+            Square slots_first = load_square<true, false>(square, ROW_PITCH);
+            Square columns_first = load_square<false, true>(square, ROW_PITCH);
 #pragma unroll
             for (int m = 0; m < RANK / 16; m++) {
                 multiply_squares(narrow[m], slots_first, factors[n][m], scalar_t());
@@ -223,8 +224,8 @@ lora_back(const scalar_t* rows, const scalar_t* factor, const scalar_t* low, con
         for (int m = 0; m < RANK / 16; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float(&values)[2][4] = narrow[m].values;
-                to[(m * 2 + half) * 32] = {values[0][half * 2], values[0][half * 2 + 1], values[1][half * 2], values[1][half * 2 + 1]};
+                const float *low_ranks = narrow[m].values[0] + half * 2, *high_ranks = narrow[m].values[1] + half * 2;
+                to[(m * 2 + half) * 32] = {low_ranks[0], low_ranks[1], high_ranks[0], high_ranks[1]};
             }
         }
     }
@@ -236,7 +237,7 @@ lora_back(const scalar_t* rows, const scalar_t* factor, const scalar_t* low, con
         for (u32 step = max(steps, (u32)LAG) - LAG; step < steps; step++) add_blocks(step);
         arrive_at_cluster();
     }
-    store_factor_gradient(grad_factor + expert * expert_stride, outer, __uint_as_float((u32)scale_bits), first_column + of_warp, ranks,
-                          columns, rank_stride, column_stride);
+    store_factor_gradient(grad_factor + expert * expert_stride, outer, __uint_as_float((u32)scale_bits), first_column + of_warp,
+                          ranks, columns, rank_stride, column_stride);
     if (CLUSTER > 1) wait_for_cluster();  // a block's memory must not go while another may arrive there
 }

@@ -341,8 +341,8 @@ MUTATIONS = (
     cuda(
         "the scaling of a gradient left out",
         "common/low_rank.cuh",
-        "(scale * sums",
-        "(sums",
+        "float sum = scale * sums",
+        "float sum = sums",
         LOW_RANK_OUTER,
         source="lora_outer",
     ),

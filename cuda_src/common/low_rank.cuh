@@ -14,10 +14,11 @@ __device__ __forceinline__ void weight_slots(Square& low, const float (&weights)
     }
 }
 
-// scale * sums, whose lines are ranks and whose columns begin at first_column, into [ranks, columns] of these strides. One rounding.
+// scale * sums, whose lines are ranks and whose columns begin at first_column, rounded once into [ranks, columns] of these strides.
 template <int kSquares>
-__device__ __forceinline__ void store_factor_gradient(OUT_SCALAR* output, const SquareSums (&sums)[RANK / 16][kSquares], float scale,
-                                                      u32 first_column, u64 ranks, u64 columns, u64 rank_stride, u64 column_stride) {
+__device__ __forceinline__ void store_factor_gradient(OUT_SCALAR* output, const SquareSums (&sums)[RANK / 16][kSquares],
+                                                      float scale, u32 first_column, u64 ranks, u64 columns, u64 rank_stride,
+                                                      u64 column_stride) {
     u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < RANK / 16; m++) {
@@ -28,7 +29,8 @@ __device__ __forceinline__ void store_factor_gradient(OUT_SCALAR* output, const 
                 u32 rank = m * 16 + i / 2 % 2 * 8 + lane / 4;
                 u32 column = first_column + n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
                 if (rank >= ranks || column >= columns) continue;
-                output[rank * rank_stride + column * column_stride] = from_float<OUT_SCALAR>(scale * sums[m][n].values[i / 4][i % 4]);
+                float sum = scale * sums[m][n].values[i / 4][i % 4];
+                output[rank * rank_stride + column * column_stride] = from_float<OUT_SCALAR>(sum);
             }
         }
     }
