@@ -15,7 +15,7 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel, word_of
 
 MAX_RANK = 32
-"""Beyond it a thread's registers hold the factors of few columns, and low's sums cost more than a row's second read."""
+"""With 64 a warp would have registers for 32 columns, and a slot's sums of low be four times their bytes."""
 
 _STEP = 16
 _INBOXES = 4
