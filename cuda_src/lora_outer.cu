@@ -19,7 +19,7 @@
 #error "define SCALAR, OUT_SCALAR, RANK, GATHERED, WEIGHTED, COLUMNS and STAGES"
 #endif
 typedef SCALAR scalar_t;
-#include "common/squares.cuh"
+#include "common/low_rank.cuh"
 #define WARP_COLUMNS 32
 #define BLOCK_THREADS (COLUMNS / WARP_COLUMNS * 32)
 #define STEP 32              // slots of a stage
@@ -39,14 +39,6 @@ extern __shared__ __align__(16) unsigned char ring[];
 // 4 bytes; zeros where bytes is 0.
 __device__ __forceinline__ void copy_word(u32 destination, const void* source, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(bytes) : "memory");
-}
-
-// A word of two slots' values of low, each times its slot's weight.
-__device__ __forceinline__ u32 weighted(u32 word, Pack<float, 2> weights) {
-    Pack<scalar_t, 2> pair = *reinterpret_cast<Pack<scalar_t, 2>*>(&word);
-#pragma unroll
-    for (int i = 0; i < 2; i++) pair.values[i] = from_float<scalar_t>(to_float(pair.values[i]) * weights.values[i]);
-    return *reinterpret_cast<u32*>(&pair);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
@@ -111,11 +103,8 @@ lora_outer(const scalar_t* low, const scalar_t* rows, const int* expert_offsets,
             for (int m = 0; m < RANK / 16; m++) {
                 Square left = load_square<true, true>(from + ROWS_BYTES + k * LOW_PITCH + m * 32, LOW_PITCH);
                 if (WEIGHTED) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {  // words 0 and 1 are slots 2 q and 2 q + 1, the others are 8 further
-                        u32 slot = k + i / 2 * 8 + lane % 4 * 2;
-                        left.words[i] = weighted(left.words[i], load_pack<float, 2>((const float*)weights + slot));
-                    }
+                    const float* of_lane = (const float*)weights + k + lane % 4 * 2;
+                    weight_slots(left, {of_lane[0], of_lane[1], of_lane[8], of_lane[9]});
                 }
 #pragma unroll
                 for (int n = 0; n < WARP_COLUMNS / 16; n++) multiply_squares(sums[m][n], left, rights[n], scalar_t());
@@ -123,20 +112,6 @@ lora_outer(const scalar_t* low, const scalar_t* rows, const int* expert_offsets,
         }
     });
 
-    output += expert * expert_stride;
-    float scale = __uint_as_float((u32)scale_bits);
-#pragma unroll
-    for (int m = 0; m < RANK / 16; m++) {
-#pragma unroll
-        for (int n = 0; n < WARP_COLUMNS / 16; n++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                u32 rank = m * 16 + i / 2 % 2 * 8 + lane / 4;
-                u32 column = first_column + of_warp + n * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                if (rank >= ranks || column >= columns) continue;
-                float sum = scale * sums[m][n].values[i / 4][i % 4];
-                output[rank * rank_stride + column * column_stride] = from_float<OUT_SCALAR>(sum);
-            }
-        }
-    }
+    store_factor_gradient(output + expert * expert_stride, sums, __uint_as_float((u32)scale_bits), first_column + of_warp, ranks,
+                          columns, rank_stride, column_stride);
 }

@@ -17,6 +17,7 @@ SHRINK = ("tests/kernels/test_lora_shrink.py",)
 SHRINK_CHUNKS = ("tests/kernels/test_lora_shrink_chunks.py::test_every_slot",)
 PACK = ("tests/kernels/test_pack_adapter.py",)
 LOW_RANK_OUTER = ("tests/kernels/test_lora_outer.py",)
+LOW_RANK_BACK = ("tests/kernels/test_lora_back.py::test_columns_rows_and_weights",)
 EXPERTS = (
     "tests/test_experts_cuda.py::test_every_activation",
     "tests/test_experts_cuda.py::test_masked_ids",
@@ -339,10 +340,34 @@ MUTATIONS = (
     cuda("the scaling of an adapter left out", "pack_adapter.cu", "mul_rn(scale, values[i])", "values[i]", PACK),
     cuda(
         "the scaling of a gradient left out",
-        "lora_outer.cu",
+        "common/low_rank.cuh",
         "float sum = scale * sums",
         "float sum = sums",
         LOW_RANK_OUTER,
+        source="lora_outer",
+    ),
+    cuda(
+        "slots past the last that are not cleared",
+        "lora_back.cu",
+        "if (lines < STEP) {",
+        "if (false) {",
+        LOW_RANK_BACK,
+    ),
+    cuda(
+        "one block's sums of low for the cluster's",
+        "lora_back.cu",
+        "other < CLUSTER; other++",
+        "other < 1; other++",
+        LOW_RANK_BACK,
+        defines=("CLUSTER=4",),
+    ),
+    cuda(
+        "low weighted as the slots of the step before",
+        "lora_back.cu",
+        "load_weights(step + 1);",
+        "load_weights(step);",
+        LOW_RANK_BACK,
+        defines=("WEIGHTED=1",),
     ),
     cuda(
         "rows of the slots of the step before",

@@ -35,6 +35,7 @@ from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
 from cupymoe.kernels.grouped_linear import grouped_linear
 from cupymoe.kernels.grouped_outer import grouped_outer
+from cupymoe.kernels.lora_back import lora_back, tiling
 from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.pack_adapter import Copy, pack_adapter
@@ -293,6 +294,30 @@ def run_low_rank_products() -> None:
         assert error < 0.01, f"{dtype}, rank {rank}: relative error {error:.4f}"
 
 
+def run_low_rank_back() -> None:
+    """lora_back.cu by one block an expert and by clusters, with factors of both layouts, on rows of both orders."""
+    counts = torch.tensor([0, 1, 70, 0, 17])
+    expert, token = torch.arange(len(counts)).repeat_interleave(counts), torch.randperm(int(counts.sum()))
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32).cuda()
+    for dtype, columns, gathered in product((torch.bfloat16, torch.float16), (200, 1416, 2880), (False, True)):
+        rows, factor = torch.randn(len(expert), columns).to(dtype), torch.randn(len(counts), 16, columns).to(dtype)
+        low, weights = torch.randn(len(expert), 16).to(dtype), torch.randn(len(expert))
+        places, cut = token.to(torch.int32).cuda() if gathered else None, tiling(columns, 16)
+        assert cut is not None
+        of_slots = (rows[token] if gathered else rows).double()
+        truth = torch.einsum("sc,src->sr", of_slots, factor.double()[expert])
+        outer = (low.double() * weights[:, None])[:, :12, None] * of_slots[:, None]
+        for given in (factor.cuda(), factor.mT.contiguous().cuda().mT):
+            output = torch.empty(len(counts), columns, 12, device="cuda").transpose(1, 2)
+            grad_low = lora_back(
+                rows.cuda(), given, low.cuda(), offsets, output, cut, places, weights.cuda(), scale=1.0
+            )
+            error = relative_error(grad_low.cpu(), truth)
+            assert error < 0.01, f"{dtype}, {columns} columns: relative error {error:.4f}"
+            error = relative_error(output.cpu(), outer.new_zeros(output.shape).index_add_(0, expert, outer))
+            assert error < 0.01, f"{dtype}, {columns} columns: relative error {error:.4f}"
+
+
 def run_packed_factors() -> None:
     """pack_adapter.cu in each of its tilings, on sizes that fill no tile."""
     for rows, columns in ((20, 150), (200, 10)):
@@ -323,6 +348,7 @@ SUITE = (
     run_sorted_rows,
     run_grouped_products,
     run_low_rank_products,
+    run_low_rank_back,
     run_packed_factors,
     run_streamed_adapters,
     *(partial(run_build, name) for name in BUILDS),

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
 from cupymoe.backends import expert_rows, fused, fused_adapters
 from cupymoe.backends.expert_rows import GroupedRows, LoopRows
+from cupymoe.kernels.lora_back import lora_back
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from tests.helpers import GATED, no_host_sync, random_experts, relative_error, slow_on_cuda, transposed
@@ -340,6 +341,7 @@ def test_the_kernels_compute_it_without_waiting(monkeypatch):
     """bfloat16 on CUDA: the forward multiplies by both a's, which is kept, and the backward by both b's."""
     calls = []
     monkeypatch.setattr(fused_adapters, "lora_shrink", lambda *a: calls.append(a) or lora_shrink(*a))
+    monkeypatch.setattr(fused_adapters, "lora_back", lambda *a: calls.append(a) or lora_back(*a))
     monkeypatch.setattr(fused, "lora_shrink_chunks", lambda *a: calls.append(a) or lora_shrink_chunks(*a))
     leaves, *ours = differentiable(*random_case(64, dtype=torch.bfloat16, device="cuda"))
 

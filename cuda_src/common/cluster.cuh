@@ -34,7 +34,11 @@ __device__ __forceinline__ void store_in_block(u32 address, const u32 (&words)[4
                    "r"(address_in_block(barrier, rank)) : "memory");
 }
 
-// __syncthreads() over all blocks of the cluster.
+// __syncthreads() over all blocks of the cluster, and its two halves.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
 __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    arrive_at_cluster();
+    wait_for_cluster();
 }

@@ -12,6 +12,7 @@ import torch
 from cupymoe.backends import ExpertsCall, ExpertsTensors
 from cupymoe.backends.adapters import adapters_of, new_gradient, packed
 from cupymoe.kernels.expert_tiles import AdapterStep
+from cupymoe.kernels.lora_back import lora_back, tiling
 from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.sort_by_expert import SortedPairs
@@ -67,14 +68,52 @@ def step(
     return AdapterStep(lora_shrink(rows, adapter.a, pairs.expert_offsets, token_of_slot, low), adapter.b)
 
 
-def step_back(adapter: Packed | None, grad: torch.Tensor, pairs: SortedPairs, *, gathered: bool) -> AdapterStep | None:
-    """The same of the products of a gradient with the transposed weight."""
-    return step(None if adapter is None else adapter.transposed(), grad, pairs, gathered=gathered)
+def step_back(
+    adapter: Packed | None,
+    low: torch.Tensor | None,
+    grad: torch.Tensor,
+    pairs: SortedPairs,
+    *,
+    gathered: bool,
+    needs_b: bool,
+) -> tuple[AdapterStep | None, torch.Tensor | None]:
+    """What the adapter adds to the products of a gradient with the transposed weight, and the gradient of ``b`` as
+    :func:`gradients_of` has it. Both come from the same rows, which ``lora_back`` reads once; where it can't, or only
+    the first is needed, ``lora_shrink`` makes that, and the second is None.
+
+    Args:
+        adapter: of the weight.
+        low: what was kept of the narrow product of the forward.
+        grad: of the projection's output, ``[T, out]`` where ``gathered``, else ``[T * K, out]`` in expert order.
+        pairs: the sorted pairs.
+        gathered: whether rows are those of tokens.
+        needs_b: whether ``b`` needs a gradient.
+    """
+    if adapter is None:
+        return None, None
+    back = adapter.transposed()
+    cut = None if low is None or not needs_b else tiling(grad.shape[1], low.shape[1])
+    if low is None or cut is None:
+        return step(back, grad, pairs, gathered=gathered), None
+    of_b = new_gradient(adapter.given.b)
+    grad_low = lora_back(
+        grad,
+        back.a,
+        low,
+        pairs.expert_offsets,
+        of_b.transpose(1, 2),
+        cut,
+        pairs.token_of_slot if gathered else None,
+        pairs.weight_of_slot if gathered else None,  # those of rows of slots are in them already
+        adapter.given.scaling,
+    )
+    return AdapterStep(grad_low, back.b), of_b
 
 
 def gradients_of(
     adapter: Packed,
     back: AdapterStep | None,
+    of_b: torch.Tensor | None,
     rows: torch.Tensor,
     low: torch.Tensor | None,
     grad: torch.Tensor,
@@ -89,6 +128,7 @@ def gradients_of(
     Args:
         adapter: of a projection. A product with its ``b`` is scaled, and one with its ``a`` is not.
         back: what :func:`step_back` gave of ``grad``; None where ``a`` needs no gradient.
+        of_b: the gradient of ``b``, if :func:`step_back` made it.
         rows: what the projection was given, or where these are rows of slots, that times the slots' routing weights.
         low: what was kept of the narrow product of the forward; None: it is made again.
         grad: of its output; of it and ``rows`` one has a row for each token, and the other for each slot.
@@ -96,12 +136,12 @@ def gradients_of(
         needed: which of the two.
         rows_gathered: whether ``rows`` is the one for tokens.
     """
-    of_a = of_b = None
+    of_a = None
     tokens_of_rows, tokens_of_grad = (pairs.token_of_slot, None) if rows_gathered else (None, pairs.token_of_slot)
     if needed[0] and back is not None:
         of_a = new_gradient(adapter.given.a)
         lora_outer(back.low, rows, pairs.expert_offsets, of_a, tokens_of_rows)
-    if needed[1]:
+    if needed[1] and of_b is None:
         weights = None if rows_gathered else pairs.weight_of_slot  # of what was kept; those of rows are in them already
         if low is None:
             low, weights = lora_shrink(rows, adapter.a, pairs.expert_offsets, tokens_of_rows), None

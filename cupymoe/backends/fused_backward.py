@@ -3,11 +3,12 @@
     sort -> [gate_up again] -> experts_down_back -> the way back through gate_up -> combine    hidden_states
                                                  -> sum_parts                                  top_k_weights
                                                  -> experts_outer, twice                       the weights
-                                                 -> lora_outer, four times [-> pack_adapter]   adapters
+                                                 -> lora_outer, twice [-> pack_adapter]        adapters
 
-All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes after the sort, and ``lora_shrink``
-before each product with it. Biases' gradients are sums over gathered rows, by another backend's products. What is not
-asked for is not computed, but that experts_down_back is made for any gradient behind the down projection.
+All products go by tiles. Where a weight has an adapter, ``pack_adapter`` comes after the sort, and before each product
+with it ``lora_back``, which makes the gradient of ``b`` too; or else ``lora_shrink``, and ``lora_outer`` for ``b`` as
+for ``a``. Biases' gradients are sums over gathered rows, by another backend's products. What is not asked for is not
+computed, but that experts_down_back is made for any gradient behind the down projection.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def backward(
         keeping = tile_shape(call, tensors, keeps_gate_up=True)
         again = step(up_adapter, states, pairs, kept.gate_up_low, gathered=True)
         experts_up_wgmma(states, tensors.gate_up_proj, pairs, keeping, tensors.gate_up_bias, kept.gate_up, again)
-    down_step = step_back(down_adapter, grad, pairs, gathered=True)
+    down_step, grad_down_b = step_back(down_adapter, kept.down_low, grad, pairs, gathered=True, needs_b=of_down_b)
     grad_gate_up, weighted, dot_parts = experts_down_back_wgmma(
         grad,
         tensors.down_proj,
@@ -147,6 +148,7 @@ def backward(
             grads["down_a"], grads["down_b"] = gradients_of(
                 down_adapter,
                 down_step,
+                grad_down_b,
                 weighted,
                 kept.down_low,
                 grad,
@@ -156,9 +158,11 @@ def backward(
             )
         del weighted  # before the largest allocation
 
-    up_step = None
+    up_step = grad_up_b = None
     if of_states or of_up_a:
-        up_step = step_back(up_adapter, grad_gate_up, pairs, gathered=False)
+        up_step, grad_up_b = step_back(
+            up_adapter, kept.gate_up_low, grad_gate_up, pairs, gathered=False, needs_b=of_up_b
+        )
     if of_up:
         grads["gate_up_proj"] = _outer_as_weight(
             pairs, tensors.gate_up_proj, grad_gate_up, states, is_out_of_slots=True
@@ -167,6 +171,7 @@ def backward(
         grads["gate_up_a"], grads["gate_up_b"] = gradients_of(
             up_adapter,
             up_step,
+            grad_up_b,
             states,
             kept.gate_up_low,
             grad_gate_up,

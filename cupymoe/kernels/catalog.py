@@ -22,6 +22,7 @@ from cupymoe.kernels import (
     gather,
     grouped_linear,
     grouped_outer,
+    lora_back,
     lora_outer,
     lora_shrink,
     lora_shrink_chunks,
@@ -50,6 +51,7 @@ HOPPER_ONLY = (
     "experts_outer_wgmma",
     "lora_shrink",
     "lora_outer",
+    "lora_back",
 )
 """The sources of the fused backend that need wgmma, or come after one that does (cupymoe/backends/fused.py)."""
 
@@ -144,6 +146,15 @@ def _variants(arch: Arch) -> Iterator[Variant]:
             yield lora_shrink.variant(dtype, rank, gathered=gathered, transposed=other)
             for output_dtype in (dtype, torch.float32):
                 yield lora_outer.variant(dtype, output_dtype, rank, gathered=gathered, weighted=other)
+    gate_up_size = sizes.activation.input_size(sizes.moe_intermediate_size)
+    for columns, gathered in ((sizes.hidden_size, True), (gate_up_size, False)):
+        for dtype, rank in product((torch.bfloat16, torch.float16), (lora_shrink.RANK_MULTIPLE, lora_back.MAX_RANK)):
+            cut = lora_back.tiling(columns, rank)
+            assert cut is not None
+            for output_dtype, transposed in product((torch.float32, dtype), (True, False)):
+                yield lora_back.variant(
+                    dtype, output_dtype, rank, cut, gathered=gathered, weighted=gathered, transposed=transposed
+                )
 
 
 def _fused_shapes(arch: Arch) -> Iterator[Shape]:

@@ -80,6 +80,7 @@ FRESH_FROM = {
     "experts_outer_wgmma": "ACQBULK",
     "experts_up": "ACQBULK",
     "experts_up_wgmma": "ACQBULK",
+    "lora_back": "ACQBULK",
     "lora_outer": "ACQBULK",
     "lora_shrink": "ACQBULK",
     "lora_shrink_chunks": "ACQBULK",
