@@ -24,6 +24,8 @@ from cupymoe import (
 )
 from cupymoe.backends import expert_rows, registry
 from cupymoe.backends.expert_rows import GroupedRows
+from cupymoe.backends.fused import FusedBackend
+from cupymoe.kernels.arch import HOPPER
 from cupymoe.ops import experts_call
 from cupymoe.weights import FORMATS
 from cupymoe.weights.dequantize import WeightOnDemand
@@ -213,6 +215,17 @@ def test_the_fused_backend_says_which_formats_it_serves(monkeypatch):
     reason = registry()["fused"].unsupported_reason(call)
     assert reason.startswith("of quantised weights its kernels read these formats: ")
     assert reason.endswith("; not nf4,nf4")
+
+
+def test_the_fused_backend_leaves_gradients_beside_quantised_weights_to_others(monkeypatch):
+    monkeypatch.setattr("cupymoe.backends.fused.ampere_reason", lambda call: None)
+    monkeypatch.setattr("cupymoe.backends.fused.SERVED_FORMATS", frozenset({"int4_g32"}))
+    case, _ = quantised_case(dtype=torch.bfloat16)
+    tensors, backend = (case.gate_up_proj.codes, case.down_proj.codes), FusedBackend(HOPPER)
+    call = experts_call(case[0], *tensors, case[3], ACTIVATION, weight_format="int4_g32,int4_g32")
+    assert backend.unsupported_reason(call) is None
+    assert backend.unsupported_reason(call, "backward") == "its kernels compute no gradients beside quantised weights"
+    assert "not int4_g32,plain" in backend.unsupported_reason(call._replace(weight_format="int4_g32,plain"))
 
 
 def broken(case, name, **buffers):
