@@ -46,6 +46,7 @@ STREAMS = (
     "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
     "tests/test_concurrency.py::test_two_modules_on_two_streams_at_once",
 )
+QUANTISED = ("tests/weights/test_experts.py::test_on_gpu",)
 
 
 class Mutation(NamedTuple):
@@ -750,5 +751,12 @@ MUTATIONS = (
         "num_rows=self.offsets[-1:]",
         "num_rows=self.offsets[-2:-1]",
         EXPERTS,
+    ),
+    launcher(
+        "the first row of a step given to the expert before it",
+        "backends/expert_rows.py",
+        "torch.where(slots < self.offsets[first], output, product)",
+        "torch.where(slots <= self.offsets[first], output, product)",
+        QUANTISED,
     ),
 )

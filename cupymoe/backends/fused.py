@@ -76,7 +76,7 @@ class FusedBackend:
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
         if call.weight_format != PLAIN and direction == "backward":
-            return f"its gradients are those of plain weights, not of {call.weight_format}"
+            return "its kernels compute no gradients beside quantised weights"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):

@@ -97,6 +97,8 @@ def _variants(arch: Arch) -> Iterator[Variant]:
                 yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, weighted)
         for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             yield grouped_linear.variant(row_dtype, dtype, output_dtype)
+        if dtype != torch.float32:  # a quantised weight, which is dequantised to float32
+            yield grouped_linear.variant(dtype, torch.float32, torch.float32)
         for row_dtype in (dtype, torch.float32):
             yield grouped_outer.variant(row_dtype, row_dtype, dtype)
         for given in (dtype, torch.float32):

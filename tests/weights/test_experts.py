@@ -22,9 +22,8 @@ from cupymoe import (
     quantize,
     reference,
 )
-from cupymoe.backends import expert_rows, registry
+from cupymoe.backends import expert_rows
 from cupymoe.backends.expert_rows import GroupedRows
-from cupymoe.ops import experts_call
 from cupymoe.weights import FORMATS
 from cupymoe.weights.dequantize import WeightOnDemand
 from tests.helpers import (
@@ -202,17 +201,6 @@ def test_who_computes(caplog):
     assert "in torch.float32 with int4_g32,plain weights on cpu: reference" in caplog.text
     with pytest.raises(ValueError, match="backend 'grouped' does not serve this call"):
         fused_experts(*case, activation="silu", backend="grouped")
-
-
-def test_the_fused_backend_says_which_formats_it_serves(monkeypatch):
-    monkeypatch.setattr("cupymoe.backends.fused.ampere_reason", lambda call: None)
-    case, _ = quantised_case(dtype=torch.bfloat16)
-    tensors = case.gate_up_proj.codes, case.down_proj.codes
-    call = experts_call(case[0], *tensors, case[3], ACTIVATION, weight_format="nf4,nf4")
-    assert (call.num_experts, call.hidden_size, call.intermediate_size) == (6, 256, 128)
-    reason = registry()["fused"].unsupported_reason(call)
-    assert reason.startswith("of quantised weights its kernels read these formats: ")
-    assert reason.endswith("; not nf4,nf4")
 
 
 def broken(case, name, **buffers):

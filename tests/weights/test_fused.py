@@ -51,7 +51,7 @@ def test_who_serves_which_format(on_hopper, name):
     assert backend.unsupported_reason(few) is None
     assert backend.way(few).startswith("weight stream" if name in STREAMED else "tiles")
     assert backend.way(many).startswith("tiles")
-    assert "gradients are those of plain weights" in backend.unsupported_reason(few, "backward")
+    assert "no gradients beside quantised weights" in backend.unsupported_reason(few, "backward")
 
 
 def test_what_neither_way_serves_is_named(on_hopper):
