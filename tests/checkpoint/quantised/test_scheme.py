@@ -309,7 +309,7 @@ OTHERS = {
     "cut groups of nf4": (
         "ct int4 g32",
         {**BNB, "config_groups": ...},
-        "nf4: k must be a multiple of nf4's groups of 64",
+        "k must be a multiple of nf4's groups of",
     ),
     "fp8 blocks": (
         "fp8 blocks",
