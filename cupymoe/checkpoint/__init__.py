@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 
 from cupymoe.checkpoint.errors import CheckpointError
-from cupymoe.checkpoint.export import export_experts
+from cupymoe.checkpoint.export import export_experts, to_compressed_tensors
 from cupymoe.checkpoint.families import GEMMA4, gemma4_skeleton, read_config, read_experts
 from cupymoe.checkpoint.files import (
     INDEX,
@@ -72,6 +72,7 @@ __all__ = [
     "load_layer",
     "num_hidden_layers",
     "read_config",
+    "to_compressed_tensors",
 ]
 
 

@@ -11,7 +11,8 @@ from cupymoe.checkpoint.families import FAMILIES, GEMMA4, gemma4_skeleton, read_
 from cupymoe.checkpoint.files import PathLike, key_files, read_fields
 from cupymoe.checkpoint.layer import open_layer
 from cupymoe.checkpoint.layout import Spelling
-from cupymoe.checkpoint.quantised.weights import export_weights
+from cupymoe.checkpoint.quantised.compressed_tensors import storage_of
+from cupymoe.checkpoint.quantised.weights import export_weights, rows_of
 from cupymoe.weights import QuantizedWeight
 
 
@@ -65,6 +66,57 @@ def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, 
                 if tensor.slot.parameter == parameter:
                     exported[tensor.key] = given[tensor.slot.part].to("cpu", tensor.torch_dtype).contiguous()
         return exported | export_weights(tensors, storages, weights)
+
+
+def to_compressed_tensors(experts: nn.Module, prefix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Quantised experts as compressed-tensors stores them, one by one, for whoever reads such files.
+
+    Codes and scales are the same bits; but NVFP4's global scale is stored as its reciprocal, which may round it by one
+    unit of float32's last place.
+
+    Args:
+        experts: with ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], both a :class:`cupymoe.QuantizedWeight`,
+            in any format but nf4.
+        prefix: what the keys begin with, up to an expert's number: ``"model.language_model.layers.0.experts."``, say.
+
+    Returns:
+        Tensors on the CPU by key, ``<prefix><id>.{gate,up,down}_proj.weight_packed`` and so on; and the
+        ``quantization_config`` of config.json, which quantises experts of any layer so and nothing else.
+
+    Raises:
+        ValueError: a weight is unquantised or in nf4, or has scales that compressed-tensors can't hold: blocks of rows
+            that belong to gate and to up, or rows of one tensor with NVFP4 scales of their own.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    groups: dict[str, Any] = {}
+    for name, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        weight = getattr(experts, name, None)
+        if not isinstance(weight, QuantizedWeight):
+            raise ValueError(f"experts.{name} must be a cupymoe.QuantizedWeight, got {type(weight).__name__}")
+        storage, settings = storage_of(weight.format)
+        groups[name] = {
+            "targets": [rf"re:.*\.experts\.\d+\.({'|'.join(projections)})$"],
+            "weights": settings,
+            "format": storage.family.rpartition(" ")[2],
+        }
+        num_experts, n, _ = weight.shape
+        size = n // len(projections)
+        for expert in range(num_experts):
+            for part, projection in enumerate(projections):
+                try:
+                    written = storage.export(rows_of(weight, expert, slice(part * size, (part + 1) * size)), {})
+                except ValueError as error:
+                    raise ValueError(f"experts.{name}, {projection} of expert {expert}: {error}") from error
+                tensors |= {f"{prefix}{expert}.{projection}.{tensor}": each for tensor, each in written.items()}
+    formats = {group["format"] for group in groups.values()}
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [],
+    }
+    return tensors, config
 
 
 def _layer_of_model(path: PathLike) -> tuple[Spelling, nn.Module]:

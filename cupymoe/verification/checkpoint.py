@@ -81,12 +81,14 @@ def _layer(
     differing, weight_error = routing.errors(logits, config.top_k_experts, moe.router.per_expert_scale)
     by_backend, peer = experts.errors(setting, (states, index, weights))
 
-    passed = all(errors.within_bounds(dtype, peer) for errors in by_backend.values())
+    formats = _formats(setting)
+    passed = all(errors.within_bounds(dtype, peer, formats is not None) for errors in by_backend.values())
     passed = passed and differing == 0 and weight_error < routing.BOUND
     measured = by_backend if peer is None else {**by_backend, "transformers": peer}
     parts = [f"{who} {errors.relative:.5f} (largest {errors.largest:.1e})" for who, errors in measured.items()]
-    detail = f"relative error of {experts.bound(dtype):.5f}: {', '.join(parts)}; {_routing_statistics(logits, index)}"
-    detail += _formats(setting)
+    allowed = experts.bound(dtype, formats is not None)
+    detail = f"relative error of {allowed:.5f}: {', '.join(parts)}; {_routing_statistics(logits, index)}"
+    detail += formats or ""
     if differing or not weight_error < routing.BOUND:
         detail += f"; {differing} experts differ from float64's, weights within {weight_error:.1e}"
     return Result.of(name, passed, detail)
@@ -114,13 +116,13 @@ def _unhealthy(moe: Gemma4MoE) -> str | None:
     return None
 
 
-def _formats(setting: LayerSetting) -> str:
-    """What is quantised, and how."""
+def _formats(setting: LayerSetting) -> str | None:
+    """What is quantised, and how; None: nothing."""
     formats = [
         weight.format.name if isinstance(weight, QuantizedWeight) else "unquantised" for weight in setting.weights
     ]
     if {*formats} == {"unquantised"}:
-        return ""
+        return None
     return f"; gate_up_proj {formats[0]}, down_proj {formats[1]}, which float64 and transformers have dequantised"
 
 

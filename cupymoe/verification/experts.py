@@ -25,6 +25,8 @@ _FEWEST = 16  # tokens that are compared, in as many calls as that takes: the er
 _ORACLE_TOKENS = 1024  # of a call of more, float64 computes a random choice
 # bfloat16: transformers' own error at the real shape. float16 has 3 more bits.
 _BOUNDS = {torch.bfloat16: 0.0042, torch.float16: 0.0042 / 8, torch.float32: 1e-5}
+# Where quantised weights are dequantised and rounded to the dtype before they are multiplied.
+_BOUNDS_OF_QUANTISED = {torch.bfloat16: 0.0050, torch.float16: 0.0050 / 8, torch.float32: 1e-5}
 _REPEATS = 5
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -65,18 +67,18 @@ class Errors:
         reordering = 8 * torch.finfo(torch.float32).eps * float(truth.abs().max())
         return cls(relative_error(output, truth), largest_error(output, truth), reordering)
 
-    def within_bounds(self, dtype: torch.dtype, peer: Errors | None) -> bool:
-        """Whether they are what ``dtype`` allows and no element is more than twice as far off as transformers' worst.
+    def within_bounds(self, dtype: torch.dtype, peer: Errors | None, is_quantised: bool = False) -> bool:
+        """Whether they are what :func:`bound` allows, no element more than twice as far off as transformers' worst.
 
         A NaN is never within bounds.
         """
         allowed = float("inf") if peer is None else 2 * peer.largest + self.reordering
-        return self.relative <= bound(dtype) and self.largest <= allowed
+        return self.relative <= bound(dtype, is_quantised) and self.largest <= allowed
 
 
-def bound(dtype: torch.dtype) -> float:
-    """The relative error that ``dtype`` allows."""
-    return _BOUNDS[dtype]
+def bound(dtype: torch.dtype, is_quantised: bool = False) -> float:
+    """The relative error that ``dtype`` allows, of plain or of quantised weights."""
+    return (_BOUNDS_OF_QUANTISED if is_quantised else _BOUNDS)[dtype]
 
 
 def errors(setting: Setting, inputs: Inputs, num_tokens: int | None = None) -> tuple[dict[str, Errors], Errors | None]:

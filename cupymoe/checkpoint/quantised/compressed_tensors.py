@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from cupymoe.checkpoint.quantised.fp4 import Fp4Storage
-from cupymoe.checkpoint.quantised.fp8 import Fp8Storage
+from cupymoe.checkpoint.quantised.fp8 import BLOCK, Fp8Storage
 from cupymoe.checkpoint.quantised.storage import (
     FLOATS,
     NaturalWeight,
@@ -22,6 +22,7 @@ from cupymoe.checkpoint.quantised.storage import (
     scalar_shapes,
     unpack_words,
 )
+from cupymoe.weights.format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class NvFloats4(Fp4Storage):
     codes: ClassVar[str] = "weight_packed"
     global_scale: ClassVar[str] = "weight_global_scale"
     activation_scale: ClassVar[str] = "input_global_scale"
+    scalar_shape: ClassVar[tuple[int, ...]] = (1,)
 
     def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return global_scale.reciprocal()
@@ -107,6 +109,12 @@ class NvFloats4(Fp4Storage):
         # The reciprocal of a reciprocal may be its neighbour.
         near = row_scale.reciprocal()
         return torch.stack((near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (0.0, torch.inf))))
+
+    def is_same(self, given: torch.Tensor, read: torch.Tensor) -> bool:
+        """Some factors are no float32 number's reciprocal, rounded; the next one is written then."""
+        return super().is_same(given, read) or (
+            given.ndim == 1 and torch.allclose(given, read, rtol=2.0**-23, atol=0.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -137,3 +145,27 @@ class MxFloats4(Storage):
         if "weight_scale" in like:
             scales = scales.view(like["weight_scale"].dtype)
         return {"weight_packed": pack_words(weight.codes, 4, torch.uint8), "weight_scale": scales}
+
+
+def storage_of(format: WeightFormat) -> tuple[Storage, dict[str, Any]]:
+    """How compressed-tensors stores a format, and what its config says of such weights.
+
+    Raises:
+        ValueError: it has no such format.
+    """
+    of_group = {"group_size": format.group, "symmetric": not format.has_zeros}
+    integers = {"type": "int", "num_bits": format.bits}
+    floats = {"type": "float", "num_bits": format.bits, "symmetric": True}
+    if format.codes == "int4":
+        return PackedIntegers(format), {**integers, "strategy": "group", **of_group}
+    if format.codes == "int8":
+        return PackedIntegers(format), {**integers, "strategy": "channel", "symmetric": True}
+    if format.codes == "e4m3" and format.group:
+        return Floats8(format, "block"), {**floats, "strategy": "block", "block_structure": [BLOCK, BLOCK]}
+    if format.codes == "e4m3":
+        return Floats8(format, "channel"), {**floats, "strategy": "channel"}
+    if format.codes == "e2m1" and format.has_row_scales:
+        return NvFloats4(format), {**floats, "strategy": "tensor_group", "group_size": format.group}
+    if format.codes == "e2m1":
+        return MxFloats4(format), {**floats, "strategy": "group", "group_size": format.group}
+    raise ValueError(f"compressed-tensors has no format for {format.name}")

@@ -28,6 +28,7 @@ class Fp4Storage(Storage):
     codes: ClassVar[str]
     global_scale: ClassVar[str]
     activation_scale: ClassVar[str]
+    scalar_shape: ClassVar[tuple[int, ...]]
 
     @abstractmethod
     def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:
@@ -69,5 +70,5 @@ class Fp4Storage(Storage):
         return {
             self.codes: pack_words(codes, 4, torch.uint8),
             "weight_scale": scales,
-            self.global_scale: candidates[best],
+            self.global_scale: candidates[best].reshape(self.scalar_shape),
         }

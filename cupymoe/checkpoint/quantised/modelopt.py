@@ -19,6 +19,7 @@ class ModelOptFp4(Fp4Storage):
     codes: ClassVar[str] = "weight"
     global_scale: ClassVar[str] = "weight_scale_2"
     activation_scale: ClassVar[str] = "input_scale"
+    scalar_shape: ClassVar[tuple[int, ...]] = ()
 
     def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
         return global_scale

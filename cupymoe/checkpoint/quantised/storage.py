@@ -95,6 +95,10 @@ class Storage(ABC):
             like: tensors of such a weight, where there are some: they say what the weight leaves open.
         """
 
+    def is_same(self, given: torch.Tensor, read: torch.Tensor) -> bool:
+        """Whether what was read again is what was written: the same bits."""
+        return same_bits(given, read)
+
     def export(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of :meth:`write` in the dtypes and shapes of ``like``, and those beside the weight, which are
         ``like``'s own: the scales of activations.
@@ -109,7 +113,7 @@ class Storage(ABC):
             written[name] = in_order(tensor)  # as files hold it
         n, k = weight.codes.shape
         for what, given, read in zip(weight._fields, weight, self.read(written, (n, k)), strict=True):
-            if given is not None and (read is None or not same_bits(given, read)):
+            if given is not None and (read is None or not self.is_same(given, read)):
                 raise ValueError(f"{self} can't hold the {what} of this weight")
         return written
 

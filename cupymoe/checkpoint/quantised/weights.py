@@ -80,7 +80,7 @@ def export_weights(
         for expert in range(weight.shape[0]) if one.expert is None else (one.expert,):
             like = _of_expert(one, opened, expert)
             try:
-                parts = storage.export(_get(weight, expert, one.rows), like)
+                parts = storage.export(rows_of(weight, expert, one.rows), like)
             except ValueError as error:
                 raise ValueError(f"{one.parameter}, expert {expert}: {error}") from error
             for name, part in parts.items():
@@ -140,7 +140,7 @@ def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeig
             target[expert, rows] = source
 
 
-def _get(weight: QuantizedWeight, expert: int, rows: slice) -> NaturalWeight:
+def rows_of(weight: QuantizedWeight, expert: int, rows: slice) -> NaturalWeight:
     """Some rows of one expert, on the CPU."""
     part = QuantizedWeight(weight.format, (1, *weight.shape[1:]), device="meta")
     for name in _BUFFERS:

@@ -88,6 +88,30 @@ def test_per_expert_and_fused_agree(tmp_path, name):
     assert all_equal(one, whole)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct int4 g32",
+        "ct int4 g64 zero",
+        "ct int8",
+        "ct fp8 channel",
+        "ct fp8 block",
+        "ct nvfp4",
+        "ct mxfp4",
+        "awq",
+        "nf4",
+    ],
+)
+def test_gemma_4_s_depth(tmp_path, name):
+    """704 is 5.5 times 128, 11 times 64, and no multiple of 128."""
+    kind = KINDS[name]._replace(hidden_size=128, intermediate_size=704)
+    layer = per_expert(kind, GEMMA4)
+    path = write(tmp_path, kind, GEMMA4, layer)
+    experts = load(path, GEMMA4)
+    assert_is_layer(experts, kind, layer)
+    assert_exports(experts, path, layer)
+
+
 def all_equal(one, other):
     return save({key: value.contiguous() for key, value in one.items()}) == save(
         {key: value.contiguous() for key, value in other.items()}

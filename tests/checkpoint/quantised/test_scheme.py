@@ -10,7 +10,7 @@ from cupymoe import checkpoint
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.weights import QuantizedWeight
 from tests.checkpoint.quantised.layers import EXPERTS, FAMILIES, LAYER, PREFIX, fused, per_expert, write
-from tests.checkpoint.quantised.stored import KINDS, fp8
+from tests.checkpoint.quantised.stored import BNB, KINDS, fp8
 
 GEMMA4 = FAMILIES["gemma4"]
 INT4 = KINDS["ct int4 g32"]
@@ -306,6 +306,11 @@ WEIGHTS = {
     ),
 }
 OTHERS = {
+    "cut groups of nf4": (
+        "ct int4 g32",
+        {**BNB, "config_groups": ...},
+        "k must be a multiple of nf4's groups of",
+    ),
     "fp8 blocks": (
         "fp8 blocks",
         {"weight_block_size": [64, 64]},

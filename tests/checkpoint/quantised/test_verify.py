@@ -24,6 +24,7 @@ def test_layers_are_compared_with_their_dequantised_weights(tmp_path, name):
     kind = KINDS[name]
     code, (check,) = run_verify(write(tmp_path, kind, GEMMA4, per_expert(kind, GEMMA4)))
     assert code == 0, check
+    assert check["detail"].startswith("relative error of 0.00500: ")
     assert f"gate_up_proj {kind.format}, down_proj {kind.format}" in check["detail"]
 
 
