@@ -287,7 +287,7 @@ def _may_keep_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *oth
         and backend != "reference"
         and hidden_states.is_cuda
         and hidden_states.dtype in _KEPT_DTYPES
-        and torch._C._any_requires_grad(hidden_states, *others)
+        and (hidden_states.requires_grad or any(other is not None and other.requires_grad for other in others))
     )
 
 

@@ -13,8 +13,9 @@ from tests.weights.test_experts import quantised_case
 GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
 STREAMED = ("int4_g32", "int4_g64", "int4_g32_zero")
 TILED = (*STREAMED, "int8", "fp8", "fp8_g128", "nvfp4", "mxfp4")
-# Group scales multiply the sums of the stream, and the weights of the tiles, which are rounded then.
-STREAM_ERROR, TILES_ERROR = 0.0030, 0.0034
+# Group scales multiply the sums of the stream, and the weights of the tiles, which are rounded then: by 0.0017 of
+# themselves in gate, up and down, beside 0.0029 of the intermediate and the output.
+STREAM_ERROR, TILES_ERROR = 0.0030, 0.0042
 SIZES = {"num_experts": 6, "hidden": 256, "intermediate": 128, "top_k": 2}
 
 
