@@ -40,6 +40,7 @@ from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stored_weight import stored_weight
 
 HOPPER_ONLY = (
     "experts_up_wgmma",
@@ -123,6 +124,9 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down.variant(adapted)
         for gathered in (False, True):
             yield lora_shrink_chunks.variant(adapted, gathered=gathered)
+    for shape in _quantised_shapes(arch):
+        yield experts_up.variant(shape)
+        yield experts_down.variant(shape)
     for tile_shape in _tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
         yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
@@ -179,6 +183,44 @@ def _fused_shapes(arch: Arch) -> Iterator[Shape]:
     for activation in (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL):
         for transposed, has_bias in product((False, True), repeat=2):
             yield shape(64, torch.float16, activation=activation, transposed=transposed, has_bias=has_bias)
+
+
+QUANTISED = (
+    ("int4_g32", torch.bfloat16),
+    ("int4_g128", torch.float16),
+    ("int4_g64_zero", torch.bfloat16),
+)
+"""Formats with the dtype of their scales, one of each kind of code that the weight stream has."""
+
+
+def _quantised_shapes(arch: Arch) -> Iterator[Shape]:
+    """The first kind of codes in every regime, with both dtypes and with adapters; the others in one."""
+    sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+    few = 16
+    for index, (weight_format, scale_dtype) in enumerate(QUANTISED):
+        stored = stored_weight(weight_format, scale_dtype)
+        for num_tokens in (few, 64, 256, 512, 1024) if arch.wgmma else (few, 64, 256, 512, 4096):
+            if index > 0 and num_tokens > few:
+                continue
+            for dtype in (torch.bfloat16, torch.float16):
+                shape = shape_of(
+                    regime(
+                        Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), sizes.moe_intermediate_size, arch
+                    ),
+                    dtype,
+                    torch.int64,
+                    sizes.activation,
+                    sizes.num_experts,
+                    sizes.hidden_size,
+                    sizes.moe_intermediate_size,
+                    sizes.top_k_experts,
+                    arch=arch,
+                    sorted_pairs=num_tokens > 1024,
+                    gate_up_stored=stored,
+                    down_stored=stored,
+                )
+                yield shape
+            yield replace(shape, gate_up_rank=lora_shrink.RANK_MULTIPLE, down_rank=lora_shrink.MAX_RANK)
 
 
 def _tile_shapes() -> Iterator[TileShape]:

@@ -58,8 +58,8 @@ def experts_up(
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
-            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor. Where ``shape.gate_up_stored`` is
-            quantised its packed codes, uint8 ``[E, 2 I, row_bytes]``, contiguous.
+            ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor. Where
+            ``shape.gate_up_stored`` is quantised its packed codes, uint8 ``[E, 2 I, row_bytes]``, contiguous.
         top_k_index: ``[T, K]``, contiguous, at least one pair.
         shape: of the call.
         workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.

@@ -36,11 +36,13 @@ class StoredWeight:
         return (self.scale_dtype.itemsize, 1) if self.format.has_zeros else (self.scale_dtype.itemsize,)
 
     def stage_row_bytes(self, block_k: int) -> int:
-        """Of one row in a stage that is ``block_k`` deep, with what its groups share: WEIGHT_ROW_BYTES of the sources and
-        each GroupValues::kStageRowBytes."""
+        """Of one row in a stage that is ``block_k`` deep, with what its groups share: WEIGHT_ROW_BYTES of the sources,
+        and each GroupValues::kStageRowBytes."""
         if self.format is None:
             return block_k * 2
-        return self.format.row_bytes(block_k) + sum(map(functools.partial(self._packs_bytes, block_k), self._group_values))
+        return self.format.row_bytes(block_k) + sum(
+            map(functools.partial(self._packs_bytes, block_k), self._group_values)
+        )
 
     def _packs_bytes(self, block_k: int, size: int) -> int:
         assert self.format is not None

@@ -37,6 +37,7 @@ struct Warp {
                 u32 from = first_token + ((s * K_WARPS * PARTS_OF_STEP + part) * 64 + first_pack ^ swap);
 #pragma unroll
                 for (int g = 0; g < kGroups; g++) {
+                    // No load passes this.
                     if (Weights::kLoadsAhead < kGroups && g && g % Weights::kLoadsAhead == 0) __syncwarp();
                     Fragment of_tokens = load_fragment(from + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
 #pragma unroll

@@ -39,7 +39,9 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Plan& plan, Ri
 // How the producers copy rows of kPacks packs of 16 bytes: each thread the same pack of every kRows-th row, from its own on. What
 // is left of the threads has none: kRows has one binary digit, so that a row and a multiple of kRows have none in common.
 template <u32 kPacks> struct Share {
-    static __device__ __forceinline__ constexpr u32 largest_power(u32 most) { return most < 2 ? most : 2 * largest_power(most / 2); }
+    static __device__ __forceinline__ constexpr u32 largest_power(u32 most) {
+        return most < 2 ? most : 2 * largest_power(most / 2);
+    }
 
     static constexpr u32 kRows = largest_power(PRODUCER_THREADS / kPacks);
     static_assert(kRows > 0, "BLOCK_K");
@@ -95,12 +97,13 @@ template <class Gemm> struct WeightLoader {
 template <class Gemm> struct WeightLoader {
     typedef Share<WEIGHT_ROW_BYTES / 16> Mine;
     Mine mine;
-    u32 place;       // of its pack in its first row, in a stage
-    int units_left;  // of the tile, from the first row's on; none past the end
+    u32 place, offset;  // of its pack in its first row, and that in a stage
+    int units_left;     // of the tile, from the first row's on; none past the end
     const unsigned char* from;
 
     __device__ __forceinline__ WeightLoader(const Gemm& gemm, u32 thread) : mine(thread), units_left(0), from(gemm.weights) {
         place = mine.pack ^ Weights::swap_of_row(mine.row);
+        offset = mine.row * WEIGHT_ROW_BYTES + place * 16;
     }
 
     // Past the last tile there is nothing to copy.
@@ -115,7 +118,7 @@ template <class Gemm> struct WeightLoader {
 #pragma unroll
         for (int i = 0; i < TILE_ROWS; i += Mine::kRows) {
             copy_16((int)Gemm::unit_of_row(i) < units_left,
-                    stage + (mine.row + i) * WEIGHT_ROW_BYTES + (place ^ Weights::swap_of_row(i)) * 16,
+                    stage + offset + i * WEIGHT_ROW_BYTES + ((place ^ Weights::swap_of_row(i)) - place) * 16,
                     from + Weights::bytes(k) + Gemm::row_of(0, 0, i) * Weights::bytes(Gemm::kDepth),
                     bytes_at<Gemm>(k + mine.pack * Weights::kOfPack), policy);
         }
@@ -144,7 +147,8 @@ template <class Gemm, class Values, u32 kFirst> struct GroupLoader {
         u32 first = Values::first_byte(k), bytes = first + mine.pack * 16 < kRowBytes ? 16 : 0;
 #pragma unroll
         for (int i = 0; i < TILE_ROWS; i += Mine::kRows) {
-            copy_16((int)Gemm::unit_of_row(i) < units_left, stage + kFirst + (mine.row + i) * Values::kStageRowBytes + mine.pack * 16,
+            copy_16((int)Gemm::unit_of_row(i) < units_left,
+                    stage + kFirst + (mine.row + i) * Values::kStageRowBytes + mine.pack * 16,
                     from + first + Gemm::row_of(0, 0, i) * kRowBytes, bytes, policy);
         }
     }
@@ -163,16 +167,15 @@ template <class Gemm, u32 kFirst> struct GroupLoader<Gemm, NoValues, kFirst> {
 // One producer thread's share of a chunk's activations, whose rows lie anywhere: one pack of some tokens.
 template <class Gemm> struct TokenLoader {
     typedef Share<TOKEN_ROW_BYTES / 16> Mine;
-    static constexpr u32 kPasses = (TOKENS + Mine::kRows - 1) / Mine::kRows;
-    u32 row, column, offset;  // of the first copy: its token, its first element, and where it goes in a stage
-    int tokens_left;          // of the chunk, from the first row's on; none past the end
-    bool copies;
+    static constexpr int kRows = Mine::kRows, kPasses = (TOKENS + kRows - 1) / kRows;
+    Mine mine;
+    u32 place, offset;  // of its pack in its first row, and that in a stage
+    int tokens_left;    // of the chunk, from the first row's on; none past the end
     const scalar_t* from[kPasses];
 
-    __device__ __forceinline__ TokenLoader(const Gemm& gemm, u32 thread) : tokens_left(0) {
-        Mine mine(thread);
-        row = mine.row, column = mine.pack * 8, copies = mine.copies;
-        offset = FIRST_TOKEN + row * TOKEN_ROW_BYTES + (mine.pack ^ swap_of_token(row)) * 16;
+    __device__ __forceinline__ TokenLoader(const Gemm& gemm, u32 thread) : mine(thread), tokens_left(0) {
+        place = mine.pack ^ swap_of_token(mine.row);
+        offset = FIRST_TOKEN + mine.row * TOKEN_ROW_BYTES + place * 16;
 #pragma unroll
         for (int i = 0; i < kPasses; i++) from[i] = reinterpret_cast<const scalar_t*>(gemm.weights);  // read by no copy
     }
@@ -180,19 +183,21 @@ template <class Gemm> struct TokenLoader {
     __device__ __forceinline__ void close() { tokens_left = 0; }
 
     __device__ __forceinline__ void open(const Gemm& gemm, const Plan& plan, const Cursor<Gemm>& cursor) {
-        tokens_left = copies ? cursor.chunk.tokens - (int)row : 0;
+        tokens_left = mine.copies ? cursor.chunk.tokens - (int)mine.row : 0;
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {
-            int token = i * Mine::kRows;
-            if (token < tokens_left) from[i] = gemm.token_row(plan, cursor.chunk.first_slot + row + token) + column;
+            int token = i * kRows;
+            if (token < tokens_left) from[i] = gemm.token_row(plan, cursor.chunk.first_slot + mine.row + token) + mine.pack * 8;
         }
     }
 
     __device__ __forceinline__ void load(u32 stage, u32 k, u64 policy) const {
 #pragma unroll
         for (int i = 0; i < kPasses; i++) {
-            copy_16(i * (int)Mine::kRows < tokens_left, stage + offset + i * Mine::kRows * TOKEN_ROW_BYTES, from[i] + k,
-                    bytes_at<Gemm>(k + column), policy);
+            int token = i * kRows;
+            copy_16(token < tokens_left,
+                    stage + offset + token * TOKEN_ROW_BYTES + ((place ^ swap_of_token(token)) - place) * 16, from[i] + k,
+                    bytes_at<Gemm>(k + mine.pack * 8), policy);
         }
     }
 };

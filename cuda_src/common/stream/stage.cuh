@@ -1,8 +1,8 @@
 // The ring of the weight stream: what one of its stages looks like, and which warp takes what of it.
 //
-// A stage is BLOCK_K deep, in this picture 128: TILE_ROWS weight rows, what their groups share, then TOKENS rows of activations. p0 is a row's first 16
-// bytes, 8 values of 16 bits. 8 lanes that load pack p of two rows together touch all 32 banks of shared memory, because packs of
-// odd rows are swapped in fours.
+// A stage is BLOCK_K deep, in this picture 128: TILE_ROWS weight rows, what groups of weights share, then TOKENS rows of
+// activations. p0 is a row's first 16 bytes, 8 values of 16 bits. 8 lanes that load pack p of two rows together touch all 32 banks
+// of shared memory, because packs of odd rows are swapped in fours. Rows of quantised weights are shorter, and swapped otherwise.
 //
 //   data                   row 0  | p0  p1  p2  p3  p4  p5  p6  p7  p8  p9  p10 p11 p12 p13 p14 p15 |
 //                          row 1  | p4  p5  p6  p7  p0  p1  p2  p3  p12 p13 p14 p15 p8  p9  p10 p11 |

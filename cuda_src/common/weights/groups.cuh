@@ -18,12 +18,15 @@ template <u32 kSize> struct GroupValues {
     static constexpr u32 kStageBytes = TILE_ROWS * kStageRowBytes;
 
     // Of a row in memory.
-    static __device__ __forceinline__ constexpr u32 row_bytes(u32 depth) { return ((depth + GROUP - 1) / GROUP * kSize + 15) / 16 * 16; }
+    static __device__ __forceinline__ constexpr u32 row_bytes(u32 depth) {
+        return ((depth + GROUP - 1) / GROUP * kSize + 15) / 16 * 16;
+    }
 
     // Where in a row the packs of the stage that begins at k begin.
     static __device__ __forceinline__ u32 first_byte(u32 k) { return k / GROUP * kSize / 16 * 16; }
 
-    // Where in the stage's row the value of the group of k + more is; `more` is a multiple of a step.
+    // Where in the stage's row the value of the group of k + more is; `more` is a multiple of 32, and less than
+    // BLOCK_K.
     static __device__ __forceinline__ u32 place(u32 k, u32 more) {
         if (kWholePacks) return more / GROUP * kSize;
         if (kWholeGroups) return more / GROUP * kSize + k / GROUP * kSize % 16;

@@ -3,8 +3,8 @@
 //
 // Codes   A row is 4-byte words of 8 neighbouring codes c0..c7, in memory and in a stage; its depth is padded to a multiple of 32.
 //         Nibble j of a word's low half is c[2j], of its high half c[2j + 1]: a shift and a mask are a pair of codes 16 bits apart.
-// Step    64 k of 16 rows come by one ldmatrix: a pack is 32 codes of a row, and the lane gets word lane % 4 of four packs, its
-//         row's and that of the row 8 further, and of both the next. That are 8 neighbouring k of a row, which fragments are made of.
+// Step    64 k of 16 rows come by one ldmatrix. A pack is 32 codes of a row, and a lane gets word lane % 4 of four packs: its own
+//         row's, that of the row 8 further, and of both the next. A word is 8 neighbouring k of a row, as a fragment is.
 // Exact   A code in the last binary digits of 128 (fp16: 1024) is that number and the code; less 128 and the zero it is the weight,
 //         an integer. Scales multiply sums of a group in fp32, so that no weight is rounded.
 #pragma once
@@ -56,7 +56,6 @@ __device__ __forceinline__ Fragment fragment_of_codes(u32 word, u32 zero, fp16 t
 
 struct Weights {
     static constexpr u32 kOfPack = 32, kStep = 64;
-    static constexpr u32 kGroups = GROUP == 32 ? 2 : 1;  // that a step has a scale for
 
     typedef GroupValues<sizeof(SCALE_SCALAR)> Scales;
 #if HAS_ZEROS
@@ -87,22 +86,36 @@ struct Weights {
         }
     };
 
-    // 64 k as they are stored: of each block of rows two words of the low rows and two of the high, by turns, and their groups'.
+    // 64 k as they are stored: of each block of rows two words of the low rows and two of the high, by turns.
     struct Step {
+        const Weights& weights;
+        u32 stage, k, more;
         u32 words[ROW_BLOCKS][4];
-        Pack<SCALE_SCALAR, kGroups> scales[ROW_BLOCKS][2];
-        Pack<unsigned char, kGroups> zeros[ROW_BLOCKS][2];
 
         __device__ __forceinline__ Operands operands(int part) const {
             Operands operands;
+            u32 of_part = more + part * 32;
 #pragma unroll
             for (int b = 0; b < ROW_BLOCKS; b++) {
-                operands.low[b] = fragment_of_codes(words[b][part * 2], zeros[b][0].values[part % kGroups], scalar_t());
-                operands.high[b] = fragment_of_codes(words[b][part * 2 + 1], zeros[b][1].values[part % kGroups], scalar_t());
-                operands.low_scales[b] = to_float(scales[b][0].values[part % kGroups]);
-                operands.high_scales[b] = to_float(scales[b][1].values[part % kGroups]);
+                u32 low = weights.row_of_group + b * 16, high = low + 8;
+                operands.low[b] = fragment_of_codes(words[b][part * 2], zero(low, of_part), scalar_t());
+                operands.high[b] = fragment_of_codes(words[b][part * 2 + 1], zero(high, of_part), scalar_t());
+                operands.low_scales[b] = scale(low, of_part);
+                operands.high_scales[b] = scale(high, of_part);
             }
             return operands;
+        }
+
+        __device__ __forceinline__ float scale(u32 row, u32 of_part) const {
+            return to_float(load_shared<SCALE_SCALAR>(stage + FIRST_SCALE + row * Scales::kStageRowBytes + Scales::place(k, of_part)));
+        }
+
+        __device__ __forceinline__ u32 zero(u32 row, u32 of_part) const {
+#if HAS_ZEROS
+            return load_shared<unsigned char>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, of_part));
+#else
+            return 8;
+#endif
         }
     };
 
@@ -115,31 +128,18 @@ struct Weights {
         first_pack = place.k_warp * 2 + lane / 16, swap = swap_of_row(lane % 8);
     }
 
-    static constexpr int kLoadsAhead = 3;
+    // Both leave no registers to spill: each group of tokens in flight has sums of its own.
+    static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? 2 : 3;
 
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) { return groups * ROW_BLOCKS > 4 ? 1 : 2; }
 
     // Step s of a stage, which begins at k.
     __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
-        Step step;
-        u32 more = (s * K_WARPS + k_warp) * 64;
+        Step step = {*this, stage, k, (s * K_WARPS + k_warp) * 64};
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++) {
             load_matrices(step.words[b], stage + (first_row + b * 16) * WEIGHT_ROW_BYTES +
-                                              ((first_pack + s * K_WARPS * 2) ^ swap) * 16);
-#pragma unroll
-            for (int high = 0; high < 2; high++) {
-                u32 row = row_of_group + b * 16 + high * 8;
-                step.scales[b][high] = load_shared<Pack<SCALE_SCALAR, kGroups>>(stage + FIRST_SCALE + row * Scales::kStageRowBytes +
-                                                                               Scales::place(k, more));
-#if HAS_ZEROS
-                step.zeros[b][high] = load_shared<Pack<unsigned char, kGroups>>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes +
-                                                                                Zeros::place(k, more));
-#else
-#pragma unroll
-                for (int i = 0; i < kGroups; i++) step.zeros[b][high].values[i] = 8;
-#endif
-            }
+                                             ((first_pack + s * K_WARPS * 2) ^ swap) * 16);
         }
         return step;
     }

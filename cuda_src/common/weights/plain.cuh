@@ -1,15 +1,16 @@
 // Weights that are stored as they are multiplied: 16 bits each, of the type of the activations.
 //
 // A codec is the one place where a stored weight becomes an operand. What each says of itself:
-//   bytes(k)      that k neighbouring weights of a row take, in global memory and in a stage
-//   kOfPack       weights of 16 bytes
-//   Scales, Zeros what groups of weights share, of which a stage has rows behind its weights (groups.cuh)
-//   swap_of_row   pack p of a row lies in a stage at p ^ swap_of_row(row), so that lanes load without bank conflicts; of a + b it is
-//                 swap_of_row(a) ^ swap_of_row(b) where a and b have no binary digit in common
-//   kStep         k that a warp loads and multiplies at a time, 32 or 64
+//   bytes(k)        that k neighbouring weights of a row take, in global memory and in a stage
+//   kOfPack         weights of 16 bytes
+//   Scales, Zeros   what groups of weights share, of which a stage has rows behind its weights (groups.cuh)
+//   swap_of_row     pack p of a row lies in a stage at p ^ swap_of_row(row), so that lanes load without bank conflicts. Of a + b
+//                   it is swap_of_row(a) ^ swap_of_row(b) where a and b have no binary digit in common
+//   kStep           k that a warp loads at a time, 32 or 64
+//   load            of step s of a stage, this lane's part of the warp's rows, as a Step, which has Operands for each 32 k
+//   multiply_by     of Operands: sums += their products with 8 tokens
 //   unrolled_steps  how many steps' code stands in a row, where each multiplies `groups` times 8 tokens
-//   load          of step s of a stage, this lane's part of the warp's rows, as a Step, which has Operands for each 32 k
-//   multiply_by   of Operands: sums += their products with 8 tokens
+//   kLoadsAhead     how many groups of tokens may be loaded before one is multiplied
 #pragma once
 #include "../stream/stage.cuh"
 
@@ -75,7 +76,8 @@ struct Weights {
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++) {
 #if TRANSPOSED
-            load_transposed_fragments(operands.low[b], operands.high[b], (from ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES, K_ROW_BYTES);
+            u32 k_row = (from ^ b * 32) + s * K_WARPS * 32 * K_ROW_BYTES;
+            load_transposed_fragments(operands.low[b], operands.high[b], k_row, K_ROW_BYTES);
 #else
             operands.low[b] = load_fragment(from + packs[s] + b * 16 * WEIGHT_ROW_BYTES);
             operands.high[b] = load_fragment(from + packs[s] + (b * 16 + 8) * WEIGHT_ROW_BYTES);
