@@ -129,7 +129,7 @@ struct Weights {
     }
 
     // Both leave no registers to spill: each group of tokens in flight has sums of its own.
-    static constexpr int kLoadsAhead = 3;
+    static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? 2 : 3;
 
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) { return groups * ROW_BLOCKS > 4 ? 1 : 2; }
 

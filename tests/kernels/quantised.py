@@ -1,0 +1,58 @@
+"""Quantised experts as the kernels of the weight stream read them, beside the float64 weights that they are."""
+
+from typing import NamedTuple
+
+import torch
+
+from cupymoe.kernels.stored_weight import StoredWeight
+from cupymoe.weights.format import DEPTH_MULTIPLE
+
+
+class Quantised(NamedTuple):
+    """One of the two weights, on the CPU or not."""
+
+    stored: StoredWeight
+    codes: torch.Tensor
+    """Packed, uint8 ``[E, n, row_bytes]``."""
+    values: torch.Tensor
+    """float64 ``[E, n, k]``."""
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+
+    def to(self, device):
+        return Quantised(self.stored, *(None if part is None else part.to(device) for part in self[1:]))
+
+
+def packed(codes, weight_format):
+    """uint8 ``[E, n, k]``, one code a byte, as rows of words."""
+    order, bits = weight_format.codec.word_order, weight_format.bits
+    padding = -codes.shape[-1] % DEPTH_MULTIPLE
+    codes = torch.nn.functional.pad(codes, (0, padding), value=weight_format.padding_code)
+    fields = codes.long().unflatten(-1, (-1, 32 // bits))
+    words = sum(fields[..., which] << bits * place for place, which in enumerate(order))
+    return torch.stack([words >> 8 * byte & 255 for byte in range(4)], -1).byte().flatten(-2)
+
+
+def padded(values):
+    """Rows of whole 16 bytes."""
+    rows = torch.nn.functional.pad(values.contiguous().view(torch.uint8), (0, -values.shape[-1] * values.itemsize % 16))
+    return rows.view(values.dtype)
+
+
+def random_weight(stored, num_experts, rows, depth, seed=0):
+    """Every code, scales of either sign, and in every fifth row of the first expert scales of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    its = stored.format
+    codes = torch.randint(2**its.bits, (num_experts, rows, depth), generator=generator, dtype=torch.uint8)
+    values = torch.tensor(its.values, dtype=torch.float64)[codes.long()]
+    group = torch.arange(depth) // its.group
+    shape = (num_experts, rows, its.groups(depth))
+    zeros = None
+    if its.has_zeros:
+        zeros = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
+        values -= zeros.double()[..., group]
+        zeros = padded(zeros)
+    scales = (torch.randn(shape, generator=generator) * 0.02).to(stored.scale_dtype)
+    scales[0, ::5] = 0
+    values *= scales.double()[..., group]
+    return Quantised(stored, packed(codes, its), values, padded(scales), zeros)
