@@ -366,7 +366,7 @@ def test_at_gemmas_sizes_on_gpu(format, num_tokens):
         output = fused_experts(*case, activation="gelu_tanh", backend="grouped")
     whole = plain.gate_up_proj.nbytes
     pairs = num_tokens * 8 * (2816 + 1408) * 2 * 4
-    assert torch.cuda.max_memory_allocated() - before < 0.8 * whole + pairs
+    assert torch.cuda.max_memory_allocated() - before < 0.2 * whole + pairs
     exact = Experts(states, *(weight.dequantize() for weight in weights), *case[3:])
     assert relative_error(output, oracle(exact)) <= BOUND["grouped"]
 
