@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 ACTIVATION = ("tests/kernels/test_gated_activation.py",)
 GATHER = ("tests/kernels/test_gather.py",)
+DEQUANTIZE = ("tests/kernels/test_dequantize.py::test_the_bits_are_torchs",)
 COMBINE = ("tests/kernels/test_combine.py",)
 ROUTE = ("tests/kernels/test_route.py",)
 LOGITS = ("tests/kernels/test_router_logits.py",)
@@ -141,6 +142,15 @@ MUTATIONS = (
         ACTIVATION,
     ),
     cuda("one row too many", "gated_activation.cu", "if (row >= (num_rows ?", "if (row > (num_rows ?", ACTIVATION),
+    cuda("zero points added", "dequantize.cu", "value -= zero", "value += zero", DEQUANTIZE, defines=("HAS_ZEROS=1",)),
+    cuda(
+        "the scale of a row's first group for all",
+        "dequantize.cu",
+        "scales[row * scale_pitch + column / kGroup]",
+        "scales[row * scale_pitch]",
+        DEQUANTIZE,
+        defines=("BITS=4",),
+    ),
     cuda("slot 0 taken for masked in gather", "gather.cu", "if (slot >= 0)", "if (slot > 0)", GATHER),
     cuda(
         "slots of the first choice for all",

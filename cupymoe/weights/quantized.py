@@ -252,8 +252,11 @@ class QuantizedWeight(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         if state is None or prefix + "codes" not in state_dict:
             return None
-        name, *sizes = _text(state).split()
-        num_experts, rows, k = map(int, sizes)
+        try:
+            name, *sizes = _text(state).split()
+            num_experts, rows, k = map(int, sizes)
+        except (AttributeError, ValueError):
+            raise ValueError(f"{prefix}_extra_state must say a format and a shape, got {state!r}") from None
         scales = state_dict.get(prefix + "scales")
         scale_dtype = None if scales is None else scales.dtype
         return cls(name, (num_experts, rows, k), scale_dtype=scale_dtype, device=device)
