@@ -90,7 +90,7 @@ def _is_left_plain(scheme: Scheme, storage: Storage, files: Mapping[str, Path], 
         return False
     file = files[plain.key]
     with open_file(file) as handle:
-        if plain.key not in handle.keys():  # noqa: SIM118
+        if plain.key not in set(handle.keys()):
             return False  # which is named when the headers are compared
         dtype = handle.get_slice(plain.key).get_dtype()
     if dtype not in DTYPES:

@@ -137,6 +137,8 @@ def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeig
     for target, source in zip(factors, natural[1:], strict=True):
         if target is not None:
             assert source is not None
+            if target.itemsize == 1:  # torch copies rows of bytes, and not of every 8-bit float, on every device
+                target, source = target.view(torch.uint8), source.view(torch.uint8)
             target[expert, rows] = source
 
 

@@ -285,11 +285,11 @@ REFUSED = {
     "format": ({"format": "int-quantized"}, "quantization_config.format must be one of ['pack-quantized', "),
     "two groups": (
         {"config_groups": {name: {"targets": ["Linear"], "weights": ANOTHER} for name in "ab"}},
-        "must be in one of quantization_config.config_groups, got ['a', 'b']",
+        "must be in one of quantization_config.config_groups, got ['quantization_config.config_groups.a', ",
     ),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format must be one of ['dense']"),
     "targets": ({"config_groups": {"a": {"targets": "Linear"}}}, "config_groups.a.targets must be a list of names"),
-    "regular expression": ({"ignore": ["re:("]}, "'(' is no regular expression"),
+    "regular expression": ({"ignore": ["re:("]}, "quantization_config has '(', no regular expression"),
 }
 WEIGHTS = {
     "act-order": ({"actorder": "group"}, "weights.actorder must be null, 'weight' or 'static', got 'group'"),
