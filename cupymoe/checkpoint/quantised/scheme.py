@@ -181,6 +181,8 @@ def _compressed_tensors(settings: _Settings) -> Callable[[str], Storage | None]:
     is_ignored = _are_targets(settings.names("ignore"))
     if settings.get("sparsity_config"):
         settings.part("sparsity_config").one_of("format", "dense")
+    if settings.get("transform_config"):
+        raise settings.refuse("transform_config", "empty", "hidden states would have to be rotated, too")
     by_group = [(groups.part(name), groups.part(name).names("targets")) for name in groups]
     is_target = [_are_targets(targets) for _, targets in by_group]
 
@@ -264,6 +266,7 @@ def _modelopt(settings: _Settings) -> Callable[[str], Storage | None]:
 
 def _fp8(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("fmt", "e4m3", default="e4m3")
+    settings.one_of("expert_dtype", "fp8", None, default="fp8")
     settings.one_of("activation_scheme", "dynamic", "static", default="dynamic")
     blocks = settings.one_of("weight_block_size", [BLOCK, BLOCK], None)
     storage = FineGrainedFp8(FORMATS["fp8_g128" if blocks else "fp8"], "block" if blocks else "tensor")
