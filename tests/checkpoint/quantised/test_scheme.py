@@ -290,7 +290,7 @@ REFUSED = {
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format must be one of ['dense']"),
     "rotated": (
         {"transform_config": {"config_groups": {"u": {}}}},
-        "transform_config must be empty, got {'config_groups",
+        "transform_config must be empty, got {'config_",
     ),
     "targets": ({"config_groups": {"a": {"targets": "Linear"}}}, "config_groups.a.targets must be a list of names"),
     "regular expression": ({"ignore": ["re:("]}, "quantization_config has '(', no regular expression"),
