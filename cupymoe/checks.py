@@ -34,9 +34,17 @@ class Description(NamedTuple):
 _attributes = operator.attrgetter("shape", "dtype", "device", "__class__")
 
 
-def describe(name: str, tensor: torch.Tensor) -> Description:
+class _AsPlain(NamedTuple):
+    """A quantised weight as most checks see it: as one of the dtype that it is multiplied in."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def describe(name: str, tensor: torch.Tensor | _AsPlain) -> Description:
     """A tensor's description, or the error of what is none."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, torch.Tensor | _AsPlain):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     return Description(tensor.shape, tensor.dtype, tensor.device, type(tensor))
 
@@ -192,8 +200,27 @@ def check_experts(
 ) -> None:
     """The arguments of a call of the experts with plain weights; a kind of call that has passed is only looked up."""
     tensors = hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights
+    _check_tensors(activation, backend, tensors, gate_up_bias, down_bias)
+    if not gate_up_proj.is_contiguous():
+        _check_transposed("gate_up_proj", gate_up_proj)
+    if not down_proj.is_contiguous():
+        _check_transposed("down_proj", down_proj)
+
+
+_Tensors = tuple[torch.Tensor, torch.Tensor | _AsPlain, torch.Tensor | _AsPlain, torch.Tensor, torch.Tensor]
+
+
+def _check_tensors(
+    activation: MoEActivation,
+    backend: str,
+    tensors: _Tensors,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+) -> None:
+    """All but the layout of the weights."""
     biases = () if gate_up_bias is None and down_bias is None else (gate_up_bias, down_bias)
     if not _is_known(activation, backend, tensors, biases):
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors
         _check_described(
             activation,
             backend,
@@ -205,10 +232,6 @@ def check_experts(
             None if gate_up_bias is None else describe("gate_up_bias", gate_up_bias),
             None if down_bias is None else describe("down_bias", down_bias),
         )
-    if not gate_up_proj.is_contiguous():
-        _check_transposed("gate_up_proj", gate_up_proj)
-    if not down_proj.is_contiguous():
-        _check_transposed("down_proj", down_proj)
     if biases:
         _check_bias_layout("gate_up_bias", gate_up_bias)
         _check_bias_layout("down_bias", down_bias)
@@ -227,35 +250,23 @@ def check_quantized_experts(
     backend: str,
 ) -> None:
     """The arguments of a call of the experts of which at least one weight is quantised."""
-    states = describe("hidden_states", hidden_states)
-    described = (
-        states,
-        _describe_weight("gate_up_proj", gate_up_proj, states),
-        _describe_weight("down_proj", down_proj, states),
-        describe("top_k_index", top_k_index),
-        describe("top_k_weights", top_k_weights),
-        None if gate_up_bias is None else describe("gate_up_bias", gate_up_bias),
-        None if down_bias is None else describe("down_bias", down_bias),
+    dtype = describe("hidden_states", hidden_states).dtype
+    gate_up, down = _as_plain("gate_up_proj", gate_up_proj, dtype), _as_plain("down_proj", down_proj, dtype)
+    _check_tensors(
+        activation, backend, (hidden_states, gate_up, down, top_k_index, top_k_weights), gate_up_bias, down_bias
     )
-    if torch.compiler.is_compiling() or isinstance(hidden_states, FakeTensor):  # a traced size has no hash
-        _check_described(activation, backend, *described)
-    else:
-        _check_kind(activation, backend, *described)
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
             _check_transposed(name, weight)
-    _check_bias_layout("gate_up_bias", gate_up_bias)
-    _check_bias_layout("down_bias", down_bias)
 
 
-def _describe_weight(name: str, weight: Weight, hidden_states: Description) -> Description:
-    """A quantised weight as one in the dtype of ``hidden_states``, which it is multiplied with."""
-    if isinstance(weight, torch.Tensor):
-        return describe(name, weight)
-    if not isinstance(weight, QuantizedWeight):
+def _as_plain(name: str, weight: Weight, dtype: torch.dtype) -> torch.Tensor | _AsPlain:
+    if isinstance(weight, QuantizedWeight):
+        weight.check(name)
+        return _AsPlain(torch.Size(weight.shape), dtype, weight.device)
+    if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or a cupymoe.QuantizedWeight, got {type(weight).__name__}")
-    weight.check(name)
-    return Description(torch.Size(weight.shape), hidden_states.dtype, weight.device, torch.Tensor)
+    return weight
 
 
 def _check_transposed(name: str, weight: torch.Tensor) -> None:
@@ -274,7 +285,7 @@ def _check_bias_layout(name: str, bias: torch.Tensor | None) -> None:
 
 
 def _is_known(
-    activation: MoEActivation, backend: str, tensors: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    activation: MoEActivation, backend: str, tensors: _Tensors, biases: Sequence[torch.Tensor | None]
 ) -> bool:
     """Whether a call of this kind has passed the checks, or does: they cost 20 us, the lookup 2."""
     if torch.compiler.is_compiling() or isinstance(tensors[0], FakeTensor):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 ACTIVATION = ("tests/kernels/test_gated_activation.py",)
 GATHER = ("tests/kernels/test_gather.py",)
+DEQUANTIZE = ("tests/kernels/test_dequantize.py::test_the_bits_are_torchs",)
 COMBINE = ("tests/kernels/test_combine.py",)
 ROUTE = ("tests/kernels/test_route.py",)
 LOGITS = ("tests/kernels/test_router_logits.py",)
@@ -45,6 +46,7 @@ STREAMS = (
     "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
     "tests/test_concurrency.py::test_two_modules_on_two_streams_at_once",
 )
+QUANTISED = ("tests/weights/test_experts.py::test_on_gpu",)
 
 
 class Mutation(NamedTuple):
@@ -138,6 +140,15 @@ MUTATIONS = (
         ACTIVATION,
     ),
     cuda("one row too many", "gated_activation.cu", "if (row >= (num_rows ?", "if (row > (num_rows ?", ACTIVATION),
+    cuda("zero points added", "dequantize.cu", "value -= zero", "value += zero", DEQUANTIZE, defines=("HAS_ZEROS=1",)),
+    cuda(
+        "the scale of a row's first group for all",
+        "dequantize.cu",
+        "scales[row * scale_pitch + column / kGroup]",
+        "scales[row * scale_pitch]",
+        DEQUANTIZE,
+        defines=("BITS=4",),
+    ),
     cuda("slot 0 taken for masked in gather", "gather.cu", "if (slot >= 0)", "if (slot > 0)", GATHER),
     cuda(
         "slots of the first choice for all",
@@ -725,5 +736,12 @@ MUTATIONS = (
         "num_rows=self.offsets[-1:]",
         "num_rows=self.offsets[-2:-1]",
         EXPERTS,
+    ),
+    launcher(
+        "the first row of a step given to the expert before it",
+        "backends/expert_rows.py",
+        "torch.where(slots < self.offsets[first], output, product)",
+        "torch.where(slots <= self.offsets[first], output, product)",
+        QUANTISED,
     ),
 )

@@ -23,13 +23,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, moe_activation, reference, route
+from cupymoe import (
+    LowRank,
+    MoEActivation,
+    QuantizedWeight,
+    fused_experts,
+    lora_experts,
+    moe_activation,
+    reference,
+    route,
+)
 from cupymoe.backends import ExpertsTensors
 from cupymoe.backends.fused import FusedBackend
 from cupymoe.kernels import cuda_sources, raw_read
 from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.cupy_import import import_cupy
+from cupymoe.kernels.dequantize import dequantize
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
@@ -42,6 +52,7 @@ from cupymoe.kernels.router_logits import router_logits
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.ops import experts_call
 from cupymoe.verification.result import relative_error
+from cupymoe.weights import FORMATS
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HIDDEN_SIZE = 64
@@ -316,6 +327,23 @@ def run_raw_read() -> None:
 
 
 # What each tool watches, in parts that processes of their own run side by side.
+def run_dequantized() -> None:
+    """dequantize.cu: with scales of groups or of rows and zero points, and rows that end inside a word."""
+    kinds = (("int4_g32_zero", 96), ("nvfp4", 48), ("mxfp4", 64), ("int8", 41), ("fp8_g128", 200))
+    for (name, k), dtype in product(kinds, SCALARS):
+        format, rows = FORMATS[name], (3, 17)
+        codes = torch.randint(0, min(2**format.bits, 120), (*rows, k), dtype=torch.uint8)  # none of them NaN
+        of_groups = (*rows, format.groups(k))
+        scales = (torch.rand(of_groups) + 0.5).to(format.scale_dtypes[0]) if format.group else None
+        zeros = torch.randint(0, 16, of_groups, dtype=torch.uint8) if format.has_zeros else None
+        row_scales = torch.rand(rows) if format.has_row_scales else None
+        weight = QuantizedWeight.of(format, codes, scales, zeros, row_scales)
+        expected = weight.dequantize(dtype)
+        assert torch.equal(dequantize(format, k, weight.cuda().tensors(), dtype).cpu(), expected), (
+            f"{name}, {k}, {dtype}"
+        )
+
+
 SUITE = (
     run_activations,
     run_routing,
@@ -324,6 +352,7 @@ SUITE = (
     run_grouped_products,
     run_low_rank_products,
     run_packed_factors,
+    run_dequantized,
     run_streamed_adapters,
     *(partial(run_build, name) for name in BUILDS),
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),

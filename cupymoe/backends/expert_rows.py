@@ -29,7 +29,7 @@ from cupymoe.weights.format import PLAIN, formats_of
 _BIASED_AT_ONCE = 8192
 """Rows that a bias is added to in one step."""
 _DEQUANTIZED_AT_ONCE = 1 << 25
-"""Elements of a quantised weight, of whole experts and of one more; they take some 15 bytes each meanwhile."""
+"""Elements of a quantised weight, of whole experts and of one more."""
 
 
 class ExpertRows(ABC):

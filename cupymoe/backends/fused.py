@@ -80,6 +80,8 @@ class FusedBackend:
         if call.weight_format != PLAIN and not SERVED_FORMATS.issuperset(call.weight_format.split(",")):
             served = ", ".join(sorted(SERVED_FORMATS)) or "none"
             return f"of quantised weights its kernels read these formats: {served}; not {call.weight_format}"
+        if call.weight_format != PLAIN and direction == "backward":
+            return "its kernels compute no gradients beside quantised weights"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):

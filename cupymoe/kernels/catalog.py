@@ -12,6 +12,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import (
     combine,
+    dequantize,
     experts_down,
     experts_down_back_wgmma,
     experts_down_wgmma,
@@ -40,6 +41,7 @@ from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
+from cupymoe.weights.format import FORMATS
 
 HOPPER_ONLY = (
     "experts_up_wgmma",
@@ -94,6 +96,10 @@ def _variants(arch: Arch) -> Iterator[Variant]:
                 yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, weighted)
         for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             yield grouped_linear.variant(row_dtype, dtype, output_dtype)
+        for format in FORMATS.values():
+            yield dequantize.variant(format, sizes.hidden_size, next(iter(format.scale_dtypes), None), dtype)
+        if dtype != torch.float32:  # a quantised weight, which is dequantised to float32
+            yield grouped_linear.variant(dtype, torch.float32, torch.float32)
         for row_dtype in (dtype, torch.float32):
             yield grouped_outer.variant(row_dtype, row_dtype, dtype)
         for given in (dtype, torch.float32):

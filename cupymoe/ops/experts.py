@@ -42,6 +42,8 @@ _SETTINGS = (
 )
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
 _NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
+_NUM_OF_PLAIN = ExpertsTensors._fields.index("gate_up_scales")
+"""How many tensors a call with plain weights has; those of quantised ones come after them."""
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
@@ -116,9 +118,8 @@ def _contiguous(
 
 
 def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsCall:
-    tensors = arguments[:_NUM_COMPUTED_WITH]
-    hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, *others = tensors
-    gate_up_bias, down_bias, *of_quantised = others
+    tensors = arguments[:_NUM_OF_PLAIN]
+    hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
     activation, gate_up_scaling, down_scaling, weight_format, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
     return experts_call(
         hidden_states,
@@ -132,7 +133,7 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         out,
         gate_up_bias is not None or down_bias is not None,
         weight_format,
-        of_quantised,
+        arguments[_NUM_OF_PLAIN:_NUM_COMPUTED_WITH],
     )
 
 

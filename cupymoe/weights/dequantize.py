@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.weights.format import WeightFormat
 from cupymoe.weights.pack import unpack_codes
 
@@ -26,7 +28,7 @@ def _cached_values(format: WeightFormat, dtype: torch.dtype, device: torch.devic
     return torch.tensor(format.values, dtype=dtype, device=device)
 
 
-def _values(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def values_on(format: WeightFormat, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Of every code. Kept by device: a copy from the host would wait for the GPU, and can't be captured in a graph."""
     values = _cached_values(format, dtype, device)
     if type(values) is not torch.Tensor:  # made under a mode of torch whose tensors live no longer than that
@@ -48,7 +50,7 @@ def dequantize(format: WeightFormat, k: int, buffers: Buffers, dtype: torch.dtyp
     """
     codes, scales, zeros, row_scales = buffers
     work, groups = torch.float64 if dtype == torch.float64 else torch.float32, format.groups(k)
-    weight = _values(format, work, codes.device)[unpack_codes(format, codes, k).int()]
+    weight = values_on(format, work, codes.device)[unpack_codes(format, codes, k).int()]
     if zeros is not None:
         weight -= _of_codes(zeros[..., :groups].to(work), format, k)
     if scales is not None:
@@ -56,6 +58,15 @@ def dequantize(format: WeightFormat, k: int, buffers: Buffers, dtype: torch.dtyp
     if row_scales is not None:
         weight *= row_scales.to(work).unsqueeze(-1)
     return weight.to(dtype)
+
+
+def _fastest(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """:func:`dequantize`, or on CUDA the kernel that gives its bits; that has no float64."""
+    if device.type != "cuda" or dtype not in SCALARS:
+        return dequantize
+    from cupymoe.kernels import dequantize as kernel
+
+    return kernel.dequantize
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class WeightOnDemand:
     def experts(self, some: slice, dtype: torch.dtype) -> torch.Tensor:
         """These experts' weights, ``[E', out, in]``; see :func:`dequantize`."""
         k = self.shape[1 if self.is_transposed else 2]
-        weight = dequantize(self.format, k, some_of(self.buffers, some), dtype)
+        weight = _fastest(dtype, self.buffers[0].device)(self.format, k, some_of(self.buffers, some), dtype)
         return weight.transpose(1, 2) if self.is_transposed else weight
 
     def __getitem__(self, expert: int) -> torch.Tensor:

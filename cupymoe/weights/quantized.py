@@ -162,7 +162,7 @@ class QuantizedWeight(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of the buffers."""
-        return self.codes.device
+        return self.tensors()[0].device
 
     @property
     def group_scales(self) -> torch.Tensor | None:
@@ -196,7 +196,8 @@ class QuantizedWeight(nn.Module):
 
     def tensors(self) -> Buffers:
         """``codes``, ``scales``, ``zeros`` and ``row_scales``."""
-        return self.codes, self.scales, self.zeros, self.row_scales
+        buffers: dict[str, Any] = self._buffers  # as attributes, the four take 2 us
+        return buffers["codes"], buffers["scales"], buffers["zeros"], buffers["row_scales"]
 
     def check(self, name: str) -> None:
         """The buffers are as they were made: another may have been assigned, or loaded with ``assign=True``.
@@ -204,22 +205,39 @@ class QuantizedWeight(nn.Module):
         Raises:
             TypeError, ValueError: naming the buffer as one of ``name``, what it is and what it must be.
         """
-        for buffer_name, buffer, expected in zip(_BUFFERS, self.tensors(), self._expected, strict=True):
-            if (buffer is None) != (expected is None):
-                raise ValueError(
-                    f"{name}.{buffer_name} must be {'None' if expected is None else 'given'} in {self.format.name}"
+        buffers = self.tensors()
+        for buffer, expected in zip(buffers, self._expected, strict=True):
+            if buffer is None or expected is None:
+                is_right = buffer is None and expected is None
+            else:
+                is_right = (
+                    buffer.shape == expected[0]
+                    and buffer.dtype == expected[1]
+                    and buffer.device == buffers[0].device
+                    and buffer.is_contiguous()
                 )
+            if not is_right:
+                raise self._complaint(name)
+
+    def _complaint(self, name: str) -> Exception:
+        """About the first buffer that :meth:`check` does not let pass."""
+        for buffer_name, buffer, expected in zip(_BUFFERS, self.tensors(), self._expected, strict=True):
+            full_name = f"{name}.{buffer_name}"
+            if (buffer is None) != (expected is None):
+                wanted = "None" if expected is None else "given"
+                return ValueError(f"{full_name} must be {wanted} in {self.format.name}")
             if buffer is None or expected is None:
                 continue
             shape, dtype = expected
             if buffer.dtype != dtype:
-                raise TypeError(f"{name}.{buffer_name} must be {dtype}, got {buffer.dtype}")
-            if tuple(buffer.shape) != shape:
-                raise ValueError(f"{name}.{buffer_name} must have shape {[*shape]}, got {[*buffer.shape]}")
+                return TypeError(f"{full_name} must be {dtype}, got {buffer.dtype}")
+            if buffer.shape != shape:
+                return ValueError(f"{full_name} must have shape {[*shape]}, got {[*buffer.shape]}")
             if buffer.device != self.codes.device:
-                raise ValueError(f"{name}.{buffer_name} must be on codes's device, got {buffer.device}")
+                return ValueError(f"{full_name} must be on codes's device {self.codes.device}, got {buffer.device}")
             if not buffer.is_contiguous():
-                raise ValueError(f"{name}.{buffer_name} must be contiguous, got strides {buffer.stride()}")
+                return ValueError(f"{full_name} must be contiguous, got strides {buffer.stride()}")
+        raise AssertionError("every buffer is as it was made")
 
     @classmethod
     def like_state(
@@ -234,8 +252,11 @@ class QuantizedWeight(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         if state is None or prefix + "codes" not in state_dict:
             return None
-        name, *sizes = _text(state).split()
-        num_experts, rows, k = map(int, sizes)
+        try:
+            name, *sizes = _text(state).split()
+            num_experts, rows, k = map(int, sizes)
+        except (AttributeError, ValueError):
+            raise ValueError(f"{prefix}_extra_state must say a format and a shape, got {state!r}") from None
         scales = state_dict.get(prefix + "scales")
         scale_dtype = None if scales is None else scales.dtype
         return cls(name, (num_experts, rows, k), scale_dtype=scale_dtype, device=device)

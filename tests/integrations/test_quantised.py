@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cupymoe import Gemma4MoE, QuantizedWeight, explain, quantize, warmup
 from tests.helpers import relative_error
@@ -70,6 +71,35 @@ def test_int4_generates():
     assert 0 < relative_error(model(tokens()).logits, plain(tokens()).logits.double()) < 0.5
     assert {each.weight_format for each in explain(model, 4)} == {"int4_g32,int4_g32"}
     warmup(model, (1,))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8", "nvfp4"])
+def test_logits_on_gpu(format):
+    model = gemma4_of_32s().to("cuda", torch.bfloat16)
+    quantize_experts(model, format)
+    given = tokens().cuda()
+    twin = dequantized(model).to(torch.bfloat16)
+    assert {each.backend for each in explain(model, 4) if each.direction == "forward"} <= {"fused", "grouped"}
+    assert relative_error(model(given).logits, twin(given).logits.double()) < 0.02
+    assert model.generate(given, max_new_tokens=4, do_sample=False).shape == (2, 11)
+
+
+@torch.no_grad()
+def test_saved(tmp_path):
+    """transformers writes what we load by torch: its own loader knows nothing of codes."""
+    model = gemma4_of_32s()
+    quantize_experts(model, "int4")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    loaded = gemma4_of_32s()
+    quantize_experts(loaded, "int4")
+    for experts in loaded.modules():
+        if isinstance(experts, QuantizedWeight):
+            experts.codes.zero_()
+    loaded.load_state_dict(state, strict=False)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
 def test_gradients_of_everything_else():
