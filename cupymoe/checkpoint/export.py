@@ -64,7 +64,9 @@ def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, 
                 continue
             for tensor in tensors:
                 if tensor.slot.parameter == parameter:
-                    exported[tensor.key] = given[tensor.slot.part].to("cpu", tensor.torch_dtype).contiguous()
+                    is_beside = bool(tensor.slot.tensor)
+                    part = tensor.read() if is_beside else given[tensor.slot.part].to("cpu", tensor.torch_dtype)
+                    exported[tensor.key] = part.clone(memory_format=torch.contiguous_format)
         return exported | export_weights(tensors, storages, weights)
 
 

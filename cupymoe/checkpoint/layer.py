@@ -35,9 +35,9 @@ def open_layer(
     ends. Arguments are as of :func:`cupymoe.checkpoint.tensors.checked`."""
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise TypeError(f"layer must be an int, the N of layers.N., got {layer!r}")
-    storages = resolve(path, files, layer, spelling, module)
-    with checked(path, files, layer, spelling, module, storages) as tensors:
-        yield OpenLayer(tensors, storages)
+    stored = resolve(path, files, layer, spelling, module)
+    with checked(path, files, layer, spelling, module, stored) as tensors:
+        yield OpenLayer(tensors, stored.quantised)
 
 
 def load(

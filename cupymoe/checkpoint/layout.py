@@ -88,6 +88,14 @@ class Slot(NamedTuple):
     """Of a quantised weight, which of its tensors this is, in the words of its storage."""
 
 
+class Stored(NamedTuple):
+    """How the experts of a layer are stored, by the names of their parameters; those in neither are plain."""
+
+    quantised: dict[str, Storage]
+    left_plain: dict[str, Storage]
+    """Plain parameters beside which there may be scales all the same, which nobody reads."""
+
+
 class Found(NamedTuple):
     """A key of a layer, its file, and where its tensor goes."""
 
@@ -143,7 +151,7 @@ def match(
     layer: int,
     spelling: Spelling,
     module: nn.Module,
-    storages: Mapping[str, Storage],
+    stored: Stored,
 ) -> list[Found]:
     """Every key of the layer, with nothing missing and nothing left over.
 
@@ -153,10 +161,10 @@ def match(
         layer: whose keys.
         spelling: of the layer.
         module: what is read, with parameters of the shapes that they must have.
-        storages: how the parameters that are quantised are stored, by name.
+        stored: how the experts are.
     """
     experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
-    names = _names(path, spelling, module, storages)
+    names = _names(path, spelling, module, stored)
     where = f"[model.][language_model.]layers.{layer}.{spelling.places}"
     found: dict[str, Found] = {}
     layouts, narrowed_by = spelling.layouts, ""  # those that the keys so far leave open, and the key that closed others
@@ -169,7 +177,7 @@ def match(
         if parts is None or parts["name"] not in names:
             raise CheckpointError(
                 f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} "
-                f"{_described(storages)} reads it; its tensors are read from {where}"
+                f"{_described(stored.quantised)} reads it; its tensors are read from {where}"
             )
         its_layouts, slot = names[parts["name"]]
         prefixes.setdefault(parts["prefix"], key)
@@ -227,7 +235,7 @@ def _described(storages: Mapping[str, Storage]) -> str:
 
 
 def _names(
-    path: PathLike, spelling: Spelling, module: nn.Module, storages: Mapping[str, Storage]
+    path: PathLike, spelling: Spelling, module: nn.Module, stored: Stored
 ) -> dict[str, tuple[tuple[Layout, ...], Slot]]:
     """Every name that may stand behind ``layers.N.``: the layouts that have it, if any, and where its tensor goes.
     Those of one slot stand in the order in which messages prefer them."""
@@ -242,16 +250,20 @@ def _names(
         layout = layouts[0]
         # What a slot is called must not depend on the layout's prefix.
         slot_name = spelling.experts + stem.removeprefix(layout.prefix)
-        storage = storages.get(parameter)
-        if storage is None:
+        is_plain = parameter not in stored.quantised
+        if is_plain:
             slot = Slot(slot_name + layout.ending, parameter, part, Rule((*DTYPES,), (shape,)))
             names[stem + layout.ending] = layouts, slot
-        elif layout.single or storage.is_fused:
+        storage = (stored.left_plain if is_plain else stored.quantised).get(parameter)
+        if storage is not None and (layout.single or storage.is_fused):
             try:
                 rules = storage.rules(shape, parts)
             except ValueError as error:
                 raise CheckpointError(f"{path}: {slot_name} can't be {storage}: {error}") from error
             for tensor, rule in rules.items():
+                if is_plain and tensor == "weight":
+                    continue
+                rule = rule._replace(optional=rule.optional or is_plain)
                 slot = Slot(f"{slot_name}.{tensor}", parameter, part, rule, tensor)
                 for ending in tensor_endings(layout, tensor):
                     names[stem + ending] = layouts, slot

@@ -12,8 +12,7 @@ from torch import nn
 
 from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.files import DTYPES, PathLike, open_file, read_tensor
-from cupymoe.checkpoint.layout import Found, Slot, Spelling, match
-from cupymoe.checkpoint.quantised.storage import Storage
+from cupymoe.checkpoint.layout import Found, Slot, Spelling, Stored, match
 
 
 class Tensor(NamedTuple):
@@ -43,7 +42,7 @@ def checked(
     layer: int,
     spelling: Spelling,
     module: nn.Module,
-    storages: Mapping[str, Storage],
+    stored: Stored,
 ) -> Iterator[list[Tensor]]:
     """The layer's tensors, unread, after every check; the files are open until the context ends.
 
@@ -53,9 +52,9 @@ def checked(
         layer: N of ``layers.N.``
         spelling: of the layer.
         module: what is read, with parameters of the shapes that they must have.
-        storages: how the parameters that are quantised are stored, by name.
+        stored: how the experts are.
     """
-    found = match(path, files, layer, spelling, module, storages)
+    found = match(path, files, layer, spelling, module, stored)
     with ExitStack() as stack:
         handles = {file: stack.enter_context(open_file(file)) for file in sorted({each.file for each in found})}
         listed = {(key, file) for key, file, _ in found}
@@ -97,7 +96,7 @@ def _check_tensor(found: Found, handle: Any) -> Tensor:
     if dtype not in rule.dtypes:
         raise CheckpointError(
             f"{file}: {key} must have dtype {', '.join(rule.dtypes)}, got {dtype}"
-            f"{'' if slot.tensor else ' (unquantised, as config.json has it)'}"
+            f"{'' if slot.tensor else ' (as an unquantised weight)'}"
         )
     if not any(_is_shape(shape, each) for each in rule.shapes):
         allowed = " or ".join(str([*each]) for each in rule.shapes)

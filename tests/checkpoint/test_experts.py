@@ -232,7 +232,7 @@ REFUSED = {
         "qwen3_moe",
         by_role,
         with_(f"{QWEN}up_proj.weight", torch.ones(I, H).to(torch.float8_e4m3fn)),
-        "4.up_proj.weight must have dtype BF16, F16, F32, F64, got F8_E4M3 (unquantised, as config.json has it)",
+        "4.up_proj.weight must have dtype BF16, F16, F32, F64, got F8_E4M3 (as an unquantised weight)",
     ),
     "int8": ("gpt_oss", fused, with_(DOWN, torch.ones(E, I, H).to(torch.int8)), "must have dtype BF16, F16, F32, F64"),
     "both spellings": (

@@ -33,7 +33,8 @@ class Nf4(Storage):
 
     family: ClassVar[str] = "bitsandbytes"
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         n, k = shape
         blocks = n * self.format.groups(k)
         rules = {
@@ -47,7 +48,8 @@ class Nf4(Storage):
             rules["weight.nested_quant_map"] = Rule(("F32",), ((256,),))
         return rules
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         n, k = shape
         state = self._state(tensors[_STATE], shape)
         table = torch.tensor(self.format.values, device=tensors["weight.quant_map"].device)
@@ -61,7 +63,8 @@ class Nf4(Storage):
         codes = unpack_words(tensors["weight"].reshape(n, k // 2), 4, k)
         return NaturalWeight(_swapped(codes), absmax.reshape(n, -1))
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, _, _ = weight
         assert scales is not None
         absmax = scales.flatten()

@@ -36,7 +36,8 @@ class PackedIntegers(Storage):
     family: ClassVar[str] = "compressed-tensors pack-quantized"
     is_fused: ClassVar[bool] = True
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         *lead, n, k = shape
         words = 32 // self.format.bits
         scales = self.format.groups(k) or 1
@@ -50,7 +51,8 @@ class PackedIntegers(Storage):
             rules["weight_zero_point"] = Rule(("I32",), ((*lead, -(-n // words), scales),))
         return rules
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         n, k = shape
         bits = self.format.bits
         if "weight_shape" in tensors:
@@ -69,7 +71,8 @@ class PackedIntegers(Storage):
         check_values("weight_zero_point", "zero behind the last row", 0, zeros[:, n:])
         return NaturalWeight(codes, scales, zeros[:, :n].T.contiguous())
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, zeros, row_scales = weight
         bits = self.format.bits
         if row_scales is not None:
@@ -102,10 +105,12 @@ class NvFloats4(Fp4Storage):
     activation_scale: ClassVar[str] = "input_global_scale"
     scalar_shape: ClassVar[tuple[int, ...]] = (1,)
 
-    def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:
+        """See :class:`Fp4Storage`."""
         return global_scale.reciprocal()
 
-    def global_scales(self, row_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def global_scales(self, row_scale: torch.Tensor) -> torch.Tensor:
+        """See :class:`Fp4Storage`."""
         # The reciprocal of a reciprocal may be its neighbour.
         near = row_scale.reciprocal()
         return torch.stack((near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (0.0, torch.inf))))
@@ -124,7 +129,8 @@ class MxFloats4(Storage):
     family: ClassVar[str] = "compressed-tensors mxfp4-pack-quantized"
     is_fused: ClassVar[bool] = True
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         *lead, n, k = shape
         return {
             "weight_packed": Rule(("U8",), ((*lead, n, k // 2),)),
@@ -132,14 +138,16 @@ class MxFloats4(Storage):
             "input_global_scale": Rule(FLOATS, scalar_shapes(tuple(lead)), optional=True),
         }
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         scales = in_order(tensors["weight_scale"]).view(torch.float8_e8m0fnu)
         check_finite("weight_scale", scales)
         if "input_global_scale" in tensors:
             check_finite("input_global_scale", tensors["input_global_scale"], negative=False)
         return NaturalWeight(unpack_words(tensors["weight_packed"], 4, shape[1]), scales)
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         assert weight.scales is not None
         scales = weight.scales.view(torch.uint8)
         if "weight_scale" in like:

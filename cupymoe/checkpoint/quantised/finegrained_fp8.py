@@ -21,7 +21,8 @@ class FineGrainedFp8(Fp8Storage):
         """transformers' quantiser cuts no block: it leaves the whole weight as it is."""
         return self.strategy == "block" and any(size % BLOCK for size in shape[-2:])
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         rules = super().rules(shape, parts)
         scale = rules[self.scale]
         return rules | {self.scale: scale._replace(dtypes=(*scale.dtypes, "F8_E8M0"))}

@@ -38,7 +38,8 @@ class Fp4Storage(Storage):
     def global_scales(self, row_scale: torch.Tensor) -> torch.Tensor:
         """Global scales, ``[count]``, one of which has ``row_scale`` for its factor if any has; the first rather."""
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         *lead, n, k = shape
         scalar = scalar_shapes(tuple(lead))
         return {
@@ -48,7 +49,8 @@ class Fp4Storage(Storage):
             self.activation_scale: Rule(("F32",), scalar, optional=True),
         }
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         for name in ("weight_scale", self.global_scale, self.activation_scale):
             if name in tensors:
                 check_finite(name, tensors[name], negative=False)
@@ -59,7 +61,8 @@ class Fp4Storage(Storage):
             unpack_words(tensors[self.codes], 4, k), tensors["weight_scale"], row_scales=row_scale.expand(n)
         )
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, _, row_scales = weight
         assert scales is not None
         assert row_scales is not None

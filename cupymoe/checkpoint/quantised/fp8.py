@@ -45,14 +45,16 @@ class Fp8Storage(Storage):
             return scalar_shapes(tuple(lead))
         return ((*lead, *block_counts(shape, BLOCK)),)
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         return {
             "weight": Rule(("F8_E4M3",), (shape,)),
             self.scale: Rule(FLOATS, self.scale_shapes(shape, parts)),
             self.activation_scale: Rule(FLOATS, scalar_shapes(shape[:-2]), optional=True),
         }
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         codes = tensors["weight"].view(torch.uint8)
         check_codes(self.format, "weight", codes)
         for name in (self.scale, self.activation_scale):
@@ -64,7 +66,8 @@ class Fp8Storage(Storage):
         scales = scales.flatten()
         return NaturalWeight(codes, row_scales=scales[self._scale_of_row(shape[0], len(scales), scales.device)])
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, _, row_scales = weight
         n = len(codes)
         of_rows = scales if row_scales is None else row_scales

@@ -21,10 +21,12 @@ class ModelOptFp4(Fp4Storage):
     activation_scale: ClassVar[str] = "input_scale"
     scalar_shape: ClassVar[tuple[int, ...]] = ()
 
-    def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def row_scale(self, global_scale: torch.Tensor) -> torch.Tensor:
+        """See :class:`Fp4Storage`."""
         return global_scale
 
-    def global_scales(self, row_scale: torch.Tensor) -> torch.Tensor:  # noqa: D102
+    def global_scales(self, row_scale: torch.Tensor) -> torch.Tensor:
+        """See :class:`Fp4Storage`."""
         return row_scale[None]
 
 

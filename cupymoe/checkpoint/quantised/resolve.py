@@ -10,7 +10,7 @@ from torch import nn
 
 from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.files import DTYPES, PathLike, open_file
-from cupymoe.checkpoint.layout import Place, Spelling, layer_keys, places
+from cupymoe.checkpoint.layout import Place, Spelling, Stored, layer_keys, places
 from cupymoe.checkpoint.quantised.scheme import Scheme, read_scheme
 from cupymoe.checkpoint.quantised.storage import Storage
 
@@ -29,10 +29,8 @@ class _Held(NamedTuple):
         return self.ending == self.place.layouts[0].ending
 
 
-def resolve(
-    path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module
-) -> dict[str, Storage]:
-    """How each parameter of the experts that is quantised is stored, by the parameter's name.
+def resolve(path: PathLike, files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module) -> Stored:
+    """How the experts are stored.
 
     Arguments are as of :func:`cupymoe.checkpoint.layout.match`.
 
@@ -40,23 +38,26 @@ def resolve(
         CheckpointError: config.json can't be understood; weights of one parameter are stored in different ways; or one
             that config.json promises to be quantised is not.
     """
+    stored = Stored({}, {})
     scheme = read_scheme(path, files)
     if scheme is None:
-        return {}
+        return stored
     held = list(_held(files, layer, spelling, module))
-    storages: dict[str, Storage] = {}
     for parameter in dict.fromkeys(each.place.parameter for each in held):
         of_parameter = [each for each in held if each.place.parameter == parameter]
         storage = _common_storage(scheme, of_parameter)
-        if storage is None or _is_left_plain(scheme, storage, files, of_parameter):
+        if storage is None:
+            continue
+        if _is_left_plain(scheme, storage, files, of_parameter):
+            stored.left_plain[parameter] = storage
             continue
         experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
         if experts.has_bias or experts.is_transposed:
             raise CheckpointError(
                 f"{scheme.file}: experts with biases or transposed weights must be unquantised, got {storage}"
             )
-        storages[parameter] = storage
-    return storages
+        stored.quantised[parameter] = storage
+    return stored
 
 
 def _held(files: Mapping[str, Path], layer: int, spelling: Spelling, module: nn.Module) -> Iterator[_Held]:
@@ -90,7 +91,7 @@ def _is_left_plain(scheme: Scheme, storage: Storage, files: Mapping[str, Path], 
         return False
     file = files[plain.key]
     with open_file(file) as handle:
-        if plain.key not in handle.keys():  # noqa: SIM118
+        if plain.key not in set(handle.keys()):
             return False  # which is named when the headers are compared
         dtype = handle.get_slice(plain.key).get_dtype()
     if dtype not in DTYPES:

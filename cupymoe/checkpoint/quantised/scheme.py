@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +30,8 @@ class Scheme(NamedTuple):
 
     file: Path
     """That says so."""
-    rule: Callable[[str], Storage | None]
-    """Of each module, as :meth:`storage` says."""
-
-    def storage(self, module: str) -> Storage | None:
-        """How a module's weight is stored; None: unquantised.
-
-        Raises:
-            CheckpointError: in a way that is not served, or the file can't be understood.
-        """
-        try:
-            return self.rule(module)
-        except re.error as error:
-            raise CheckpointError(f"{self.file}: {error.pattern!r} is no regular expression: {error}") from error
+    storage: Callable[[str], Storage | None]
+    """How a module's weight is stored; None: unquantised. It raises a CheckpointError for what is not served."""
 
 
 class _Settings(dict[str, Any]):
@@ -115,7 +105,10 @@ def read_scheme(path: PathLike, files: Mapping[str, Path]) -> Scheme | None:
         raise CheckpointError(f"{file}: {given[0][0]} and {given[1][0]} must be the same where both are there")
     settings = _Settings(file, where, first)
     method = settings.one_of("quant_method", *_METHODS)
-    return Scheme(file, _METHODS[method](settings))
+    try:
+        return Scheme(file, _METHODS[method](settings))
+    except re.error as error:
+        raise CheckpointError(f"{file}: {where} has {error.pattern!r}, no regular expression: {error}") from error
 
 
 # --- names of modules -------------------------------------------------------------------------------------------------
@@ -134,26 +127,34 @@ def _in_layers(name: str) -> str:
     return name[match.start() :] if (match := re.search(r"\blayers\.\d", name)) else name
 
 
-def _is_target(target: str, module: str) -> bool:
-    """compressed-tensors' rule for names, for a module or those that it is in."""
-    names = _names_of(module)
-    if target.startswith("re:"):
-        return any(re.match(target[3:], name) for name in names)
-    return _in_layers(target) in map(_in_layers, names)
+def _any_name(rule: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Whether a rule holds for a module of the experts or for those that it is in."""
+    cached = functools.cache(rule)
+    return lambda module: any(map(cached, _names_of(module)))
 
 
-def _is_kept(key: str, module: str) -> bool:
-    """transformers' rule for modules that are not to be converted; or the key is some of the name's parts, in a row."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(
-        re.match(rf"(?:{key}){boundary}", name) or name.endswith(f".{key}") or f".{key}." in f".{name}."
-        for name in _names_of(module)
+def _are_targets(targets: list[str]) -> Callable[[str], bool]:
+    """compressed-tensors' rule: names, or regular expressions behind ``re:``."""
+    patterns = [re.compile(target[3:]) for target in targets if target.startswith("re:")]
+    names = {_in_layers(target) for target in targets}
+    return _any_name(lambda name: _in_layers(name) in names or any(pattern.match(name) for pattern in patterns))
+
+
+def _are_kept(keys: list[str]) -> Callable[[str], bool]:
+    """transformers' rule for modules that are not to be converted; or a key is some of the name's parts, in a row."""
+    patterns = [re.compile(rf"(?:{key})(?:(?<=\.)|(?=\.|$))") for key in keys]
+    return _any_name(
+        lambda name: any(pattern.match(name) for pattern in patterns) or any(f".{key}." in f".{name}." for key in keys)
     )
 
 
-def _unless(kept: Iterable[str], rule: Callable[[str, str], bool], storage: Storage) -> Callable[[str], Storage | None]:
-    kept = tuple(kept)
-    return lambda module: None if any(rule(key, module) for key in kept) else storage
+def _are_excluded(globs: list[str]) -> Callable[[str], bool]:
+    """ModelOpt's rule."""
+    return _any_name(lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+
+
+def _unless(is_plain: Callable[[str], bool], storage: Storage) -> Callable[[str], Storage | None]:
+    return lambda module: None if is_plain(module) else storage
 
 
 def _gguf(files: Mapping[str, Path]) -> Callable[[str], Storage | None]:
@@ -177,23 +178,26 @@ def _gguf(files: Mapping[str, Path]) -> Callable[[str], Storage | None]:
 
 def _compressed_tensors(settings: _Settings) -> Callable[[str], Storage | None]:
     groups = settings.part("config_groups")
-    ignored = settings.names("ignore")
+    is_ignored = _are_targets(settings.names("ignore"))
     if settings.get("sparsity_config"):
         settings.part("sparsity_config").one_of("format", "dense")
-    by_group = [(name, groups.part(name), groups.part(name).names("targets")) for name in groups]
+    if settings.get("transform_config"):
+        raise settings.refuse("transform_config", "empty", "hidden states would have to be rotated, too")
+    by_group = [(groups.part(name), groups.part(name).names("targets")) for name in groups]
+    is_target = [_are_targets(targets) for _, targets in by_group]
 
     def storage(module: str) -> Storage | None:
-        if any(_is_target(target, module) for target in ignored):
+        if is_ignored(module):
             return None
-        by_name = [each for each in by_group if any(_is_target(target, module) for target in each[2])]
+        taken = [group for (group, _), is_its in zip(by_group, is_target, strict=True) if is_its(module)]
         # The class of a module comes second: experts are taken for the linear layers that they were before.
-        taken = by_name or [each for each in by_group if "Linear" in each[2]]
+        taken = taken or [group for group, targets in by_group if "Linear" in targets]
         if len(taken) > 1:
             raise CheckpointError(
                 f"{settings.file}: {module} must be in one of {settings.where}.config_groups, got "
-                f"{[name for name, *_ in taken]}"
+                f"{[group.where for group in taken]}"
             )
-        return _compressed_weights(settings, taken[0][1]) if taken else None
+        return _compressed_weights(settings, taken[0]) if taken else None
 
     return storage
 
@@ -257,18 +261,16 @@ def _modelopt(settings: _Settings) -> Callable[[str], Storage | None]:
         for each in sized:
             each.one_of("group_size", 16)
         storage = ModelOptFp4(FORMATS["nvfp4"])
-    excluded = settings.names("ignore", "exclude_modules")
-    return _unless(
-        excluded, lambda pattern, module: any(fnmatch.fnmatchcase(name, pattern) for name in _names_of(module)), storage
-    )
+    return _unless(_are_excluded(settings.names("ignore", "exclude_modules")), storage)
 
 
 def _fp8(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("fmt", "e4m3", default="e4m3")
+    settings.one_of("expert_dtype", "fp8", None, default="fp8")
     settings.one_of("activation_scheme", "dynamic", "static", default="dynamic")
     blocks = settings.one_of("weight_block_size", [BLOCK, BLOCK], None)
     storage = FineGrainedFp8(FORMATS["fp8_g128" if blocks else "fp8"], "block" if blocks else "tensor")
-    return _unless(settings.names("modules_to_not_convert", "ignored_layers"), _is_kept, storage)
+    return _unless(_are_kept(settings.names("modules_to_not_convert", "ignored_layers")), storage)
 
 
 def _gptq(settings: _Settings) -> Callable[[str], Storage | None]:
@@ -279,11 +281,12 @@ def _gptq(settings: _Settings) -> Callable[[str], Storage | None]:
     format = FORMATS[f"int4_g{group_size}{'' if symmetric else '_zero'}"]
     stored = Gptq(format, zero_offset=1 if version == "gptq" else 0)
     changes = settings.part("dynamic") if settings.get("dynamic") else {}
+    patterns = {name: re.compile(name.removeprefix("-:").removeprefix("+:")) for name in changes}
 
     def storage(module: str) -> Storage | None:
-        for pattern in changes:
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
-                if pattern.startswith("-:"):
+        for name, pattern in patterns.items():
+            if pattern.match(module):
+                if name.startswith("-:"):
                     return None
                 raise settings.refuse("dynamic", f"without settings of its own for {module}")
         return stored
@@ -297,7 +300,7 @@ def _awq(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("zero_point", True)
     settings.one_of("version", "gemm", "GEMM", default="gemm")
     storage = Awq(FORMATS[f"int4_g{group_size}_zero"])
-    return _unless(settings.names("modules_to_not_convert"), _is_kept, storage)
+    return _unless(_are_kept(settings.names("modules_to_not_convert")), storage)
 
 
 def _bitsandbytes(settings: _Settings) -> Callable[[str], Storage | None]:
@@ -305,7 +308,7 @@ def _bitsandbytes(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("bnb_4bit_quant_type", "nf4")
     settings.one_of("bnb_4bit_quant_storage", "uint8", default="uint8")
     storage = Nf4(FORMATS["nf4"], is_nested=settings.one_of("bnb_4bit_use_double_quant", True, False, default=False))
-    return _unless(settings.names("llm_int8_skip_modules"), _is_kept, storage)
+    return _unless(_are_kept(settings.names("llm_int8_skip_modules")), storage)
 
 
 _METHODS: Mapping[str, Callable[[_Settings], Callable[[str], Storage | None]]] = {

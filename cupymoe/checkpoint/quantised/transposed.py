@@ -39,7 +39,8 @@ class Gptq(Storage):
 
     family: ClassVar[str] = "GPTQ"
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         n, k = shape
         _check_words(n)
         groups = self.format.groups(k)
@@ -50,7 +51,8 @@ class Gptq(Storage):
             "g_idx": Rule(("I32",), ((k,),), optional=True),
         }
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         n, k = shape
         check_finite("scales", tensors["scales"])
         if "g_idx" in tensors:
@@ -67,7 +69,8 @@ class Gptq(Storage):
         check_values("qzeros", f"{_SYMMETRIC_ZERO} where config.json says sym", _SYMMETRIC_ZERO, zeros)
         return NaturalWeight(codes, scales)
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, zeros, _ = weight
         assert scales is not None
         if zeros is None:
@@ -95,7 +98,8 @@ class Awq(Storage):
 
     family: ClassVar[str] = "AWQ"
 
-    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:  # noqa: D102
+    def rules(self, shape: tuple[int, ...], parts: int = 1) -> dict[str, Rule]:
+        """See :class:`Storage`."""
         n, k = shape
         _check_words(n)
         groups = self.format.groups(k)
@@ -105,12 +109,14 @@ class Awq(Storage):
             "scales": Rule(("F16", "BF16"), ((groups, n),)),
         }
 
-    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:  # noqa: D102
+    def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:
+        """See :class:`Storage`."""
         check_finite("scales", tensors["scales"])
         codes, zeros = (self._rows(tensors[name]) for name in ("qweight", "qzeros"))
         return NaturalWeight(codes, tensors["scales"].T.contiguous(), zeros)
 
-    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: D102
+    def write(self, weight: NaturalWeight, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See :class:`Storage`."""
         codes, scales, zeros, _ = weight
         assert scales is not None
         assert zeros is not None

@@ -40,7 +40,7 @@ def read_weights(
         CheckpointError: a tensor holds what it must not; the message names it.
     """
     weights: dict[str, QuantizedWeight] = {}
-    for one in _by_weight(tensors):
+    for one in _by_weight(tensors, storages):
         storage = storages[one.parameter]
         num_experts, n, k = module.get_parameter(one.parameter).shape
         rows = len(range(n)[one.rows])
@@ -73,7 +73,7 @@ def export_weights(
         ValueError: a weight can't be stored so; the message names it.
     """
     exported: dict[str, torch.Tensor] = {}
-    for one in _by_weight(tensors):
+    for one in _by_weight(tensors, storages):
         weight, storage = weights[one.parameter], storages[one.parameter]
         opened = {name: tensor.read() for name, tensor in one.tensors.items()}
         written = {one.tensors[name].key: each.clone() for name, each in opened.items()}
@@ -93,12 +93,12 @@ def export_weights(
     return exported
 
 
-def _by_weight(tensors: Sequence[Tensor]) -> Iterator[_One]:
+def _by_weight(tensors: Sequence[Tensor], storages: Mapping[str, Storage]) -> Iterator[_One]:
     """The tensors of each quantised weight that the files hold."""
     grouped: dict[tuple[str, int | None, int], _One] = {}
     for tensor in tensors:
         slot = tensor.slot
-        if not slot.tensor:
+        if not slot.tensor or slot.parameter not in storages:
             continue
         expert, rows = None, slice(None)
         for index in slot.part:
@@ -137,6 +137,8 @@ def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeig
     for target, source in zip(factors, natural[1:], strict=True):
         if target is not None:
             assert source is not None
+            if target.itemsize == 1:  # torch copies rows of bytes, and not of every 8-bit float, on every device
+                target, source = target.view(torch.uint8), source.view(torch.uint8)
             target[expert, rows] = source
 
 

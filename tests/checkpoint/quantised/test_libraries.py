@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from cupymoe import checkpoint
+from cupymoe.checkpoint import CheckpointError
 from tests.checkpoint.quantised.layers import FAMILIES, LAYER, fused, per_expert, write
 from tests.checkpoint.quantised.stored import BNB, KINDS, Kind, Stored
 
@@ -184,3 +187,48 @@ def test_bitsandbytes_nf4(tmp_path, nested):
 
     kind = Kind(write, "nf4", {**BNB, "bnb_4bit_use_double_quant": nested}, 128, is_fused=False)
     assert_loads(tmp_path, kind, tolerance=2.0**-8)  # it dequantises to bfloat16
+
+
+@pytest.fixture
+def saved_by_transformers(tmp_path, monkeypatch):
+    """A Qwen3-MoE that transformers has quantised to blocks, saved in its own names and in those of the original."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    # It wants a GPU for computing, which nobody does here.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, *args, **settings: None)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 192, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "num_hidden_layers": 1}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **sizes, **heads)).bfloat16()
+    model.save_pretrained(tmp_path / "plain")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=FineGrainedFP8Config(), dtype=torch.bfloat16, device_map="cpu"
+    )
+    quantised.save_pretrained(tmp_path / "fused", save_original_format=False)
+    quantised.save_pretrained(tmp_path / "original")
+    return tmp_path, model.model.layers[0].mlp.experts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_own_file(saved_by_transformers):
+    """gate_up has 3 x 2 blocks; down, 192 deep, stays in bfloat16."""
+    folder, experts = saved_by_transformers
+    loaded = checkpoint.load_experts(folder / "fused", 0)
+    assert torch.equal(loaded.down_proj, experts.down_proj)
+    assert loaded.gate_up_proj.format.name == "fp8_g128"
+    error = (loaded.gate_up_proj.dequantize() - experts.gate_up_proj).norm() / experts.gate_up_proj.norm()
+    assert error < 0.03  # of e4m3 codes
+    with safe_open(folder / "fused" / "model.safetensors", "pt") as file:
+        keys = [key for key in list(file.keys()) if ".experts." in key]
+        stored = {key: file.get_tensor(key) for key in keys}
+    assert "model.layers.0.mlp.experts.down_proj_scale_inv" in stored  # of a weight in bfloat16: memory as it was
+    assert save(checkpoint.export_experts(loaded, folder / "fused", 0)) == save(stored)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codes_of_single_experts_beside_the_scales_of_all(saved_by_transformers):
+    """Which transformers writes where it splits the weights, and not their scales, into the original's names."""
+    folder, _ = saved_by_transformers
+    with pytest.raises(CheckpointError, match=r"_proj_scale_inv are two layouts of the experts; one is allowed"):
+        checkpoint.load_experts(folder / "original", 0)

@@ -119,6 +119,20 @@ def all_equal(one, other):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_unpacked_on_the_device(tmp_path, name, device):
+    """The same buffers, and the same bytes from an export, as on the CPU."""
+    kind = KINDS[name]
+    layer = per_expert(kind, GEMMA4)
+    path = write(tmp_path, kind, GEMMA4, layer)
+    moe = checkpoint.load_layer(path, LAYER, device=device)
+    assert all(buffer.device.type == device.type for buffer in moe.buffers())
+    assert all_equal(moe.experts.cpu().state_dict(), load(path, GEMMA4).state_dict())
+    moe = checkpoint.load_layer(path, LAYER, device=device)
+    checkpoint.load_into(moe, path, LAYER)
+    assert_exports(moe.experts, path, layer)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_what_was_exported_is_imported_again(tmp_path, name):
     kind = KINDS[name]
     layer = per_expert(kind, GEMMA4)

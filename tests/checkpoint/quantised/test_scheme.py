@@ -285,11 +285,15 @@ REFUSED = {
     "format": ({"format": "int-quantized"}, "quantization_config.format must be one of ['pack-quantized', "),
     "two groups": (
         {"config_groups": {name: {"targets": ["Linear"], "weights": ANOTHER} for name in "ab"}},
-        "must be in one of quantization_config.config_groups, got ['a', 'b']",
+        "must be in one of quantization_config.config_groups, got ['quantization_config.config_groups.a', ",
     ),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format must be one of ['dense']"),
+    "rotated": (
+        {"transform_config": {"config_groups": {"u": {}}}},
+        "transform_config must be empty, got {'config_",
+    ),
     "targets": ({"config_groups": {"a": {"targets": "Linear"}}}, "config_groups.a.targets must be a list of names"),
-    "regular expression": ({"ignore": ["re:("]}, "'(' is no regular expression"),
+    "regular expression": ({"ignore": ["re:("]}, "quantization_config has '(', no regular expression"),
 }
 WEIGHTS = {
     "act-order": ({"actorder": "group"}, "weights.actorder must be null, 'weight' or 'static', got 'group'"),
@@ -316,6 +320,7 @@ OTHERS = {
         {"weight_block_size": [64, 64]},
         "size must be one of [[128, 128], None]",
     ),
+    "fp4 experts": ("fp8 blocks", {"expert_dtype": "fp4"}, "expert_dtype must be one of ['fp8', None], got 'fp4'"),
     "fp8 codes": ("fp8 blocks", {"fmt": "e5m2"}, "fmt must be one of ['e4m3'], got 'e5m2'"),
     "modelopt": ("modelopt nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo must be one of ['NVFP4', 'FP8']"),
     "gptq bits": ("gptq", {"bits": 8}, "bits must be one of [4], got 8"),

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from cupymoe import fused_experts
 from cupymoe.cli import verify
-from tests.checkpoint.quantised.layers import FAMILIES, LAYER, fused, per_expert, write
+from tests.checkpoint.quantised.layers import FAMILIES, LAYER, PREFIX, fused, per_expert, write
 from tests.checkpoint.quantised.stored import KINDS
 
 GEMMA4 = FAMILIES["gemma4"]
@@ -26,6 +26,17 @@ def test_layers_are_compared_with_their_dequantised_weights(tmp_path, name):
     assert code == 0, check
     assert check["detail"].startswith("relative error of 0.00500: ")
     assert f"gate_up_proj {kind.format}, down_proj {kind.format}" in check["detail"]
+
+
+def test_one_of_the_weights_may_be_plain(tmp_path):
+    """As transformers' quantiser leaves Gemma 4's down projection."""
+    kind = KINDS["fp8 blocks"]._replace(hidden_size=256, intermediate_size=192)
+    layer = fused(kind, GEMMA4)
+    tensors = {key: value for key, value in layer.tensors.items() if "down_proj" not in key}
+    tensors[f"{PREFIX}experts.down_proj"] = layer.down_proj.bfloat16()
+    code, (check,) = run_verify(write(tmp_path, kind, GEMMA4, layer._replace(tensors=tensors)))
+    assert code == 0, check
+    assert "gate_up_proj fp8_g128, down_proj unquantised" in check["detail"]
 
 
 def test_a_backend_that_reads_other_weights_fails(tmp_path, monkeypatch):
