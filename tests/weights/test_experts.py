@@ -228,15 +228,6 @@ def test_the_fused_backend_leaves_gradients_beside_quantised_weights_to_others(m
     assert "not int4_g32,plain" in backend.unsupported_reason(call._replace(weight_format="int4_g32,plain"))
 
 
-@pytest.mark.parametrize("backend", ["grouped", "simt"])
-def test_the_way_says_that_weights_are_dequantised(backend):
-    case, _ = quantised_case()
-    call = experts_call(*case[:1], case.gate_up_proj.codes, case.down_proj.codes, case[3], ACTIVATION)
-    added = ", weights dequantised a few experts at a time"
-    plain, quantised = (registry()[backend].way(call._replace(weight_format=each)) for each in ("plain", "fp8,fp8"))
-    assert quantised == plain + added
-
-
 def broken(case, name, **buffers):
     weight = copy.deepcopy(getattr(case, name))
     for buffer_name, buffer in buffers.items():
