@@ -41,6 +41,13 @@ def hopper(monkeypatch):
     select.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["grouped", "simt"])
+def test_the_way_says_that_weights_are_dequantised(name):
+    way = registry()[name].way
+    added = ", weights dequantised a few experts at a time"
+    assert way(CALL._replace(weight_format="fp8_g128,plain")) == way(CALL) + added
+
+
 def test_registry_order_ends_with_the_one_that_serves_everything():
     names = list(registry())
     assert names == ["fused", "grouped", "simt", "reference"]

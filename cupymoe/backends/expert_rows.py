@@ -307,6 +307,11 @@ class Projection(NamedTuple):
         return self.rows.outer(rows, grad, self.weight.dtype).transpose(1, 2)
 
 
+def dequantised(call: ExpertsCall) -> str:
+    """What a backend's way adds where a weight is quantised."""
+    return "" if call.weight_format == PLAIN else ", weights dequantised a few experts at a time"
+
+
 def on_demand(call: ExpertsCall, tensors: ExpertsTensors) -> ExpertsTensors:
     """The same with a :class:`WeightOnDemand` for each weight that is quantised, which stands in for a tensor."""
     if call.weight_format == PLAIN:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cupymoe.backends import Direction, ExpertsCall, ampere_reason, row_packs_reason
-from cupymoe.backends.expert_rows import GroupedRows, RowsBackend
+from cupymoe.backends.expert_rows import GroupedRows, RowsBackend, dequantised
 from cupymoe.kernels import sort_by_expert
 
 
@@ -33,4 +33,4 @@ class GroupedBackend(RowsBackend):
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        return "torch's grouped GEMM"
+        return "torch's grouped GEMM" + dequantised(call)

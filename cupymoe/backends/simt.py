@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cupymoe.backends import Direction, ExpertsCall, ampere_reason
-from cupymoe.backends.expert_rows import RowsBackend, SimtRows
+from cupymoe.backends.expert_rows import RowsBackend, SimtRows, dequantised
 from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.dtypes import SCALARS
 
@@ -29,4 +29,4 @@ class SimtBackend(RowsBackend):
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        return "products on the CUDA cores"
+        return "products on the CUDA cores" + dequantised(call)
