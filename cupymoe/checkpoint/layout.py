@@ -20,7 +20,7 @@ _LAYER_KEY = re.compile(
 # Any spelling of a key of a router or of experts: what a family doesn't know is refused by name, never passed over.
 _KEY_OF_A_LAYER = re.compile(
     r"(?:^|\.)layers\.(?P<layer>[0-9]+)\.(?:.*\.)?(?:router|experts|moe)(?:\.|$)"
-    r"|blk\.(?P<block>[0-9]+)\.(?:.*_exps|ffn_gate_inp)(?:\.|$)"  # GGUF's words
+    r"|(?:^|\.)blk\.(?P<block>[0-9]+)\.(?:.*_exps|ffn_gate_inp)(?:\.|$)"  # GGUF's words
 )
 
 
@@ -73,7 +73,7 @@ class Place(NamedTuple):
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]
     parts: int
-    """How many projections the rows are of: 2 where gate and up are fused."""
+    """How many projections the rows are of, one after the other: 2 where gate and up are fused."""
 
 
 class Slot(NamedTuple):
@@ -116,10 +116,11 @@ def places(spelling: Spelling, module: nn.Module) -> dict[str, Place]:
     experts: Any = module.get_submodule(spelling.experts.removesuffix("."))
     num_experts, size, width = experts.down_proj.shape
     gate, up = slice(0, width), slice(width, None)
+    has_halves = experts.activation.is_gated and not experts.activation.is_interleaved
     found: dict[str, Place] = {}
 
     def add(layout: Layout, name: str, parameter: str, part: tuple[int | slice, ...], *shape: int) -> None:
-        parts = 2 if parameter == "gate_up_proj" and not part and experts.activation.is_gated else 1
+        parts = 2 if parameter == "gate_up_proj" and not part and has_halves else 1
         name = layout.prefix + name
         others = found[name].layouts if name in found else ()
         found[name] = Place((*others, layout), spelling.experts + parameter, part, shape, parts)
