@@ -46,7 +46,8 @@ def describe(name: str, tensor: torch.Tensor | _AsPlain) -> Description:
     """A tensor's description, or the error of what is none."""
     if not isinstance(tensor, torch.Tensor | _AsPlain):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return Description(tensor.shape, tensor.dtype, tensor.device, type(tensor))
+    kind = torch.Tensor if isinstance(tensor, _AsPlain) else type(tensor)  # torch.compile asks no other class of ours
+    return Description(tensor.shape, tensor.dtype, tensor.device, kind)
 
 
 def _check_plain(name: str, given: Description) -> None:

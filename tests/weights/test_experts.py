@@ -141,6 +141,7 @@ def test_gradients(device, formats, biased, adapted):
         assert relative_error(got, wanted) < 2e-5
 
 
+@slow_on_cuda
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_second_derivatives(device):
     case, exact = quantised_case(dtype=torch.float64, device=device)
@@ -310,7 +311,8 @@ def check_on_gpu(case, exact, backend, bound):
 
 
 # The grouped GEMM rounds gate_up and, here, the weights as well.
-BOUND = {"grouped": 0.0050, "simt": 0.0020}
+# Of random codes: of 4 or 8 bits of float most are small, and a few large weights make a sum.
+BOUND = {"grouped": 0.0060, "simt": 0.0020}
 
 
 @pytest.mark.gpu

@@ -16,6 +16,8 @@ TILED = (*STREAMED, "int8", "fp8", "fp8_g128", "nvfp4", "mxfp4")
 # Group scales multiply the sums of the stream, and the weights of the tiles, which are rounded then: by 0.0017 of
 # themselves in gate, up and down, beside 0.0029 of the intermediate and the output.
 STREAM_ERROR, TILES_ERROR = 0.0030, 0.0042
+# Of random codes. Of 4 or 8 bits of float most are small, and a few large weights make a sum.
+ERROR_OF_RANDOM_CODES = 0.0055
 SIZES = {"num_experts": 6, "hidden": 256, "intermediate": 128, "top_k": 2}
 
 
@@ -73,13 +75,13 @@ def test_what_neither_way_serves_is_named(on_hopper):
 @pytest.mark.parametrize("formats", [(name, name) for name in TILED] + [("fp8_g128", "plain"), ("plain", "int4_g32")])
 def test_every_format_and_way(formats, num_tokens, dtype):
     case, exact = quantised_case(formats, num_tokens, dtype, "cuda", **SIZES)
-    case.top_k_index[::3, 0] = -1
+    case.top_k_index[1::3, 0] = -1
     case.top_k_index[0, 1] = 6
     poison_free_memory()
     with no_host_sync():
         output = fused_experts(*case, activation="gelu_tanh", backend="fused")
     tiled = takes_tiles(Load.of(num_tokens, 2, 6), 256, weight_format=",".join(formats))
-    check(output, exact, TILES_ERROR if tiled else STREAM_ERROR)
+    check(output, exact, ERROR_OF_RANDOM_CODES if tiled else STREAM_ERROR)
     again = fused_experts(*case, activation="gelu_tanh", backend="fused")
     assert torch.equal(output, again)
 
@@ -105,7 +107,7 @@ def test_adapters_beside_quantised_weights(num_tokens):
     output = lora_experts(*case, LowRank(a, b, 0.5), LowRank(down_a, down_b, 0.25), activation="gelu_tanh")
     rounded = [factor.bfloat16().double() for factor in (a, 0.5 * b, down_a, 0.25 * down_b)]
     merged = exact[1] + rounded[1] @ rounded[0], exact[2] + rounded[3] @ rounded[2]
-    check(output, Experts(exact[0], *merged, *exact[3:]), TILES_ERROR)
+    check(output, Experts(exact[0], *merged, *exact[3:]), STREAM_ERROR)
 
 
 @pytest.mark.gpu
