@@ -88,8 +88,10 @@ class Regime:
     down: Tile
     transposed: Tile
     """Of either GEMM, where its weight is transposed."""
-    codes: Tile
-    """Of either GEMM, where its weight is quantised; with as many stages as fit, whatever its scales are."""
+    four_bits: Tile
+    """Of either GEMM, where its weight is codes of 4 bits; with as many stages as fit, whatever its scales are."""
+    eight_bits: Tile
+    """The same of codes of 8 bits."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
@@ -102,6 +104,8 @@ _TRANSPOSED = Tile(128, 4)
 
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
 _CODES = Tile(256, 2, k_warps=2, row_blocks=2)
+# Half as many of bytes where half of the memory is for a ring: of 128 there would be two stages.
+_BYTES_OF_8 = Tile(256, 2, k_warps=4, row_blocks=2)
 # Of more tokens; for all of them in a warp there are no registers.
 _CODES_OF_48, _CODES_OF_80 = (Tile(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
 
@@ -112,7 +116,8 @@ _UP_TO_4_PAIRS = Regime(
     up=Tile(256, 4, k_warps=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES,
+    four_bits=_CODES,
+    eight_bits=_CODES,
     inline_pairs=0,
     fp32_slots=True,
 )
@@ -121,7 +126,8 @@ _UP_TO_16_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES,
+    four_bits=_CODES,
+    eight_bits=_CODES,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -130,7 +136,8 @@ _UP_TO_32_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2),
     down=Tile(256, 3, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES_OF_48,
+    four_bits=_CODES_OF_48,
+    eight_bits=_CODES_OF_48,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -139,7 +146,8 @@ _MORE_PAIRS = Regime(
     up=Tile(128, 4),
     down=Tile(128, 4),
     transposed=_TRANSPOSED,
-    codes=_CODES_OF_80,
+    four_bits=_CODES_OF_80,
+    eight_bits=_CODES_OF_80,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -156,7 +164,8 @@ def _inline_regime(intermediate_size: int) -> Regime:
         up=Tile(256, 4, k_warps=4),
         down=down,
         transposed=Tile(256, 3, k_warps=2),
-        codes=_CODES,
+        four_bits=_CODES,
+        eight_bits=_BYTES_OF_8,
         inline_pairs=_INLINE_PAIRS,
         fp32_slots=True,
     )
@@ -191,24 +200,30 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
         tile: Tile,
         transposed: Tile,
         codes: Tile,
+        of_bytes: Tile,
         inline_pairs: int = 0,
         *,
         fp32_slots: bool = False,
     ) -> Regime:
         room = shared_bytes - (_STATIC_BYTES_OF_PLAN if inline_pairs else _STATIC_BYTES)
         of_both = _fitted(tile, tokens, room)
-        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, inline_pairs, fp32_slots)
+        return Regime(
+            tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, of_bytes, inline_pairs, fp32_slots
+        )
 
     few, most = (24, 112) if is_small else (32, 128)
     two_warps, wide = Tile(block_k, 2, k_warps=2), Tile(64, 2)
     square = Tile(64, 2, token_warps=2, row_blocks=2)
+    codes_of_most = Tile(64, 2, token_warps=2)
     codes, codes_of_48 = (Tile(128, 2), Tile(128, 2)) if is_small else (_CODES, _CODES_OF_48)
     return (
-        new(8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _CODES, _INLINE_PAIRS, fp32_slots=True),
-        new(few, two_warps, wide if is_small else Tile(128, 2), codes, fp32_slots=True),
-        new(few, two_warps, wide if is_small else Tile(128, 2), codes),
-        new(48, Tile(128, 2, k_warps=2), wide, codes_of_48),
-        new(most, square, square, Tile(64, 2, token_warps=2)),
+        new(
+            8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _CODES, _BYTES_OF_8, _INLINE_PAIRS, fp32_slots=True
+        ),
+        new(few, two_warps, wide if is_small else Tile(128, 2), codes, codes, fp32_slots=True),
+        new(few, two_warps, wide if is_small else Tile(128, 2), codes, codes),
+        new(48, Tile(128, 2, k_warps=2), wide, codes_of_48, codes_of_48),
+        new(most, square, square, codes_of_most, codes_of_most),
     )
 
 
@@ -274,13 +289,14 @@ class Shape:
     def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight) -> Tile:
         if transposed:
             return self.regime.transposed
-        if stored.is_plain:
+        if stored.format is None:
             return plain
+        tile = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
         room, inline = self.arch.shared_bytes_of_block, self.regime.inline_pairs > 0
         if inline and room == HOPPER.shared_bytes_of_block:
             room //= 2  # for both rings together, as where weights are plain
         room -= _STATIC_BYTES_OF_PLAN if inline else _STATIC_BYTES
-        return _fitted(self.regime.codes, self.regime.tokens, room, stored)
+        return _fitted(tile, self.regime.tokens, room, stored)
 
     @property
     def up_shared_bytes(self) -> int:
