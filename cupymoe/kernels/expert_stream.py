@@ -279,19 +279,21 @@ class Shape:
     @property
     def up(self) -> Tile:
         """Of the gate_up projection."""
-        return self._tile(self.regime.up, self.gate_up_transposed, self.gate_up_stored)
+        return self._tile(self.regime.up, self.gate_up_transposed, self.gate_up_stored, self.gate_up_rank)
 
     @property
     def down(self) -> Tile:
         """Of the down projection."""
-        return self._tile(self.regime.down, self.down_transposed, self.down_stored)
+        return self._tile(self.regime.down, self.down_transposed, self.down_stored, self.down_rank)
 
-    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight) -> Tile:
+    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight, rank: int) -> Tile:
         if transposed:
             return self.regime.transposed
         if stored.format is None:
             return plain
         tile = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
+        if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
+            tile = replace(tile, row_blocks=1)
         room, inline = self.arch.shared_bytes_of_block, self.regime.inline_pairs > 0
         if inline and room == HOPPER.shared_bytes_of_block:
             room //= 2  # for both rings together, as where weights are plain
