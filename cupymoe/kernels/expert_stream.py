@@ -188,42 +188,38 @@ def _fitted(tile: Tile, tokens: int, shared_bytes: int, stored: StoredWeight = P
 def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
 
-    No ring is of whole rows, which would need more. With 99 KB a stage is half as deep, and a chunk of few tokens
-    leaves room for a fourth. The last regime has no tiles behind it that would take over from it: chunks are as large
-    as fit, and warps lie two by four over tokens and rows.
+    No ring is of whole rows, which would need more. Beyond the fewest tokens of each size of card, tiles were chosen
+    from some six each by their builds' times on an H200 (benchmarks/NOTES.md): with 99 KB, 128 rows of 64 k are faster
+    than 64 rows of 128, because a warp then shares its tokens with no other. From 32 pairs an expert on, products take
+    the time, and warps lie two by four over tokens and rows.
     """
-    is_small = shared_bytes < 160 * 1024
-    block_k = 128 if is_small else 256
 
-    def new(
-        tokens: int,
-        tile: Tile,
-        transposed: Tile,
-        codes: Tile,
-        of_bytes: Tile,
-        inline_pairs: int = 0,
-        *,
-        fp32_slots: bool = False,
-    ) -> Regime:
-        room = shared_bytes - (_STATIC_BYTES_OF_PLAN if inline_pairs else _STATIC_BYTES)
+    def new(tokens: int, tile: Tile, transposed: Tile, codes: Tile, *, fp32_slots: bool = False) -> Regime:
+        room = shared_bytes - _STATIC_BYTES
         of_both = _fitted(tile, tokens, room)
-        return Regime(
-            tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, of_bytes, inline_pairs, fp32_slots
-        )
+        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, codes, 0, fp32_slots)
 
-    few, most = (24, 112) if is_small else (32, 128)
-    two_warps, wide = Tile(block_k, 2, k_warps=2), Tile(64, 2)
-    square = Tile(64, 2, token_warps=2, row_blocks=2)
-    codes_of_most = Tile(64, 2, token_warps=2)
-    codes, codes_of_48 = (Tile(128, 2), Tile(128, 2)) if is_small else (_CODES, _CODES_OF_48)
+    def inline(transposed: Tile) -> Regime:
+        # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
+        tile, room = Tile(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
+        return Regime(8, tile, tile, _fitted(transposed, 8, room), _CODES, _BYTES_OF_8, _INLINE_PAIRS, fp32_slots=True)
+
+    wide, square = Tile(64, 2), Tile(64, 2, token_warps=2, row_blocks=2)
+    if shared_bytes < 160 * 1024:
+        return (
+            inline(Tile(128, 2, k_warps=2)),
+            new(16, wide, wide, Tile(128, 2), fp32_slots=True),
+            new(32, wide, wide, Tile(128, 2)),
+            new(48, square, wide, Tile(128, 2)),
+            new(96, square, square, Tile(64, 2, token_warps=2)),
+        )
+    deep, deep_square = Tile(256, 2, k_warps=2), replace(square, block_k=128)
     return (
-        new(
-            8, Tile(256, 2, k_warps=4), Tile(block_k, 2, k_warps=2), _CODES, _BYTES_OF_8, _INLINE_PAIRS, fp32_slots=True
-        ),
-        new(few, two_warps, wide if is_small else Tile(128, 2), codes, codes, fp32_slots=True),
-        new(few, two_warps, wide if is_small else Tile(128, 2), codes, codes),
-        new(48, Tile(128, 2, k_warps=2), wide, codes_of_48, codes_of_48),
-        new(most, square, square, codes_of_most, codes_of_most),
+        inline(deep),
+        new(32, deep, Tile(128, 2), _CODES, fp32_slots=True),
+        new(32, deep, Tile(128, 2), _CODES),
+        new(48, deep_square, wide, _CODES_OF_48),
+        new(64, deep_square, square, _CODES_OF_80),
     )
 
 
