@@ -2,7 +2,7 @@
 //
 // Reads  intermediate [slots, INTERMEDIATE] SCALAR    written by the grid before this one
 //        down_proj    [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR, or codes of WEIGHTS; TRANSPOSED: [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
-//        scales       [NUM_EXPERTS, HIDDEN, INTERMEDIATE / GROUP] SCALE_SCALAR, and zeros, as experts_up.cu
+//        scales       [NUM_EXPERTS, HIDDEN, INTERMEDIATE / GROUP] SCALE_SCALAR, zeros and row_scales, as experts_up.cu
 //        bias         [NUM_EXPERTS, HIDDEN] SCALAR   only with HAS_BIAS
 //        factor       [NUM_EXPERTS, HIDDEN, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, HIDDEN]; and
 //        low          [slots, LOW_RANK] SCALAR: of an adapter, only with LOW_RANK, and then it is low that the grid before wrote
@@ -28,7 +28,8 @@ typedef SCALAR scalar_t;
 
 // So many blocks. With an adapter and rings that fit together, a multiprocessor's registers are for experts_up,
 // lora_shrink_chunks and this; a block with four producer warps would spill them.
-#define REGISTERS_FOR (LOW_RANK && WHOLE_ROWS ? 3 : BLOCKS_PER_SM)
+// So has it with quantised weights for experts_up's block and one of this.
+#define REGISTERS_FOR (LOW_RANK && WHOLE_ROWS ? 3 : HAS_PDL && INLINE_PAIRS && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
 
 struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     static constexpr u32 kDepth = INTERMEDIATE;
@@ -40,6 +41,7 @@ struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     const scalar_t* low;
     const unsigned char* scales;
     const unsigned char* zeros;
+    const float* row_scales;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan&, u32 slot) const { return intermediate + (u64)slot * INTERMEDIATE; }
 
@@ -58,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ down_proj, const INDEX* __restrict__ top_k_index,
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
              u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low,
-             const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros) {
+             const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros,
+             const float* __restrict__ row_scales) {
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
     Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
@@ -66,5 +69,5 @@ experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ dow
     empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif
-    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output, factor, low, scales, zeros}, plan);
+    stream_experts<true>(DownGemm{{}, intermediate, down_proj, bias, expert_output, factor, low, scales, zeros, row_scales}, plan);
 }

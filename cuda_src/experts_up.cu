@@ -6,6 +6,7 @@
 //                      TRANSPOSED: [NUM_EXPERTS, HIDDEN, rows]
 //        scales        [NUM_EXPERTS, rows of gate_up_proj, HIDDEN / GROUP] SCALE_SCALAR, and zeros, the same of bytes with HAS_ZEROS:
 //                      their rows padded to 16 bytes; only of codes that have GROUP
+//        row_scales    [NUM_EXPERTS, rows of gate_up_proj] fp32   only with HAS_ROW_SCALES
 //        bias          [NUM_EXPERTS, rows of gate_up_proj] SCALAR   only with HAS_BIAS
 //        factor        [NUM_EXPERTS, rows of gate_up_proj, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]; and
 //        low           [slots, LOW_RANK] SCALAR, written by the grid before this one: of an adapter, only with LOW_RANK
@@ -50,6 +51,7 @@ struct UpGemm : UpRows {
     const scalar_t* low;
     const unsigned char* scales;
     const unsigned char* zeros;
+    const float* row_scales;
 
     __device__ __forceinline__ const scalar_t* token_row(const Plan& plan, u32 slot) const {
         return hidden_states + (u64)(plan.pair_of_slot[slot] / TOP_K) * HIDDEN;
@@ -92,13 +94,17 @@ struct UpGemm : UpRows {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS_PER_SM)
+// So many blocks: beside one of few tokens and quantised weights experts_down begins with one of its own.
+#define REGISTERS_FOR (HAS_PDL && INLINE_PAIRS && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
+
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __restrict__ gate_up_proj,
            const INDEX* top_k_index, const Chunk* chunks, const int* pair_of_slot, const int* num_chunks,
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
            const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up, const scalar_t* __restrict__ factor,
-           const scalar_t* low, const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros) {
-    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low, scales, zeros};
+           const scalar_t* low, const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros,
+           const float* __restrict__ row_scales) {
+    UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low, scales, zeros, row_scales};
 #if !INLINE_PAIRS && !TRANSPOSED
     prefetch_first_tile(gemm);
 #endif

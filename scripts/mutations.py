@@ -26,7 +26,7 @@ EXPERTS = (
     "tests/test_experts_cuda.py::test_intermediate_sizes_of_tensor_parallel_gemma_4",
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
-INT4 = ("tests/kernels/test_experts_stream_int4.py",)
+QUANTISED = ("tests/kernels/test_experts_stream_quantised.py",)
 PORTABLE = ("tests/kernels/test_experts_portable.py::test_every_regime",)
 STREAMED_ADAPTERS = (
     "tests/kernels/test_experts_stream_adapters.py::test_every_kind_of_experts",
@@ -506,7 +506,7 @@ MUTATIONS = (
         "common/weights/groups.cuh",
         "if (kWholePacks) return more / GROUP * kSize;",
         "if (kWholePacks) return 0;",
-        INT4,
+        QUANTISED,
         source="experts_up",
         defines=("WEIGHTS=INT4", "GROUP=32"),
     ),
@@ -515,16 +515,16 @@ MUTATIONS = (
         "common/weights/groups.cuh",
         "more / GROUP * kSize + k / GROUP * kSize % 16;",
         "more / GROUP * kSize;",
-        INT4,
+        QUANTISED,
         source="experts_up",
         defines=("WEIGHTS=INT4", "GROUP=128"),
     ),
     cuda(
         "8 for every zero point",
-        "common/weights/int4.cuh",
+        "common/weights/codes.cuh",
         "stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, of_part));",
         "stage + FIRST_ZERO) / 256 + 8;",
-        INT4,
+        QUANTISED,
         source="experts_down",
         defines=("WEIGHTS=INT4", "HAS_ZEROS=1"),
     ),

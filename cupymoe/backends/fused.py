@@ -187,7 +187,8 @@ def _first(reasons: Iterable[str | None]) -> str | None:
 
 
 def _regime(call: ExpertsCall, arch: Arch) -> Regime:
-    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0)
+    has_codes = call.weight_format != PLAIN
+    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0, has_codes=has_codes)
 
 
 def stream(
@@ -248,12 +249,12 @@ def stream(
     if of_gate_up is not None:
         lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
         up_factor = of_gate_up.b
-    of_codes = tensors.gate_up_scales, tensors.gate_up_zeros
+    of_codes = tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales
     experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor, *of_codes)
     if of_down is not None:
         lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
         down_factor = of_down.b
-    of_codes = tensors.down_scales, tensors.down_zeros
+    of_codes = tensors.down_scales, tensors.down_zeros, tensors.down_row_scales
     experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor, *of_codes)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output

@@ -207,28 +207,32 @@ def _fused_shapes(arch: Arch) -> Iterator[Shape]:
             yield shape(64, torch.float16, activation=activation, transposed=transposed, has_bias=has_bias)
 
 
-QUANTISED = (
+QUANTISED: tuple[tuple[str, torch.dtype | None], ...] = (
     ("int4_g32", torch.bfloat16),
     ("int4_g128", torch.float16),
     ("int4_g64_zero", torch.bfloat16),
+    ("int8", None),
+    ("fp8", None),
+    ("fp8_g128", torch.float32),
+    ("nvfp4", torch.float8_e4m3fn),
+    ("mxfp4", torch.float8_e8m0fnu),
 )
 """Formats with the dtype of their scales, one of each kind of code that the weight stream has."""
 
 
 def _quantised_shapes(arch: Arch) -> Iterator[Shape]:
-    """The first kind of codes in every regime, with both dtypes and with adapters; the others in one."""
+    """The first kind of codes in every regime, with both dtypes, and with adapters in one; the others in one regime."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     few = 16
     for index, (weight_format, scale_dtype) in enumerate(QUANTISED):
         stored = stored_weight(weight_format, scale_dtype)
-        for num_tokens in (few, 64, 256, 512, 1024) if arch.wgmma else (few, 64, 256, 512, 4096):
-            if index > 0 and num_tokens > few:
+        for num_tokens in (few, 1, 64, 128, 256, 512, 1024) if arch.wgmma else (few, 64, 256, 512, 4096):
+            if index > 0 and num_tokens != few:
                 continue
-            for dtype in (torch.bfloat16, torch.float16):
+            load = Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts)
+            for dtype in (torch.float16, torch.bfloat16):
                 shape = shape_of(
-                    regime(
-                        Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts), sizes.moe_intermediate_size, arch
-                    ),
+                    regime(load, sizes.moe_intermediate_size, arch, has_codes=True),
                     dtype,
                     torch.int64,
                     sizes.activation,

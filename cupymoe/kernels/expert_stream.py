@@ -88,22 +88,22 @@ class Regime:
     down: Tile
     transposed: Tile
     """Of either GEMM, where its weight is transposed."""
-    codes: Tile
-    """Of either GEMM, where its weight is quantised; with as many stages as fit, whatever its scales are."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
+    four_bits: Tile | None = None
+    """Of either GEMM, where its weight is codes of 4 bits. ``block_k`` is the most that it may be, and of stages there
+    are as many as fit, whatever the scales are. None where regimes are of plain weights."""
+    eight_bits: Tile | None = None
+    """The same of codes of 8 bits."""
+    shares_multiprocessor: bool = False
+    """Whether the rings of both GEMMs have to fit together where their weights are codes."""
 
 
 # 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
 _TRANSPOSED = Tile(128, 4)
-
-# 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
-_CODES = Tile(256, 2, k_warps=2, row_blocks=2)
-# Of more tokens; for all of them in a warp there are no registers.
-_CODES_OF_48, _CODES_OF_80 = (Tile(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
 
 # By the most pairs of an expert on average; beyond the last of these is one more.
 _MOST_PAIRS = (4, 16, 32)
@@ -112,7 +112,6 @@ _UP_TO_4_PAIRS = Regime(
     up=Tile(256, 4, k_warps=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES,
     inline_pairs=0,
     fp32_slots=True,
 )
@@ -121,7 +120,6 @@ _UP_TO_16_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
     down=Tile(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -130,7 +128,6 @@ _UP_TO_32_PAIRS = Regime(
     up=Tile(256, 3, k_warps=2),
     down=Tile(256, 3, k_warps=2),
     transposed=_TRANSPOSED,
-    codes=_CODES_OF_48,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -139,7 +136,6 @@ _MORE_PAIRS = Regime(
     up=Tile(128, 4),
     down=Tile(128, 4),
     transposed=_TRANSPOSED,
-    codes=_CODES_OF_80,
     inline_pairs=0,
     fp32_slots=False,
 )
@@ -156,10 +152,44 @@ def _inline_regime(intermediate_size: int) -> Regime:
         up=Tile(256, 4, k_warps=4),
         down=down,
         transposed=Tile(256, 3, k_warps=2),
-        codes=_CODES,
         inline_pairs=_INLINE_PAIRS,
         fp32_slots=True,
     )
+
+
+# Tiles of codes. Those of 704 k are of whole rows of Gemma 4's down_proj and of quarters of gate_up_proj's: a warp then
+# has 11 steps of 64 k for each time that it waits for a stage.
+_DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tile(704, 2), Tile(704, 2, warps=4), Tile(704, 2, warps=4, row_blocks=2)
+# 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
+_CODES = Tile(256, 2, k_warps=2, row_blocks=2)
+# Half as many of bytes where half of the memory is for a ring: of 128 there would be two stages.
+_BYTES_OF_8 = Tile(256, 2, k_warps=4, row_blocks=2)
+# Of more tokens; for all of them in a warp there are no registers.
+_CODES_OF_48, _CODES_OF_80 = (Tile(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
+_MOST_PAIRS_SHARING = 32
+"""Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: 4 tokens take 46 us
+so and 50 with longer rings, 16 tokens 118 and 107."""
+
+
+@functools.cache
+def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
+    """Of Hopper's, where a weight is codes: two whose blocks plan for themselves, then by :data:`_MOST_PAIRS_OF_CODES`.
+
+    Fewer tokens in a chunk than beside plain weights: what codes take is instructions, more with each eight tokens.
+    """
+    inline = _inline_regime(intermediate_size)
+    return (
+        replace(inline, four_bits=_DEEP_OF_FEW, eight_bits=_BYTES_OF_8, shares_multiprocessor=True),
+        replace(inline, four_bits=_DEEP, eight_bits=_CODES),
+        replace(_UP_TO_4_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
+        replace(_UP_TO_16_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
+        replace(_UP_TO_16_PAIRS, tokens=24, four_bits=_DEEP_OF_TWO, eight_bits=_CODES),
+        replace(_UP_TO_32_PAIRS, four_bits=_CODES_OF_48, eight_bits=_CODES_OF_48),
+        replace(_MORE_PAIRS, four_bits=_CODES_OF_80, eight_bits=_CODES_OF_80),
+    )
+
+
+_MOST_PAIRS_OF_CODES = (4, 8, 16, 32)
 
 
 # What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
@@ -175,6 +205,13 @@ def _fitted(tile: Tile, tokens: int, shared_bytes: int, stored: StoredWeight = P
     return replace(tile, stages=stages)
 
 
+def _stage_depth(depth: int, most: int) -> int:
+    """The largest multiple of 64 up to ``most`` that divides the depth of a weight, if that is at least half of it;
+    else 256, where the last stage is cut off."""
+    dividing = [k for k in range(-(-most // 128) * 64, most + 1, 64) if depth % k == 0]
+    return max(dividing, default=min(most, 256))
+
+
 @functools.cache
 def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
@@ -185,45 +222,57 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     the time, and warps lie two by four over tokens and rows.
     """
 
-    def new(tokens: int, tile: Tile, transposed: Tile, codes: Tile, *, fp32_slots: bool = False) -> Regime:
+    def new(
+        tokens: int, tile: Tile, transposed: Tile, four_bits: Tile, eight_bits: Tile, *, fp32_slots: bool = False
+    ) -> Regime:
         room = shared_bytes - _STATIC_BYTES
         of_both = _fitted(tile, tokens, room)
-        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), codes, 0, fp32_slots)
+        of_transposed = _fitted(transposed, tokens, room)
+        return Regime(tokens, of_both, of_both, of_transposed, 0, fp32_slots, four_bits, eight_bits)
 
     def inline(transposed: Tile) -> Regime:
         # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
         tile, room = Tile(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
-        return Regime(8, tile, tile, _fitted(transposed, 8, room), _CODES, _INLINE_PAIRS, fp32_slots=True)
+        of_transposed = _fitted(transposed, 8, room)
+        return Regime(8, tile, tile, of_transposed, _INLINE_PAIRS, True, _DEEP_OF_FEW, _BYTES_OF_8)
 
     wide, square = Tile(64, 2), Tile(64, 2, token_warps=2, row_blocks=2)
+    of_bytes, codes_of_96 = Tile(128, 2), Tile(64, 2, token_warps=2)
     if shared_bytes < 160 * 1024:
         return (
             inline(Tile(128, 2, k_warps=2)),
-            new(16, wide, wide, Tile(128, 2), fp32_slots=True),
-            new(32, wide, wide, Tile(128, 2)),
-            new(48, square, wide, Tile(128, 2)),
-            new(96, square, square, Tile(64, 2, token_warps=2)),
+            new(16, wide, wide, _CODES, of_bytes, fp32_slots=True),
+            new(32, wide, wide, of_bytes, of_bytes),
+            new(48, square, wide, of_bytes, of_bytes),
+            new(96, square, square, codes_of_96, codes_of_96),
         )
     deep, deep_square = Tile(256, 2, k_warps=2), replace(square, block_k=128)
     return (
         inline(deep),
-        new(32, deep, Tile(128, 2), _CODES, fp32_slots=True),
-        new(32, deep, Tile(128, 2), _CODES),
-        new(48, deep_square, wide, _CODES_OF_48),
-        new(64, deep_square, square, _CODES_OF_80),
+        new(32, deep, Tile(128, 2), _CODES, _CODES, fp32_slots=True),
+        new(32, deep, Tile(128, 2), _CODES, _CODES),
+        new(48, deep_square, wide, _CODES_OF_48, _CODES_OF_48),
+        new(64, deep_square, square, _CODES_OF_80, _CODES_OF_80),
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def regime(load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False) -> Regime:
+def regime(
+    load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False, has_codes: bool = False
+) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
-    (benchmarks/NOTES.md); with an adapter, on an H200."""
+    (benchmarks/NOTES.md); with an adapter, or where a weight is codes, on an H200."""
     pairs = load.pairs_per_expert
     most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
     is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
     if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
         return inline if is_inline else planned[bisect.bisect_left(_MOST_PAIRS, pairs)]
+    if has_codes:
+        *inlines, up_to_4, up_to_8, up_to_16, up_to_32, more = _regimes_of_codes(intermediate_size)
+        if is_inline:
+            return inlines[load.num_pairs > _MOST_PAIRS_SHARING]
+        return (up_to_4, up_to_8, up_to_16, up_to_32, more)[bisect.bisect_left(_MOST_PAIRS_OF_CODES, pairs)]
     if is_inline:
         return _inline_regime(intermediate_size)
     if pairs <= 4:
@@ -266,23 +315,28 @@ class Shape:
     @property
     def up(self) -> Tile:
         """Of the gate_up projection."""
-        return self._tile(self.regime.up, self.gate_up_transposed, self.gate_up_stored)
+        stored, rank = self.gate_up_stored, self.gate_up_rank
+        return self._tile(self.regime.up, self.gate_up_transposed, stored, rank, self.hidden_size)
 
     @property
     def down(self) -> Tile:
         """Of the down projection."""
-        return self._tile(self.regime.down, self.down_transposed, self.down_stored)
+        stored, rank = self.down_stored, self.down_rank
+        return self._tile(self.regime.down, self.down_transposed, stored, rank, self.intermediate_size)
 
-    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight) -> Tile:
+    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight, rank: int, depth: int) -> Tile:
         if transposed:
             return self.regime.transposed
-        if stored.is_plain:
+        if stored.format is None:
             return plain
-        room, inline = self.arch.shared_bytes_of_block, self.regime.inline_pairs > 0
-        if inline and room == HOPPER.shared_bytes_of_block:
-            room //= 2  # for both rings together, as where weights are plain
-        room -= _STATIC_BYTES_OF_PLAN if inline else _STATIC_BYTES
-        return _fitted(self.regime.codes, self.regime.tokens, room, stored)
+        tile = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
+        assert tile is not None
+        tile = replace(tile, block_k=_stage_depth(depth, tile.block_k))
+        if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
+            tile = replace(tile, row_blocks=1)
+        room = self.arch.shared_bytes_of_block // (2 if self.regime.shares_multiprocessor else 1)
+        room -= _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
+        return _fitted(tile, self.regime.tokens, room, stored)
 
     @property
     def up_shared_bytes(self) -> int:

@@ -47,6 +47,7 @@ def experts_down(
     factor: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
+    row_scales: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
@@ -62,7 +63,7 @@ def experts_down(
         factor: ``[E, H, R]``, the second of an adapter, 16-byte aligned, laid out as down_proj, where
             ``shape.down_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the workspace, and
             was the launch just before this one.
-        scales, zeros: ``[E, H, G]``, as those of ``experts_up``, by ``shape.down_stored``.
+        scales, zeros, row_scales: ``[E, H, G]`` and ``[E, H]``, as those of ``experts_up``, by ``shape.down_stored``.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -83,4 +84,5 @@ def experts_down(
         workspace.down_low,
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
+        0 if row_scales is None else row_scales.data_ptr(),
     )

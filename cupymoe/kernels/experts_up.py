@@ -52,6 +52,7 @@ def experts_up(
     factor: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
+    row_scales: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -71,6 +72,7 @@ def experts_up(
         scales: ``[E, 2 I, G]`` where the format of ``shape.gate_up_stored`` has groups, G the number of them and padded
             to whole 16 bytes; contiguous, 16-byte aligned; else None.
         zeros: uint8, the same, where the format has zero points, else None.
+        row_scales: ``[E, 2 I]`` float32, contiguous, where the format has scales of rows, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -93,4 +95,5 @@ def experts_up(
         workspace.gate_up_low,
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
+        0 if row_scales is None else row_scales.data_ptr(),
     )

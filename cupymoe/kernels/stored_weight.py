@@ -10,8 +10,9 @@ import torch
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.weights.format import PLAIN, WeightFormat, format_of
 
-_CODECS = {"int4": "INT4"}
+_CODECS = {"int4": "INT4", "int8": "INT8", "e4m3": "E4M3", "e2m1": "E2M1"}
 """What the sources call the codes that they read."""
+_SCALE_SCALARS = {**SCALARS, torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,6 @@ class StoredWeight:
     """None: a plain one, of the dtype of the hidden states."""
     scale_dtype: torch.dtype | None = None
     """Of the scales of groups, where the format has them."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether what is stored are the operands themselves."""
-        return self.format is None
 
     @property
     def _group_values(self) -> tuple[int, ...]:
@@ -58,12 +54,14 @@ class StoredWeight:
     def defines(self) -> tuple[str, ...]:
         """The macros of this weight."""
         if self.format is None:
-            return ("WEIGHTS=PLAIN",)
-        macros = [f"WEIGHTS={_CODECS[self.format.codes]}"]
-        if self.scale_dtype is not None:
-            macros += [f"GROUP={self.format.group}", f"SCALE_SCALAR={SCALARS[self.scale_dtype]}"]
-            macros += [f"HAS_ZEROS={int(self.format.has_zeros)}"]
-        return tuple(macros)
+            return ("WEIGHTS=PLAIN", "HAS_ROW_SCALES=0")
+        return (
+            f"WEIGHTS={_CODECS[self.format.codes]}",
+            f"GROUP={self.format.group or 0}",
+            f"SCALE_SCALAR={_SCALE_SCALARS[self.scale_dtype or torch.float32]}",
+            f"HAS_ZEROS={int(self.format.has_zeros)}",
+            f"HAS_ROW_SCALES={int(self.format.has_row_scales)}",
+        )
 
 
 PLAIN_WEIGHT = StoredWeight(None)

@@ -18,6 +18,7 @@ class Quantised(NamedTuple):
     """float64 ``[E, n, k]``."""
     scales: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
+    row_scales: torch.Tensor | None = None
 
     def to(self, device):
         return Quantised(self.stored, *(None if part is None else part.to(device) for part in self[1:]))
@@ -39,20 +40,37 @@ def padded(values):
     return rows.view(values.dtype)
 
 
+def random_scales(shape, dtype, largest, generator):
+    """Of either sign where the dtype has signs; of 16 and 32 bits for codes whose values go up to ``largest``."""
+    if dtype == torch.float8_e8m0fnu:
+        return torch.randint(119, 124, shape, generator=generator, dtype=torch.uint8).view(dtype)
+    if dtype == torch.float8_e4m3fn:
+        return torch.rand(shape, generator=generator).to(dtype)
+    return (torch.randn(shape, generator=generator) * (0.16 / largest)).to(dtype)
+
+
 def random_weight(stored, num_experts, rows, depth, seed=0):
-    """Every code, scales of either sign, and in every fifth row of the first expert scales of zero."""
+    """Every code but NaN; in every fifth row of the first expert scales of zero, where there is such a scale."""
     generator = torch.Generator().manual_seed(seed)
     its = stored.format
     codes = torch.randint(2**its.bits, (num_experts, rows, depth), generator=generator, dtype=torch.uint8)
+    for code in its.nan_codes:
+        codes[codes == code] = 0
     values = torch.tensor(its.values, dtype=torch.float64)[codes.long()]
-    group = torch.arange(depth) // its.group
-    shape = (num_experts, rows, its.groups(depth))
-    zeros = None
-    if its.has_zeros:
-        zeros = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
-        values -= zeros.double()[..., group]
-        zeros = padded(zeros)
-    scales = (torch.randn(shape, generator=generator) * 0.02).to(stored.scale_dtype)
-    scales[0, ::5] = 0
-    values *= scales.double()[..., group]
-    return Quantised(stored, packed(codes, its), values, padded(scales), zeros)
+    largest = values.abs().max().item()
+    zeros = scales = row_scales = None
+    if its.group is not None:
+        group, shape = torch.arange(depth) // its.group, (num_experts, rows, its.groups(depth))
+        if its.has_zeros:
+            zeros = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
+            values -= zeros.double()[..., group]
+            zeros = padded(zeros)
+        scales = random_scales(shape, stored.scale_dtype, largest, generator)
+        if stored.scale_dtype != torch.float8_e8m0fnu:  # which has no zero
+            scales.view(torch.uint8).unflatten(-1, (-1, scales.itemsize))[0, ::5] = 0
+        values *= scales.double()[..., group]
+        scales = padded(scales)
+    if its.has_row_scales:
+        row_scales = random_scales((num_experts, rows), torch.float32, largest, generator)
+        values *= row_scales.double()[..., None]
+    return Quantised(stored, packed(codes, its), values, scales, zeros, row_scales)

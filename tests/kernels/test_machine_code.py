@@ -39,6 +39,7 @@ def copying_variants() -> Iterator[Variant]:
         for shape in stream.kinds(num_tokens, 32, 2880, 2880, 4):
             yield experts_up.variant(shape)
             yield experts_down.variant(shape)
+    yield from (each for each in catalog.variants() if any("GROUP=" in define for define in each.defines))  # quantised
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))

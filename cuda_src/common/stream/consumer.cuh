@@ -76,7 +76,34 @@ __device__ __forceinline__ void begin_sums(Sums& sums, Biases biases) {
     for (int b = 0; b < ROW_BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
-            sums[b][i / 4][i % 4] = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+            sums[b][i / 4][i % 4] = HAS_BIAS && !HAS_ROW_SCALES ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+        }
+    }
+}
+
+// Of quantised weights: what sums of a row are multiplied by when they are finished.
+typedef Pack<float, 2 * ROW_BLOCKS> RowScales;
+
+// Zeros past the tile.
+template <class Gemm> __device__ __forceinline__ RowScales row_scales_of(const Gemm& gemm, const Cursor<Gemm>& tile) {
+    RowScales scales = {};
+    u32 row = Place().row_warp * (ROW_BLOCKS * 16) + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_BLOCKS; i++, row += 8) {
+        if (tile.done() || Gemm::unit_of_row(row) >= tile.units) continue;
+        u64 index = Gemm::row_of(tile.chunk.expert, tile.first_unit, row);
+        scales.values[i] = load_from_l2(gemm.row_scales + index) * Weights::kOfRowScale;
+    }
+    return scales;
+}
+
+__device__ __forceinline__ void finish_sums(Sums& sums, RowScales scales, Biases biases) {
+#pragma unroll
+    for (int b = 0; b < ROW_BLOCKS; b++) {
+#pragma unroll
+        for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
+            float bias = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
+            sums[b][i / 4][i % 4] = fma_rn(sums[b][i / 4][i % 4], scales.values[b * 2 + i / 2 % 2], bias);
         }
     }
 }
@@ -147,7 +174,10 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
     Place place = warp.place;
     Sums sums = {};
     Cursor<Gemm> cursor(plan);
-    if (HAS_BIAS) begin_sums(sums, biases_of(gemm, cursor));
+    Biases biases = {};
+    if (HAS_BIAS) begin_sums(sums, biases = biases_of(gemm, cursor));
+    [[maybe_unused]] RowScales row_scales;
+    if constexpr (HAS_ROW_SCALES) row_scales = row_scales_of(gemm, cursor);
     [[maybe_unused]] RankStep rank_step;
     if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
     for (Turn turn = {0, 0}; !cursor.done(); turn.next()) {
@@ -162,9 +192,11 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Plan& plan,
 
         Cursor<Gemm> tile = cursor;
         if (!cursor.advance(plan)) continue;
+        if constexpr (HAS_ROW_SCALES) finish_sums(sums, row_scales, biases);
         if constexpr (LOW_RANK > 0) add_adapter(gemm, tile, sums, rank_step);
         // Of the next tile, on their way while this one is stored.
-        Biases biases = biases_of(gemm, cursor);
+        biases = biases_of(gemm, cursor);
+        if constexpr (HAS_ROW_SCALES) row_scales = row_scales_of(gemm, cursor);
         if constexpr (LOW_RANK > 0 && RANK_AHEAD) rank_step = load_rank_step(gemm, cursor, 0);
         store_tile(gemm, tile, sums, shared_sums);
         begin_sums(sums, biases);

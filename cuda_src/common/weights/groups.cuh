@@ -9,6 +9,13 @@
 #pragma once
 #include "../stream/stage.cuh"
 
+// 2^(bits - 127).
+struct e8m0 { unsigned char bits; };
+// Of which the codec makes what it needs.
+struct e4m3 { unsigned char bits; };
+
+__device__ __forceinline__ float to_float(e8m0 value) { return __uint_as_float(value.bits ? (u32)value.bits << 23 : 1u << 22); }
+
 template <u32 kSize> struct GroupValues {
     static constexpr bool kWholeGroups = BLOCK_K % GROUP == 0;  // of a stage
     static constexpr u32 kBytes = (BLOCK_K / GROUP + (kWholeGroups ? 0 : 2)) * kSize;  // of a stage's row: at most so many
@@ -25,8 +32,7 @@ template <u32 kSize> struct GroupValues {
     // Where in a row the packs of the stage that begins at k begin.
     static __device__ __forceinline__ u32 first_byte(u32 k) { return k / GROUP * kSize / 16 * 16; }
 
-    // Where in the stage's row the value of the group of k + more is; `more` is a multiple of 32, and less than
-    // BLOCK_K.
+    // Where in the stage's row the value of the group of k + more is; `more` is less than BLOCK_K.
     static __device__ __forceinline__ u32 place(u32 k, u32 more) {
         if (kWholePacks) return more / GROUP * kSize;
         if (kWholeGroups) return more / GROUP * kSize + k / GROUP * kSize % 16;

@@ -3,6 +3,7 @@
 // A codec is the one place where a stored weight becomes an operand. What each says of itself:
 //   bytes(k)        that k neighbouring weights of a row take, in global memory and in a stage
 //   kOfPack         weights of 16 bytes
+//   kOfRowScale     what sums lack beside the scale of their row
 //   Scales, Zeros   what groups of weights share, of which a stage has rows behind its weights (groups.cuh)
 //   swap_of_row     pack p of a row lies in a stage at p ^ swap_of_row(row), so that lanes load without bank conflicts. Of a + b
 //                   it is swap_of_row(a) ^ swap_of_row(b) where a and b have no binary digit in common
@@ -31,7 +32,7 @@ __device__ __forceinline__ u32 k_row_of_fragment(u32 row_warp, u32 k_warp, u32 l
 }
 
 struct Weights {
-    static constexpr u32 kOfPack = 8, kStep = 32;
+    static constexpr u32 kOfPack = 8, kStep = 32, kOfRowScale = 1;
 
     typedef NoValues Scales, Zeros;
 

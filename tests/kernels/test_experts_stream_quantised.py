@@ -1,4 +1,4 @@
-"""experts_up and experts_down on weights of 4 bits: on CUDA against float64 of the exactly dequantised weights; without
+"""experts_up and experts_down on quantised weights: on CUDA against float64 of the exactly dequantised weights; without
 a GPU what a stage looks like, the words that a lane makes operands of, and what the kernels compile to."""
 
 import os
@@ -27,8 +27,29 @@ INT4 = [
     for group, dtype in ((32, torch.bfloat16), (32, torch.float32), (64, torch.float16), (128, torch.bfloat16))
     for zero in ("", "_zero")
 ]
-# (hidden, intermediate) of each group: no whole stage, and fewer units than blocks.
-ODD_SIZES = {32: (352, 96), 64: (320, 192), 128: (384, 128)}
+STORED = INT4 + [
+    stored_weight(name, dtype)
+    for name, dtype in (
+        ("int8", None),
+        ("fp8", None),
+        ("fp8_g128", torch.float32),
+        ("nvfp4", torch.float8_e4m3fn),
+        ("mxfp4", torch.float8_e8m0fnu),
+    )
+]
+# (hidden, intermediate) of each group: no whole stage, and fewer units than blocks. Groups of fp8 may be cut.
+ODD_SIZES = {None: (328, 176), 16: (336, 176), 32: (352, 96), 64: (320, 192), 128: (384, 128)}
+CUT_SIZES = (328, 176)
+
+
+def odd_sizes(stored):
+    return CUT_SIZES if stored.format.cuts_groups else ODD_SIZES[stored.format.group]
+
+
+def name_of(stored):
+    return f"{stored.format.name}-{stored.scale_dtype}"
+
+
 # Of 16 experts and 8 choices a token: one number of tokens a regime.
 TOKENS = (4, 8, 32, 64, 128)
 
@@ -63,9 +84,9 @@ def streamed(case, activation=MoEActivation.GELU_TANH, gate_up_bias=None, down_b
     (num_tokens, hidden), (num_experts, _, intermediate) = hidden_states.shape, down.values.shape
     arch = build or Arch.of(hidden_states.device)
     load = Load.of(num_tokens, index.shape[1], num_experts)
-    chosen = regime(load, intermediate, arch)
+    chosen = regime(load, intermediate, arch, has_codes=True)
     if codes is not None:
-        chosen = replace(chosen, codes=codes)
+        chosen = replace(chosen, four_bits=codes, eight_bits=codes)
     shape = shape_of(
         chosen,
         hidden_states.dtype,
@@ -90,7 +111,7 @@ def streamed(case, activation=MoEActivation.GELU_TANH, gate_up_bias=None, down_b
         workspace = workspace.of_sorted(pairs.token_of_slot, pairs.slot_of_pair)
     elif not chosen.inline_pairs:
         plan_experts(index, num_experts, chosen.tokens, workspace, arch)
-    of_gate_up, of_down = ({"scales": each.scales, "zeros": each.zeros} for each in (gate_up, down))
+    of_gate_up, of_down = ({"scales": w.scales, "zeros": w.zeros, "row_scales": w.row_scales} for w in (gate_up, down))
     experts_up.experts_up(hidden_states, gate_up.codes, index, shape, workspace, gate_up_bias, **of_gate_up)
     experts_down.experts_down(down.codes, index, shape, workspace, down_bias, **of_down)
     combine_workspace(shape, workspace, weights, output)
@@ -115,9 +136,9 @@ def check(output, case, activation=MoEActivation.GELU_TANH, **biases):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", TOKENS)
-@pytest.mark.parametrize("stored", INT4[:1] + INT4[-1:], ids=lambda stored: stored.format.name)
+@pytest.mark.parametrize("stored", INT4[:1] + INT4[-1:] + STORED[len(INT4) :], ids=name_of)
 def test_sizes_of_gemma_4(stored, num_tokens):
-    sizes = (2816, 704) if stored.format.group == 32 else (2816, 768)
+    sizes = (2816, 768) if stored.format.group == 128 and not stored.format.cuts_groups else (2816, 704)
     case = random_case(num_tokens, stored, *sizes, torch.bfloat16)
     poison_free_memory()
     output = streamed(case)
@@ -128,10 +149,10 @@ def test_sizes_of_gemma_4(stored, num_tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.RELU2_NO_MUL], ids=str)
-@pytest.mark.parametrize("stored", INT4, ids=lambda stored: f"{stored.format.name}-{stored.scale_dtype}")
+@pytest.mark.parametrize("stored", STORED, ids=name_of)
 def test_every_format(stored, activation, dtype):
     """In every regime, at sizes that fit no stage; what no kernel wrote is NaN."""
-    hidden, intermediate = ODD_SIZES[stored.format.group]
+    hidden, intermediate = odd_sizes(stored)
     for num_tokens in TOKENS:
         case = random_case(num_tokens, stored, hidden, intermediate, dtype, activation)
         biases = {
@@ -145,19 +166,21 @@ def test_every_format(stored, activation, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [*TOKENS, 1100])
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_builds_of_other_cards(build, num_tokens):
-    case = random_case(num_tokens, INT4[0], *ODD_SIZES[32], torch.bfloat16)
+@pytest.mark.parametrize("stored", INT4[:1] + STORED[len(INT4) :], ids=name_of)
+def test_builds_of_other_cards(stored, build, num_tokens):
+    case = random_case(num_tokens, stored, *odd_sizes(stored), torch.bfloat16)
     poison_free_memory()
     check(streamed(case, build=build), case)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "codes", [Tile(704, 2), Tile(704, 2, k_warps=2, row_blocks=2), Tile(256, 2, k_warps=4, row_blocks=2), Tile(64, 2)]
+    "codes", [Tile(704, 2, k_warps=2), Tile(704, 2, k_warps=4, row_blocks=2), Tile(256, 2), Tile(64, 2)]
 )
-def test_other_tiles(codes):
+@pytest.mark.parametrize("stored", [INT4[0], STORED[len(INT4)]], ids=name_of)
+def test_other_tiles(stored, codes):
     """Stages that the threads of a pass don't fill, and rows of an odd number of packs."""
-    case = random_case(8, INT4[0], 1408, 704, torch.bfloat16)
+    case = random_case(8, stored, 1408, 704, torch.bfloat16)
     check(streamed(case, codes=codes), case)
 
 
@@ -209,23 +232,29 @@ def test_a_lane_s_words_are_the_operands_of_its_tokens_elements(dtype):
                         assert torch.equal(operand[:, part, high], codes[0, lane // 4 + 8 * high, k].double() - 8)
 
 
+@pytest.mark.parametrize(("bits", "together"), [(4, 8), (8, 4)])
 @pytest.mark.parametrize("block_k", [64, 128, 192, 256, 320, 512, 704])
-def test_eight_rows_are_read_from_different_banks(block_k):
-    """swap_of_row of int4.cuh: where the packs that one matrix of ldmatrix reads lie."""
-    packs = block_k // 32
-    same = 8 if packs % 8 == 0 else packs & -packs
+def test_rows_that_are_read_together_are_in_different_banks(block_k, bits, together):
+    """swap_of_row of codes.cuh: 8 rows of a pack, as a matrix of ldmatrix is, or 4 of two, as half a warp loads."""
+    unit = 8 // together
+    units = block_k * bits // 128 // unit
+    same = together if units % together == 0 else units & -units
     rows = torch.arange(8)
-    swaps = rows % 8 // (8 // same)
-    for pack in range(packs):
-        assert (pack ^ swaps).max() < packs
-        assert len(set(((rows * packs + (pack ^ swaps)) % 8).tolist())) == 8
+    swaps = rows % together // (together // same) * unit
+    for pack in range(units * unit):
+        places = pack ^ swaps
+        assert places.max() < units * unit
+        for first in range(0, 8, together):
+            banks = (rows * units * unit + places)[first : first + together] % 8 // unit
+            assert len(set(banks.tolist())) == together
 
 
-@pytest.mark.parametrize("stored", INT4, ids=lambda stored: f"{stored.format.name}-{stored.scale_dtype}")
+@pytest.mark.parametrize("stored", STORED, ids=name_of)
 @pytest.mark.parametrize("block_k", [64, 128, 256, 704])
 def test_a_stage_has_the_packs_of_its_groups(stored, block_k):
-    group, sizes = stored.format.group, [stored.scale_dtype.itemsize] + [1] * stored.format.has_zeros
-    most = block_k // 2
+    group, most, sizes = stored.format.group, block_k * stored.format.bits // 8, []
+    if group is not None:
+        sizes = [stored.scale_dtype.itemsize] + [1] * stored.format.has_zeros
     for size in sizes:
         first = [k // group * size // 16 for k in range(0, 64 * block_k, block_k)]
         last = [(k + block_k - 1) // group * size // 16 for k in range(0, 64 * block_k, block_k)]
@@ -234,10 +263,10 @@ def test_a_stage_has_the_packs_of_its_groups(stored, block_k):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
-@pytest.mark.parametrize("stored", INT4, ids=lambda stored: f"{stored.format.name}-{stored.scale_dtype}")
+@pytest.mark.parametrize("stored", STORED, ids=name_of)
 def test_rings_fit(stored, arch):
     for num_tokens in TOKENS:
-        chosen = regime(Load.of(num_tokens, 8, 16), 704, arch)
+        chosen = regime(Load.of(num_tokens, 8, 16), 704, arch, has_codes=True)
         index, activation = torch.int64, MoEActivation.GELU_TANH
         sizes = 16, 2816, 704, 8
         both = {"gate_up_stored": stored, "down_stored": stored}
@@ -245,7 +274,7 @@ def test_rings_fit(stored, arch):
         total = shape.up_shared_bytes + shape.down_shared_bytes
         limit = arch.shared_bytes_of_block - (4096 if chosen.inline_pairs else 512)
         assert max(shape.up_shared_bytes, shape.down_shared_bytes) <= limit
-        if arch == HOPPER and chosen.inline_pairs:
+        if chosen.shares_multiprocessor:
             assert total <= arch.shared_bytes_of_block - 2 * 4096
         assert shape.up.stages >= 2
 
@@ -262,11 +291,11 @@ def test_what_is_not_read_is_said():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", INT4, ids=lambda stored: f"{stored.format.name}-{stored.scale_dtype}")
+@pytest.mark.parametrize("stored", STORED, ids=name_of)
 def test_every_format_compiles_without_spills(stored, dtype, arch):
     (its_arch,) = (each for each in ARCHITECTURES if each.name == arch)
     for num_tokens in TOKENS:
-        chosen = regime(Load.of(num_tokens, 8, 16), 704, its_arch)
+        chosen = regime(Load.of(num_tokens, 8, 16), 704, its_arch, has_codes=True)
         activation, sizes = MoEActivation.GELU_TANH, (16, 2816, 704, 8)
         both = {"gate_up_stored": stored, "down_stored": stored}
         shape = shape_of(chosen, dtype, torch.int64, activation, *sizes, arch=its_arch, **both)

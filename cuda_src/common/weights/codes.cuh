@@ -1,0 +1,144 @@
+// Quantised weights: packed codes, of which a codec makes operands, exactly, and what multiplies them.
+//
+// Codes   A row is 4-byte words of neighbouring codes, in memory and in a stage; its depth is padded to a multiple of 32. Of 8
+//         codes c0..c7 of 4 bits nibble j of a word's low half is c[2j], of its high half c[2j + 1]; 4 codes of 8 bits are the
+//         bytes c0, c2, c1, c3: a shift and a mask are a pair of codes 16 bits apart.
+// Step    64 k of 16 rows come by one ldmatrix where codes have 4 bits. A pack is 32 codes of a row, and a lane gets word
+//         lane % 4 of four packs: its own row's, that of the row 8 further, and of both the next. A word is 8 neighbouring k of a
+//         row, as a fragment is. Of 8 bits a step is 32 k, and a lane loads its 8 codes of each of its rows.
+// Groups  Scales of groups multiply sums of 32 k in fp32, so that no weight is rounded. Of groups of 16 they multiply the weights,
+//         which the codec does, exactly, as it takes zero points away.
+// Rows    With HAS_ROW_SCALES a finished sum is multiplied by the scale of its row (consumer.cuh).
+#pragma once
+#include "../stream/stage.cuh"
+#if GROUP
+#include "groups.cuh"
+#endif
+
+static_assert(!TRANSPOSED && !WHOLE_ROWS && BLOCK_K % 64 == 0, "TRANSPOSED, WHOLE_ROWS, BLOCK_K");
+static_assert(GROUP == 0 || GROUP == 16 && WEIGHTS == E2M1 || GROUP == 32 || GROUP == 64 || GROUP == 128, "GROUP");
+
+#define SCALES_SUMS (GROUP >= 32)  // and not the weights
+
+struct Weights {
+    static constexpr u32 kOfPack = 128 / Codec::kBits, kStep = 256 / Codec::kBits, kOfRowScale = Codec::kOfRowScale;
+
+#if GROUP
+    typedef GroupValues<sizeof(SCALE_SCALAR)> Scales;
+#else
+    typedef NoValues Scales;
+#endif
+#if HAS_ZEROS
+    typedef GroupValues<1> Zeros;
+#else
+    typedef NoValues Zeros;
+#endif
+
+    static __device__ __forceinline__ constexpr u64 bytes(u64 k) { return (k + 31) / 32 * (4 * Codec::kBits); }
+
+    // The rows that are loaded together, of 8 a pack or of 4 a pair of packs, then begin in different banks: a row is kSame times
+    // an odd number of those.
+    static __device__ __forceinline__ constexpr u32 swap_of_row(u32 row) {
+        constexpr u32 kTogether = Codec::kBits == 4 ? 8 : 4, kUnit = 8 / kTogether, kUnits = BLOCK_K / kOfPack / kUnit;
+        constexpr u32 kSame = kUnits % kTogether == 0 ? kTogether : kUnits & -kUnits;
+        return row % kTogether / (kTogether / kSame) * kUnit;
+    }
+
+    // 32 k of 16 rows for each of ROW_BLOCKS.
+    struct Operands {
+        Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
+        float low_scales[ROW_BLOCKS], high_scales[ROW_BLOCKS];
+
+        // sums += block b times 8 tokens; of a group sums of their own first, which the scales of the two rows multiply.
+        __device__ __forceinline__ void multiply_by(Fragment tokens, int b, float (&sums)[4]) const {
+            if constexpr (!SCALES_SUMS) {
+                multiply(sums, low[b], high[b], tokens, scalar_t());
+            } else {
+                float of_group[4] = {};
+                multiply(of_group, low[b], high[b], tokens, scalar_t());
+#pragma unroll
+                for (int i = 0; i < 4; i++) sums[i] = fma_rn(of_group[i], i < 2 ? low_scales[b] : high_scales[b], sums[i]);
+            }
+        }
+    };
+
+    // Codes as they are stored: of each block of rows two words of the low rows and two of the high.
+    struct Step {
+        const Weights& weights;
+        u32 stage, k, more;
+        u32 low_words[ROW_BLOCKS][2], high_words[ROW_BLOCKS][2];
+
+        __device__ __forceinline__ Operands operands(int part) const {
+            Operands operands;
+            u32 of_part = more + part * 32;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) {
+                u32 low = weights.row_of_group + b * 16, high = low + 8;
+                operands.low[b] = Codec::fragment(low_words[b][part], low_words[b][1], of_group(low, of_part), scalar_t());
+                operands.high[b] = Codec::fragment(high_words[b][part], high_words[b][1], of_group(high, of_part), scalar_t());
+#if SCALES_SUMS
+                operands.low_scales[b] = to_float(scale<SCALE_SCALAR>(low, of_part));
+                operands.high_scales[b] = to_float(scale<SCALE_SCALAR>(high, of_part));
+#endif
+            }
+            return operands;
+        }
+
+#if GROUP
+        template <typename T> __device__ __forceinline__ T scale(u32 row, u32 of_part) const {
+            return load_shared<T>(stage + FIRST_SCALE + row * Scales::kStageRowBytes + Scales::place(k, of_part));
+        }
+#endif
+
+        // What the codec wants to know of the group of this lane's 8 codes.
+        __device__ __forceinline__ u32 of_group(u32 row, u32 of_part) const {
+#if HAS_ZEROS
+            return load_shared<unsigned char>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, of_part));
+#elif GROUP == 16
+            return scale<unsigned char>(row, of_part + threadIdx.x % 4 / 2 * 16);
+#else
+            return 8;  // the zero of codes that have none of their own
+#endif
+        }
+    };
+
+    u32 first_row, row_of_group, k_warp;  // the first row of 16 that this lane loads from, and that it has the groups of
+    u32 first_pack, swap;                 // in a row
+
+    __device__ __forceinline__ Weights(Place place, u32 lane) : k_warp(place.k_warp) {
+        u32 first = place.row_warp * (ROW_BLOCKS * 16);
+        row_of_group = first + lane / 4;
+        first_row = first + (Codec::kBits == 4 ? lane % 16 : lane / 4);
+        first_pack = place.k_warp * 2 + (Codec::kBits == 4 ? lane / 16 : lane % 4 / 2);
+        swap = swap_of_row(Codec::kBits == 4 ? lane % 8 : lane / 4);
+    }
+
+    // Both leave no registers to spill: each group of tokens in flight has sums of its own.
+    static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (LOW_RANK ? 3 : 2) : 3;
+
+    static __device__ __forceinline__ constexpr int unrolled_steps(int groups) {
+        return groups * ROW_BLOCKS > 4 || INLINE_PAIRS && GROUP == 16 ? 1 : 128 / kStep;
+    }
+
+    // Step s of a stage, which begins at k.
+    __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
+        Step step = {*this, stage, k, (s * K_WARPS + k_warp) * kStep};
+        u32 from = stage + first_row * WEIGHT_ROW_BYTES + ((first_pack + s * K_WARPS * 2) ^ swap) * 16;
+#pragma unroll
+        for (int b = 0; b < ROW_BLOCKS; b++, from += 16 * WEIGHT_ROW_BYTES) {
+            if constexpr (Codec::kBits == 4) {
+                u32 words[4];
+                load_matrices(words, from);
+                step.low_words[b][0] = words[0], step.high_words[b][0] = words[1];
+                step.low_words[b][1] = words[2], step.high_words[b][1] = words[3];
+            } else {
+                u32 of_pack = threadIdx.x % 2 * 8;
+                Pack<u32, 2> low = load_shared<Pack<u32, 2>>(from + of_pack);
+                Pack<u32, 2> high = load_shared<Pack<u32, 2>>(from + of_pack + 8 * WEIGHT_ROW_BYTES);
+#pragma unroll
+                for (int i = 0; i < 2; i++) step.low_words[b][i] = low.values[i], step.high_words[b][i] = high.values[i];
+            }
+        }
+        return step;
+    }
+};

@@ -1,0 +1,22 @@
+// Weights of 8 bits with a sign, 4 of exponent and 3 of mantissa, bias 7. There are no infinities; NaN has been refused.
+//
+// Moved to where bf16 (fp16) has exponent and mantissa they are the weight but for the difference of the biases, subnormal weights
+// too. A code is moved from the upper byte of its half.
+#pragma once
+#include "pairs.cuh"
+
+struct Codec {
+    static constexpr u32 kBits = 8, kOfRowScale = 1;
+
+    static __device__ __forceinline__ Fragment fragment(u32 first, u32 second, u32, scalar_t type) {
+        return {pair(first << 8, type), pair(first, type), pair(second << 8, type), pair(second, type)};
+    }
+
+    static __device__ __forceinline__ u32 pair(u32 word, bf16 type) {
+        return mul_pair(digits_of(word >> 4, 0x07f007f0u, word & 0x80008000u), 0x7b807b80u, type);  // 2^120
+    }
+
+    static __device__ __forceinline__ u32 pair(u32 word, fp16 type) {
+        return mul_pair(digits_of(word >> 1, 0x3f803f80u, word & 0x80008000u), 0x5c005c00u, type);  // 2^8
+    }
+};
