@@ -31,6 +31,7 @@ from cupymoe.kernels import (
     raw_read,
     route,
     router_logits,
+    rows_to_fp16,
     sort_by_expert,
     sum_parts,
 )
@@ -50,8 +51,10 @@ HOPPER_ONLY = (
     "experts_outer_wgmma",
     "lora_shrink",
     "lora_outer",
+    "rows_to_fp16",
 )
-"""The sources of the fused backend that need wgmma, or come after one that does (cupymoe/backends/fused.py)."""
+"""The sources of the fused backend that need wgmma, or come before or after one that does
+(cupymoe/backends/fused.py)."""
 
 
 def is_served(source: str, arch: Arch) -> bool:
@@ -131,6 +134,7 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down_wgmma.variant(tile_shape.up_back)
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
+    yield rows_to_fp16.variant(sizes.hidden_size)
     for tile_shape in _coded_tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
         yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
