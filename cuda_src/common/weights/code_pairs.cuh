@@ -148,8 +148,8 @@ template <typename T, typename S> constexpr bool kHolds = true;
 template <> constexpr bool kHolds<bf16, fp16> = false;
 template <typename T> constexpr bool kHolds<T, fp32> = false;
 
-// A scale that multiplies pairs of T. One that T can't hold is a sum of two, high and low: with the product by low rounded and added
-// to that by high, the result is within 0.502 units of its last place, where one rounding is within 0.5.
+// A scale that multiplies pairs of T. One that T can't hold is a sum of two, high and low: with the product by low rounded and
+// added to that by high, the result is within 0.502 units of its last place, where one rounding is within 0.5.
 template <typename T, typename S> struct PairScale {
     u32 high, low;
 
