@@ -38,7 +38,7 @@ typedef SCALAR scalar_t;
 
 struct DownBackGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = INTERMEDIATE;
-    static constexpr bool kDenseTokens = false;
+    static constexpr bool kDenseTokens = false, kScalesSlots = false;
     static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const scalar_t* tokens;
     const int* token_of_slot;

@@ -34,6 +34,7 @@ STREAMED_ADAPTERS = (
 )
 TILES = ("tests/kernels/test_experts_wgmma.py",)
 ADAPTERS = ("tests/kernels/test_experts_wgmma_adapters.py::test_every_slot",)
+CODED_TILES = ("tests/kernels/test_experts_wgmma_codes.py",)
 BIASED_TILES = ("tests/kernels/test_experts_wgmma.py::test_one_transposed_weight_one_bias_and_float16",)
 TRANSPOSED_TILES = ("tests/kernels/test_experts_wgmma.py::test_a_transposed_weight_gives_the_same_bits",)
 OUTER_OF_SLOTS = ("tests/kernels/test_experts_outer_wgmma.py",)
@@ -560,6 +561,48 @@ MUTATIONS = (
         "i / 2 * 4 + half * 2 + i % 2",
         "i / 2 * 4 + i % 2",
         TILES,
+    ),
+    cuda(
+        "the scales of a row's first half of a stage for the second",
+        "common/decoded_weights.cuh",
+        "u32 of_row = (k / GROUP_K",
+        "u32 of_row = (step * BLOCK_K / GROUP_K",
+        CODED_TILES,
+        source="experts_down_wgmma",
+        defines=("WEIGHT_GROUP=32",),
+    ),
+    cuda(
+        "codes that are read where the copy engine would put them without a swizzle",
+        "common/decoded_weights.cuh",
+        "u32 place = (first_pack + pack) ^ lane % 8 / 2;",
+        "u32 place = first_pack + pack;",
+        CODED_TILES,
+        source="experts_down_wgmma",
+        defines=("WEIGHT_CODEC=Int4",),
+    ),
+    cuda(
+        "codes of the tile after the next, which is not shown yet",
+        "common/decoded_weights.cuh",
+        "if (of_tile >= kCodeStages<Gemm>) return;",
+        "",
+        CODED_TILES,
+        source="experts_down_wgmma",
+        defines=("WEIGHT_CODEC=Int4",),
+    ),
+    cuda(
+        "the factor of a slot's number for that of its token",
+        "experts_up_wgmma.cu",
+        "token_factors[token_of_slot[tile.first_slot + slot + half * 8]]",
+        "token_factors[slot + half * 8]",
+        CODED_TILES,
+        defines=("SCALED_TOKENS=1",),
+    ),
+    cuda(
+        "a token's factor twice too large",
+        "rows_to_fp16.cu",
+        "(exponent - 14) << 23",
+        "(exponent - 13) << 23",
+        ("tests/kernels/test_rows_to_fp16.py",),
     ),
     cuda(
         "the bias of the first expert for all in the tiles",

@@ -4,21 +4,24 @@
 //     codes, scales, zero points --copy engine--> ring of CODE_STAGES --producer warps--> weights of a stage --products-->
 //
 // A code stage has of each of BLOCK_N rows 64 bytes of codes, which are CODE_STEPS stages of the other ring, and the 16 bytes of
-// scales (and of zero points) among which are those of these codes. The copy engine brings it CODE_STAGES ahead, across the end of a
-// tile; rows come in the order of plain weights, and what is out of bounds is zeros.
+// scales (and of zero points) among which are those of these codes. The copy engine brings it CODE_STAGES ahead, across the end of
+// a tile; rows come in the order of plain weights, and what is out of bounds is zeros.
 //
 // Scale  A group's multiplies its weights, which are rounded then: within 0.502 units of the last place, as PairScale says. The
 //        scale of a row multiplies the sums of a tile in fp32, so that codes without groups are exact weights.
-// Lanes  A warp decodes every fourth sixteen of rows. Of a row two lanes have 32 k each: eight neighbouring lanes read the same pack
-//        of eight rows and write the same pack, which the swizzles of both rings spread over all banks.
+// fp16   In bf16 that rounding is 0.0015 of an int4 weight, and a call errs by 0.0038 where plain weights err by 0.0029. So the
+//        gate_up projection takes fp16 tokens that rows_to_fp16.cu makes of bf16 ones, and its weights are fp16 too, times
+//        WEIGHT_FACTOR: within 0.0002 of themselves from 2^-20 on, up to 1023. Then a call errs by 0.0032.
+// Lanes  A warp decodes every fourth sixteen of rows. Of a row two lanes have 32 k each: eight neighbouring lanes read the same
+//        pack of eight rows and write the same pack, which the swizzles of both rings spread over all banks.
 //            lane 0..7     8..15       16..23    24..31
 //            row  0..7     0..7        8..15     8..15
 //            k    0..31    32..63      0..31     32..63
 // Alone  A cluster would share nothing but codes, which are the smaller part of a stage: a lone block of 256 slots x 176 rows has
 //        as little to load for a product as two blocks that share bf16. So BLOCKS is 1.
 //
-// Includers define WEIGHT_CODEC (of code_pairs.cuh), WEIGHT_GROUP (k that share a scale; 0: none), SCALE_SCALAR (of group scales; any
-// where there are none), HAS_ZEROS, HAS_ROW_SCALES and CODE_STAGES, and what expert_tiles.cuh wants.
+// Includers define WEIGHT_CODEC (of code_pairs.cuh), WEIGHT_GROUP (k that share a scale; 0: none), SCALE_SCALAR (of group scales;
+// any where there are none), HAS_ZEROS, HAS_ROW_SCALES and CODE_STAGES, and what expert_tiles.cuh wants.
 #pragma once
 #include "expert_tiles.cuh"
 #include "weights/code_pairs.cuh"
@@ -49,7 +52,7 @@ static_assert(CODE_STAGES >= 2, "a code stage is filled while another is decoded
 #define ROW_SCALES_PARAMETER , const float* row_scales
 #define WEIGHTS(MAP, ADAPTER) CodedWeights{MAP, SCALES_MAP, ZEROS_MAP, row_scales}
 
-typedef WEIGHT_CODEC<SCALAR> Codec;
+typedef WEIGHT_CODEC<OPERAND> Codec;
 
 #define CODE_ROW_BYTES 64
 #define SCALE_ROW_BYTES 16
@@ -62,7 +65,7 @@ typedef WEIGHT_CODEC<SCALAR> Codec;
 #define CODE_RING_BYTES (CODE_STAGES * (CODE_BYTES + SCALE_BYTES + ZERO_BYTES))
 #define DECODING_WARPS (PRODUCER_THREADS / 32)
 static_assert(WEIGHT_GROUP % 16 == 0, "eight codes share a scale");
-static_assert(WEIGHT_GROUP >= CODE_K || CODE_K / GROUP_K * sizeof(SCALE_SCALAR) <= SCALE_ROW_BYTES, "one pack has a stage's scales");
+static_assert(WEIGHT_GROUP >= CODE_K || CODE_K / GROUP_K * sizeof(SCALE_SCALAR) <= SCALE_ROW_BYTES, "a stage's scales are a pack");
 static_assert(WEIGHT_GROUP > 0 || !HAS_ZEROS, "zero points are of groups");
 
 // The ring of code stages: codes, then the scales of each stage and its zero points, then barriers for filled and for emptied.
@@ -101,7 +104,7 @@ __device__ __forceinline__ void decode_stage(const CodeRing& ring, u32 code_stag
         const unsigned char* codes_of_row = ring.codes(code_stage) + row * CODE_ROW_BYTES;
         const unsigned char* scales_of_row = ring.scales(code_stage) + row * SCALE_ROW_BYTES;
         u32 to = weights + row * ROW_BYTES + (half * 4 ^ lane % 8) * 16;  // of the first eight: the others' differ in two bits
-        PairScale<SCALAR, SCALE_SCALAR> scale;
+        PairScale<OPERAND, SCALE_SCALAR> scale;
         u32 zero = HAS_ZEROS ? scales_of_row[SCALE_BYTES + k / GROUP_K % SCALE_ROW_BYTES] : 8;
 #pragma unroll
         for (int pack = 0; pack < kPacks; pack++) {
@@ -112,9 +115,11 @@ __device__ __forceinline__ void decode_stage(const CodeRing& ring, u32 code_stag
                 u32 eight = pack * kEightsOfPack + i;
                 if (WEIGHT_GROUP && eight % kEightsOfScale == 0) {  // and not both before, for registers
                     u32 of_row = (k / GROUP_K + eight / kEightsOfScale) % kScalesOfRow;
-                    scale.set(reinterpret_cast<const SCALE_SCALAR*>(scales_of_row)[of_row]);
+                    SCALE_SCALAR stored = reinterpret_cast<const SCALE_SCALAR*>(scales_of_row)[of_row];
+                    if constexpr (WEIGHT_FACTOR == 1) scale.set(stored);
+                    else scale.set(to_float(stored) * WEIGHT_FACTOR);
                 }
-                Pack<u32, 4> pairs = Codec::eight(codes.values + i * kPacks, Int4<SCALAR>::minus(zero));
+                Pack<u32, 4> pairs = Codec::eight(codes.values + i * kPacks, Int4<OPERAND>::minus(zero));
 #pragma unroll
                 for (int j = 0; j < 4; j++) pairs.values[j] = WEIGHT_GROUP ? scale.times(pairs.values[j]) : pairs.values[j];
                 store_pack(reinterpret_cast<u32*>(block_memory + (to ^ eight * 16)), pairs);
@@ -215,8 +220,8 @@ struct CodedWeights {
                     if (leader) {
                         arrive_expecting(pipeline.filled(turn.stage), (tile.slots + 63) / 64 * 64 * ROW_BYTES);
                         for (int slot = 0; slot < tile.slots; slot += 64) {
-                            copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K, tile.first_slot + slot,
-                                     pipeline.filled(turn.stage));
+                            copy_box(pipeline.tokens(turn.stage) + slot * ROW_BYTES, gemm.token_map, step * BLOCK_K,
+                                     tile.first_slot + slot, pipeline.filled(turn.stage));
                         }
                     }
                     __syncwarp();

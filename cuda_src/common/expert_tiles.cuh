@@ -33,7 +33,7 @@
 // A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
 // where a slot's token row is, kBoxes and box_start() of a part, prefetch_inputs(), which brings near what the store of a tile will
 // load, and store(), which gets the sums of 16 slots a warp. Where there is a bias, also bias and weight_row(), which says what the
-// map brings where.
+// map brings where. With kScalesSlots scale() multiplies a slot's sums by what was taken out of its token row.
 #pragma once
 #include "cluster.cuh"
 #include "ring.cuh"
@@ -96,6 +96,10 @@ struct Adapter {
 #define DENSE_ADAPTER Adapter{}
 #endif
 
+#ifndef OPERAND
+#define OPERAND SCALAR   // what products multiply
+#define WEIGHT_FACTOR 1  // of decoded weights
+#endif
 #ifndef WEIGHT_CODEC  // else decoded_weights.cuh says so
 #define CODED_MAPS
 #define ROW_SCALES_PARAMETER
@@ -429,7 +433,7 @@ __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pi
 #pragma unroll
                 for (int i = 0; i < kProducts; i++) {
                     u32 of_slots = k * 2 + i * (SLOT_GROUPS * 64 * ROW_BYTES / 16);
-                    multiply_tiles(sums[i], a + of_slots, b + k * NEXT_16_K_OF_B, step > 0 || k > 0, SCALAR());
+                    multiply_tiles(sums[i], a + of_slots, b + k * NEXT_16_K_OF_B, step > 0 || k > 0, OPERAND());
                 }
             }
             commit_products();
@@ -438,6 +442,10 @@ __device__ __forceinline__ void multiply_tile(TileSums& sums, const Pipeline& pi
         if (lane < BLOCKS) arrive_in(pipeline.emptied(turn.stage), lane);
     }
 }
+
+// Of a product's 64 slots the first of the two, 8 apart, that this lane has sums of. A function of it would be other machine code.
+#define FIRST_SLOT(PRODUCT, SLOT_GROUP) \
+    ((PRODUCT) * SLOT_GROUPS + (SLOT_GROUP)) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4
 
 template <class Gemm, class Weights>
 __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Weights& weights, const Pipeline& pipeline) {
@@ -460,6 +468,12 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Weights& we
         else if (products == 2) multiply_tile<2, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
         else if (products == 1) multiply_tile<1, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
         else multiply_tile<0, Gemm, Weights>(sums, pipeline, turn, slot_group, row_group);
+        if constexpr (Gemm::kScalesSlots) {
+#pragma unroll
+            for (int i = 0; i < PRODUCTS; i++) {
+                if (i < products) gemm.scale(sums[i], tile, FIRST_SLOT(i, slot_group));
+            }
+        }
         if constexpr (Weights::kScalesRows) {
             if (products > 0) {
                 combine_with_rows(gemm, weights.row_scales, sums, tile.expert, part, [](float& sum, float scale) { sum *= scale; });
@@ -473,7 +487,7 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const Weights& we
 #pragma unroll
         for (int i = 0; i < PRODUCTS; i++) {
             if (i >= products) continue;
-            int slot = (i * SLOT_GROUPS + slot_group) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+            int slot = FIRST_SLOT(i, slot_group);
             gemm.store(tile, slot, part, sums[i]);
         }
     }

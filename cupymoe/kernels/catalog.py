@@ -33,6 +33,7 @@ from cupymoe.kernels import (
     raw_read,
     route,
     router_logits,
+    rows_to_fp16,
     sort_by_expert,
     sum_parts,
 )
@@ -55,8 +56,10 @@ HOPPER_ONLY = (
     "lora_shrink",
     "lora_outer",
     "lora_back",
+    "rows_to_fp16",
 )
-"""The sources of the fused backend that need wgmma, or come after one that does (cupymoe/backends/fused.py)."""
+"""The sources of the fused backend that need wgmma, or come before or after one that does
+(cupymoe/backends/fused.py)."""
 
 
 def is_served(source: str, arch: Arch) -> bool:
@@ -143,9 +146,11 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down_wgmma.variant(tile_shape.up_back)
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
+    yield rows_to_fp16.variant(sizes.hidden_size)
     for tile_shape in _coded_tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
-        yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
+        if tile_shape.gate_up_codes.format == "int4_g32":
+            yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
         yield experts_down_wgmma.variant(tile_shape)
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):
@@ -290,12 +295,13 @@ def _tile_shapes() -> Iterator[TileShape]:
 
 
 def _coded_tile_shapes() -> Iterator[TileShape]:
-    """Each cut with each codec at Gemma 4's sizes, int4 with each dtype of its scales, one with biases."""
+    """Each cut and codec at Gemma 4's sizes, int4 with each dtype of its scales, int8 with biases, two in float16."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     codes = [Codes("int4_g32", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    codes += [Codes("int4_g64_zero", torch.bfloat16), Codes("int8"), Codes("fp8"), Codes("fp8_g128", torch.float32)]
-    codes += [Codes("nvfp4", torch.float8_e4m3fn), Codes("mxfp4", torch.float8_e8m0fnu)]
-    for cut, each, dtype in product(CUTS, codes, (torch.bfloat16, torch.float16)):
+    codes += [Codes("nvfp4", torch.float8_e4m3fn), Codes("int4_g64_zero", torch.bfloat16), Codes("int8"), Codes("fp8")]
+    codes += [Codes("fp8_g128", torch.float32), Codes("mxfp4", torch.float8_e8m0fnu)]
+    kinds = [(each, torch.bfloat16) for each in codes] + [(each, torch.float16) for each in codes[2:4]]
+    for cut, (each, dtype) in product(CUTS, kinds):
         yield tile_shape_of(
             *cut,
             dtype,

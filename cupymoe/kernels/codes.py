@@ -16,6 +16,7 @@ SCALE_ROW_BYTES = 16
 """Of the scales of a row, and of its zero points."""
 
 _CODECS = {"int4": "Int4", "int8": "Int8", "e4m3": "E4m3", "e2m1": "E2m1"}
+_ROUNDED_CODES = ("int4", "e4m3")  # times scales of 8 bits and more; e2m1 times its scales of 8 bits fits
 _SCALE_SCALARS = {**SCALARS, torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
@@ -58,6 +59,11 @@ class Codes(NamedTuple):
     def has_zeros(self) -> bool:
         """Whether groups have zero points."""
         return not self.are_plain and FORMATS[self.format].has_zeros
+
+    @property
+    def rounds_bf16(self) -> bool:
+        """Whether decoded weights have more bits than bfloat16, so that they are float16 where tokens can be."""
+        return self.has_scales and FORMATS[self.format].codes in _ROUNDED_CODES
 
     @property
     def maps(self) -> int:

@@ -192,6 +192,11 @@ class TileShape:
     down_codes: Codes = PLAIN_CODES
 
     @property
+    def scales_tokens(self) -> bool:
+        """Whether the gate_up projection multiplies what :mod:`cupymoe.kernels.rows_to_fp16` makes of the tokens."""
+        return self.dtype == torch.bfloat16 and self.gate_up_codes.rounds_bf16
+
+    @property
     def gate_up_rows(self) -> int:
         """Weight rows of an expert's gate_up projection."""
         return self.activation.input_size(self.intermediate_size)

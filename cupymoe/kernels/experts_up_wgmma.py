@@ -12,6 +12,7 @@ from cupymoe.kernels.codes import Scales, coded_maps
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.rows_to_fp16 import rows_to_fp16
 from cupymoe.kernels.sort_by_expert import SortedPairs
 from cupymoe.kernels.tensor_map import tensor_map
 
@@ -32,6 +33,7 @@ def variant(shape: TileShape) -> Variant:
             f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
             f"LOW_RANK={shape.gate_up_rank}",
             *shape.gate_up_codes.defines(),
+            *(("SCALED_TOKENS=1",) if shape.scales_tokens else ()),
         ),
     )
 
@@ -119,6 +121,7 @@ def experts_up_wgmma(
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
     run, blocks = _plan(shape, device)
+    narrowed = rows_to_fp16(hidden_states) if shape.scales_tokens else None
     run(
         blocks,
         THREADS,
@@ -126,7 +129,7 @@ def experts_up_wgmma(
         *_weight_maps(gate_up_proj, shape, scales),
         *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
         *(() if adapter is None else (adapter.low.data_ptr(),)),
-        hidden_states.data_ptr(),
+        (hidden_states if narrowed is None else narrowed.rows).data_ptr(),
         pairs.expert_offsets.data_ptr(),
         pairs.token_of_slot.data_ptr(),
         pairs.tickets.data_ptr(),
@@ -134,5 +137,6 @@ def experts_up_wgmma(
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
         *(() if scales is None else (scales.row_scales_address,)),
+        *(() if narrowed is None else (narrowed.factors.data_ptr(),)),
     )
     return intermediate

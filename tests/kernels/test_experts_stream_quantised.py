@@ -10,7 +10,7 @@ import torch
 
 from cupymoe import MoEActivation, reference
 from cupymoe.kernels import experts_down, experts_up, sort_by_expert
-from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, HOPPER, Arch
+from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, Arch
 from cupymoe.kernels.combine import combine_workspace
 from cupymoe.kernels.expert_stream import Tile, new_workspace, regime, shape_of
 from cupymoe.kernels.load import Load

@@ -125,7 +125,7 @@ def test_hopper_alone_has_the_tiles():
     everywhere = tuple(arch.name for arch in ARCHITECTURES)
     hopper = {name for name in cuda_sources.names() if catalog.architectures(name) != everywhere}
     training = {"experts_down_back_wgmma", "experts_outer_wgmma", "sum_parts", "lora_shrink", "lora_outer", "lora_back"}
-    assert hopper == {"experts_up_wgmma", "experts_down_wgmma"} | training
+    assert hopper == {"experts_up_wgmma", "experts_down_wgmma", "rows_to_fp16"} | training
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
 
 

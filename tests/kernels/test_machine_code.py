@@ -89,6 +89,7 @@ FRESH_FROM = {
     "plan_experts": "ACQBULK",
     "route": "ACQBULK",
     "router_logits": "ACQBULK",
+    "rows_to_fp16": "ACQBULK",
     "sort_by_expert": "ACQBULK",
 }
 

@@ -1,8 +1,8 @@
 // Codes of quantised weights as bf16 or fp16, two at a time and exactly: masks and shifts put the bits of two codes where they are
 // those of two numbers, and a sum or a product makes these the codes' values.
 //
-// Eight neighbouring codes of a row are one word of 4-bit codes, in which (word >> 4 j) & 0x000f000f is the pair (c[2 j], c[2 j + 1]),
-// or two words of 8-bit codes, in each of which (word >> 8 j) & 0x00ff00ff is such a pair (cupymoe/weights/pack.py).
+// Eight neighbouring codes of a row are one word of 4-bit codes, in which (word >> 4 j) & 0x000f000f is the pair (c[2 j],
+// c[2 j + 1]), or two words of 8-bit codes, in each of which (word >> 8 j) & 0x00ff00ff is such a pair (cupymoe/weights/pack.py).
 //
 // A codec gives kBits, of a code, and eight(words, minus_zero): the values of eight codes from c[0] on, two a word. Only Int4 reads
 // minus_zero: what minus() gives for the group's zero point, or for 8 where there are none.
@@ -148,8 +148,8 @@ template <typename T, typename S> constexpr bool kHolds = true;
 template <> constexpr bool kHolds<bf16, fp16> = false;
 template <typename T> constexpr bool kHolds<T, fp32> = false;
 
-// A scale that multiplies pairs of T. One that T can't hold is a sum of two, high and low: with the product by low rounded and added to
-// that by high, the result is within 0.504 units of its last place, where one rounding is within 0.5.
+// A scale that multiplies pairs of T. One that T can't hold is a sum of two, high and low: with the product by low rounded and
+// added to that by high, the result is within 0.502 units of its last place, where one rounding is within 0.5.
 template <typename T, typename S> struct PairScale {
     u32 high, low;
 
