@@ -46,12 +46,12 @@ from cupymoe.kernels.load import Load
 HOPPER_ONLY = (
     "experts_up_wgmma",
     "experts_down_wgmma",
-    "rows_to_fp16",
     "experts_down_back_wgmma",
     "sum_parts",
     "experts_outer_wgmma",
     "lora_shrink",
     "lora_outer",
+    "rows_to_fp16",
 )
 """The sources of the fused backend that need wgmma, or come before or after one that does
 (cupymoe/backends/fused.py)."""
