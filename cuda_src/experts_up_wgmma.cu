@@ -82,7 +82,7 @@ struct UpGemm {
         return {k, 0, (int)part * (int)(kColumns / 8), expert};
     }
 
-    // Of rows slot and slot + 8, by what rows_to_fp16 and decode_stage() took out of tokens and weights.
+    // Of rows slot and slot + 8, by what rows_to_fp16 and Decoder took out of tokens and weights.
     __device__ __forceinline__ void scale(float (&sums)[SUMS], const Tile& tile, int slot) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {

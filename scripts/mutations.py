@@ -565,8 +565,8 @@ MUTATIONS = (
     cuda(
         "the scales of a row's first half of a stage for the second",
         "common/decoded_weights.cuh",
-        "u32 of_row = (k / GROUP_K",
-        "u32 of_row = (step * BLOCK_K / GROUP_K",
+        "u32 of_row = k / GROUP_K",
+        "u32 of_row = step * BLOCK_K / GROUP_K",
         CODED_TILES,
         source="experts_down_wgmma",
         defines=("WEIGHT_GROUP=32",),
@@ -574,7 +574,7 @@ MUTATIONS = (
     cuda(
         "codes that are read where the copy engine would put them without a swizzle",
         "common/decoded_weights.cuh",
-        "u32 place = (first_pack + pack) ^ lane % 8 / 2;",
+        "u32 place = (first_pack + pack) ^ row % 8 / 2;",
         "u32 place = first_pack + pack;",
         CODED_TILES,
         source="experts_down_wgmma",

@@ -64,6 +64,7 @@ typedef WEIGHT_CODEC<OPERAND> Codec;
 #define ZERO_BYTES (HAS_ZEROS * BLOCK_N * SCALE_ROW_BYTES)
 #define CODE_RING_BYTES (CODE_STAGES * (CODE_BYTES + SCALE_BYTES + ZERO_BYTES))
 #define DECODING_WARPS (PRODUCER_THREADS / 32)
+#define SPARE_BYTES ((64 - BLOCK_N % 64) % 64 * (CODE_BYTES + SCALE_BYTES + ZERO_BYTES) / BLOCK_N)  // behind the ring, see Decoder
 static_assert(WEIGHT_GROUP % 16 == 0, "eight codes share a scale");
 static_assert(WEIGHT_GROUP >= CODE_K || CODE_K / GROUP_K * sizeof(SCALE_SCALAR) <= SCALE_ROW_BYTES, "a stage's scales are a pack");
 static_assert(WEIGHT_GROUP > 0 || !HAS_ZEROS, "zero points are of groups");
@@ -93,44 +94,73 @@ struct CodeTurn {
     }
 };
 
-// Decodes what is this lane's of a stage, 32 k of a row of every fourth sixteen, to weights, counted from block_memory.
-__device__ __forceinline__ void decode_stage(const CodeRing& ring, u32 code_stage, u32 step, u32 weights) {
-    constexpr u32 kPacks = Codec::kBits / 4, kEightsOfPack = 4 / kPacks;  // of 16 bytes of codes, in 32 k
-    constexpr u32 kEightsOfScale = WEIGHT_GROUP == 16 ? 2 : 4, kScalesOfRow = SCALE_ROW_BYTES / sizeof(SCALE_SCALAR);
-    u32 lane = threadIdx.x % 32, half = lane / 8 % 2, warp = (threadIdx.x - CONSUMER_THREADS) / 32;
-    u32 k = step * BLOCK_K + half * 32, first_pack = (step % CODE_STEPS * 2 + half) * kPacks;
-#pragma unroll 1  // for its registers: three rounds at once spill
-    for (u32 row = warp * 16 + lane / 16 * 8 + lane % 8; row < BLOCK_N; row += DECODING_WARPS * 16) {
-        const unsigned char* codes_of_row = ring.codes(code_stage) + row * CODE_ROW_BYTES;
-        const unsigned char* scales_of_row = ring.scales(code_stage) + row * SCALE_ROW_BYTES;
-        u32 to = weights + row * ROW_BYTES + (half * 4 ^ lane % 8) * 16;  // of the first eight: the others' differ in two bits
-        PairScale<OPERAND, SCALE_SCALAR> scale;
-        u32 zero = HAS_ZEROS ? scales_of_row[SCALE_BYTES + k / GROUP_K % SCALE_ROW_BYTES] : 8;
+// What this lane decodes of a stage, 32 k of a row of every fourth sixteen, a round each: loaded, and later decoded. As one warp a
+// scheduler has nothing else to do while it waits for shared memory, loads of kAtOnce rounds wait together, and kEarly those of the
+// first while the stage's tokens are ordered; where there are registers for it.
+template <class Gemm> struct Decoder {
+    static constexpr u32 kRounds = (BLOCK_N / 16 + DECODING_WARPS - 1) / DECODING_WARPS, kRoundRows = DECODING_WARPS * 16;
+    static constexpr u32 kPacks = Codec::kBits / 4, kEightsOfPack = 4 / kPacks;  // of 16 bytes of codes, in 32 k
+    static constexpr u32 kScales = WEIGHT_GROUP == 16 ? 2 : 1, kScalesOfRow = SCALE_ROW_BYTES / sizeof(SCALE_SCALAR);
+    static constexpr bool kEarly = Gemm::kDenseTokens || PRODUCER_REGISTERS > 56 && !HAS_ZEROS;
+    static constexpr u32 kAtOnce = Gemm::kDenseTokens || kEarly && kPacks == 1 ? kRounds : 1;
+    u32 row, half;  // of the first round
+    Pack<u32, 4> codes[kAtOnce][kPacks];
+    Pack<SCALE_SCALAR, kScales> scales[kAtOnce];
+    u32 zeros[kAtOnce];
+
+    __device__ __forceinline__ Decoder() {
+        u32 lane = threadIdx.x % 32;
+        row = (threadIdx.x - CONSUMER_THREADS) / 32 * 16 + lane / 16 * 8 + lane % 8;
+        half = lane / 8 % 2;
+    }
+
+    // Where the last round has no rows for a warp it loads what lies behind, up to SPARE_BYTES: a branch would take registers.
+    __device__ __forceinline__ void load(const CodeRing& ring, u32 code_stage, u32 step, u32 first_round) {
+        u32 k = step * BLOCK_K + half * 32, first_pack = (step % CODE_STEPS * 2 + half) * kPacks;
 #pragma unroll
-        for (int pack = 0; pack < kPacks; pack++) {
-            u32 place = (first_pack + pack) ^ lane % 8 / 2;  // by the engine's swizzle of 64 bytes
-            Pack<u32, 4> codes = load_pack<u32, 4>(reinterpret_cast<const u32*>(codes_of_row + place * 16));
+        for (int i = 0; i < kAtOnce; i++) {
+            u32 of_round = row + (first_round + i) * kRoundRows;
+            const unsigned char* codes_of_row = ring.codes(code_stage) + of_round * CODE_ROW_BYTES;
+            const unsigned char* scales_of_row = ring.scales(code_stage) + of_round * SCALE_ROW_BYTES;
 #pragma unroll
-            for (int i = 0; i < kEightsOfPack; i++) {
-                u32 eight = pack * kEightsOfPack + i;
-                if (WEIGHT_GROUP && eight % kEightsOfScale == 0) {  // and not both before, for registers
-                    u32 of_row = (k / GROUP_K + eight / kEightsOfScale) % kScalesOfRow;
-                    SCALE_SCALAR stored = reinterpret_cast<const SCALE_SCALAR*>(scales_of_row)[of_row];
+            for (int pack = 0; pack < kPacks; pack++) {
+                u32 place = (first_pack + pack) ^ row % 8 / 2;  // by the engine's swizzle of 64 bytes
+                codes[i][pack] = load_pack<u32, 4>(reinterpret_cast<const u32*>(codes_of_row + place * 16));
+            }
+            u32 of_row = k / GROUP_K % kScalesOfRow * sizeof(SCALE_SCALAR);
+            if (WEIGHT_GROUP) scales[i] = *reinterpret_cast<const Pack<SCALE_SCALAR, kScales>*>(scales_of_row + of_row);
+            zeros[i] = HAS_ZEROS ? scales_of_row[SCALE_BYTES + k / GROUP_K % SCALE_ROW_BYTES] : 8;
+        }
+    }
+
+    // What is loaded, to a stage's weights, counted from block_memory.
+    __device__ __forceinline__ void decode(u32 weights, u32 first_round) const {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            u32 of_round = row + (first_round + i) * kRoundRows;
+            if (BLOCK_N % kRoundRows && of_round >= BLOCK_N) continue;
+            u32 to = weights + of_round * ROW_BYTES + (half * 4 ^ row % 8) * 16;  // of the first eight: others differ in 2 bits
+            PairScale<OPERAND, SCALE_SCALAR> scale;
+#pragma unroll
+            for (int eight = 0; eight < 4; eight++) {
+                if (WEIGHT_GROUP && eight % (4 / kScales) == 0) {
+                    SCALE_SCALAR stored = scales[i].values[eight * kScales / 4];
                     if constexpr (WEIGHT_FACTOR == 1) scale.set(stored);
                     else scale.set(to_float(stored) * WEIGHT_FACTOR);
                 }
-                Pack<u32, 4> pairs = Codec::eight(codes.values + i * kPacks, Int4<OPERAND>::minus(zero));
+                const u32* words = codes[i][eight / kEightsOfPack].values + eight % kEightsOfPack * kPacks;
+                Pack<u32, 4> pairs = Codec::eight(words, Int4<OPERAND>::minus(zeros[i]));
 #pragma unroll
                 for (int j = 0; j < 4; j++) pairs.values[j] = WEIGHT_GROUP ? scale.times(pairs.values[j]) : pairs.values[j];
                 store_pack(reinterpret_cast<u32*>(block_memory + (to ^ eight * 16)), pairs);
             }
         }
     }
-}
+};
 
 // What multiply_experts() wants of weights, see PlainWeights.
 struct CodedWeights {
-    static constexpr u32 kRingBytes = CODE_RING_BYTES + CODE_STAGES * 16, kShowings = 1;
+    static constexpr u32 kRingBytes = CODE_RING_BYTES + CODE_STAGES * 16 + SPARE_BYTES, kShowings = 1;
     static constexpr bool kScalesRows = HAS_ROW_SCALES, kStored = true;
     template <class Gemm> static constexpr u32 kFillings = DECODING_WARPS + (Gemm::kDenseTokens ? 1 : PRODUCER_THREADS);
     const TensorMap& codes;
@@ -190,6 +220,7 @@ struct CodedWeights {
         Turn turn = {0, 1};
         CodeTurn code_turn = {0, 0};
         u32 ahead = 0;  // of the leader
+        Decoder<Gemm> decoder;
         for (u32 index = 0;; index++) {
             Tile tile = pipeline.tile(index);
             if (scheduler && tile.expert >= 0) take_tile(gemm, schedule, pipeline, index + 1, ticket);
@@ -201,9 +232,19 @@ struct CodedWeights {
                 }
             }
             if (tile.expert < 0) break;
-            auto decode = [&](u32 step) {
+            auto load = [&](u32 step) {
                 if (step % CODE_STEPS == 0) wait_barrier(ring.filled(code_turn.stage), code_turn.parity);
-                decode_stage(ring, code_turn.stage, step, turn.stage * STAGE_BYTES + TOKEN_BYTES);
+                decoder.load(ring, code_turn.stage, step, 0);
+            };
+            auto decode = [&](u32 step) {
+                u32 weights = turn.stage * STAGE_BYTES + TOKEN_BYTES;
+                if (!decoder.kEarly) load(step);
+                decoder.decode(weights, 0);
+#pragma unroll 1
+                for (u32 round = decoder.kAtOnce; round < decoder.kRounds; round += decoder.kAtOnce) {
+                    decoder.load(ring, code_turn.stage, step, round);
+                    decoder.decode(weights, round);
+                }
                 __syncwarp();
                 if (lane == 0) arrive(pipeline.filled(turn.stage));
                 if (leader && step % CODE_STEPS == 0) order_codes(gemm, pipeline, index, step / CODE_STEPS, code_turn, ahead);
@@ -216,6 +257,7 @@ struct CodedWeights {
             if constexpr (Gemm::kDenseTokens) {
 #pragma unroll 1
                 for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
+                    if (decoder.kEarly) load(step);
                     wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                     if (leader) {
                         arrive_expecting(pipeline.filled(turn.stage), (tile.slots + 63) / 64 * 64 * ROW_BYTES);
@@ -231,6 +273,7 @@ struct CodedWeights {
                 RowLoader<Gemm, 8> rows(gemm, tile, thread);
 #pragma unroll 1
                 for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
+                    if (decoder.kEarly) load(step);
                     wait_barrier(pipeline.emptied(turn.stage), turn.parity);
                     rows.load(pipeline.tokens(turn.stage), step, evict_unchanged_policy());  // a new one, for registers
                     arrive_after_copies(pipeline.filled(turn.stage));

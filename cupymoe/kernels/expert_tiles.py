@@ -139,7 +139,8 @@ def tiling(blocks: int, products: int, block_n: int, num_experts: int, code_row_
 
     def ring(code_stages: int) -> tuple[int, int, int]:
         """Stages, stages of codes, and the bytes of these."""
-        code_bytes = code_stages * (block_n * code_row_bytes + 16)
+        spare_rows = -block_n % 64  # that warps load where their last round has none
+        code_bytes = code_stages * (block_n * code_row_bytes + 16) + spare_rows * code_row_bytes
         left = HOPPER.shared_bytes_of_block - tile_bytes - 16 - code_bytes
         return left // (stage_bytes + 16), code_stages, code_bytes
 
