@@ -6,7 +6,7 @@ through random experts, so that already at one token they read 0.5 GB of distinc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ import click
 import torch
 from bench_experts import ERROR_LIMIT
 from bench_peers import (
-    ORACLE_TOKENS,
     Case,
     Contender,
     Inputs,
@@ -38,6 +37,8 @@ BUILD, BUILD_TOKENS = "sm_86", 128
 LAYERS = 4
 CASES = 32
 """Calls in one graph at few tokens; fewer where one reads all experts of a layer."""
+ORACLE_TOKENS = 8
+"""Of a call, whose experts are dequantised to float64."""
 ERROR_LIMITS = {"stream": 0.0030, "tiles": ERROR_LIMIT}
 _NO_ADAPTERS_OR_BIASES = (None,) * 6
 
@@ -85,16 +86,21 @@ def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int) -> lis
     return [Case(number, layers[number], make_inputs(config, tokens, device)) for number in numbers]
 
 
-def oracle(config: Gemma4MoEConfig, weights: QuantizedExperts, inputs: Inputs) -> Oracle:
-    """Some tokens in float64, by the exactly dequantised weights of the experts that they go to."""
+def oracle(config: Gemma4MoEConfig, weights: Iterable[torch.Tensor | QuantizedWeight], inputs: Inputs) -> Oracle:
+    """Some tokens in float64, by the exact weights of the experts that they go to."""
     states, index, routing = inputs
+    gate_up, down = weights
     rows = torch.randperm(len(states), device=states.device)[:ORACLE_TOKENS]
     truth = torch.zeros(len(rows), config.hidden_size, dtype=torch.float64, device=states.device)
     for expert in index[rows].unique().tolist():
-        some = slice(expert, expert + 1)
-        up, down = (weight.dequantize(experts=some) for weight in weights)
+        up, back = (
+            weight.dequantize(experts=slice(expert, expert + 1))
+            if isinstance(weight, QuantizedWeight)
+            else weight[expert : expert + 1].double()
+            for weight in (gate_up, down)
+        )
         local = torch.where(index[rows] == expert, 0, -1)
-        truth += reference.experts(states[rows].double(), up, down, local, routing[rows].double(), config.activation)
+        truth += reference.experts(states[rows].double(), up, back, local, routing[rows].double(), config.activation)
     return Oracle(rows, truth)
 
 
@@ -136,7 +142,7 @@ class Quantised:
             errors[build] = self.bench.error(label, tokens, graphs[build], oracles, ERROR_LIMITS[ways[build]])
         plain = Contender(partial(bf16_call, self.config))
         graphs["bf16"] = capture([plain.bind(case) for case in cases])
-        plain_oracles = [Oracle.of(self.config, case) for case in cases]
+        plain_oracles = [oracle(self.config, case.weights, case.inputs) for case in cases]
         plain_error = self.bench.error("cupymoe:bf16", tokens, graphs["bf16"], plain_oracles)
         ms = time_in_turn(graphs)
         hit = mean_hit_experts(cases)

@@ -11,8 +11,7 @@ from tests.helpers import Experts, no_host_sync, oracle, poison_free_memory, ran
 from tests.weights.test_experts import quantised_case
 
 GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
-STREAMED = ("int4_g32", "int4_g64", "int4_g32_zero")
-TILED = (*STREAMED, "int8", "fp8", "fp8_g128", "nvfp4", "mxfp4")
+FORMATS = ("int4_g32", "int4_g64", "int4_g32_zero", "int8", "fp8", "fp8_g128", "nvfp4", "mxfp4")
 # Group scales multiply the sums of the stream, and the weights of the tiles, which are rounded then: by 0.0017 of
 # themselves in gate, up and down, beside 0.0029 of the intermediate and the output.
 STREAM_ERROR, TILES_ERROR = 0.0030, 0.0042
@@ -47,12 +46,12 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("name", FORMATS)
 def test_who_serves_which_format(on_hopper, name):
     backend, formats = FusedBackend(), (name, name)
     few, many = call_on_cuda(formats), call_on_cuda(formats, num_tokens=900)
     assert backend.unsupported_reason(few) is None
-    assert backend.way(few).startswith("weight stream" if name in STREAMED else "tiles")
+    assert backend.way(few).startswith("weight stream")
     assert backend.way(many).startswith("tiles")
     assert "no gradients beside quantised weights" in backend.unsupported_reason(few, "backward")
 
@@ -72,7 +71,7 @@ def test_what_neither_way_serves_is_named(on_hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 40, 90, 400, 1500])
-@pytest.mark.parametrize("formats", [(name, name) for name in TILED] + [("fp8_g128", "plain"), ("plain", "int4_g32")])
+@pytest.mark.parametrize("formats", [(name, name) for name in FORMATS] + [("fp8_g128", "plain"), ("plain", "int4_g32")])
 def test_every_format_and_way(formats, num_tokens, dtype):
     case, exact = quantised_case(formats, num_tokens, dtype, "cuda", **SIZES)
     case.top_k_index[1::3, 0] = -1
