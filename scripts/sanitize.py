@@ -351,24 +351,47 @@ def run_raw_read() -> None:
     raw_read.raw_read(torch.zeros(4096, dtype=torch.uint8).cuda())
 
 
-# What each tool watches, in parts that processes of their own run side by side.
+def random_weight(name: str, num_experts: int, rows: int, k: int) -> QuantizedWeight:
+    """A weight of a format with codes that are no NaN."""
+    format, of_rows = FORMATS[name], (num_experts, rows)
+    codes = torch.randint(0, min(2**format.bits, 120), (*of_rows, k), dtype=torch.uint8)
+    of_groups = (*of_rows, format.groups(k))
+    scales = (torch.rand(of_groups) + 0.5).to(format.scale_dtypes[0]) if format.group else None
+    zeros = torch.randint(0, 16, of_groups, dtype=torch.uint8) if format.has_zeros else None
+    row_scales = torch.rand(of_rows) / 64 if format.has_row_scales else None
+    return QuantizedWeight.of(format, codes, scales, zeros, row_scales)
+
+
 def run_dequantized() -> None:
     """dequantize.cu: with scales of groups or of rows and zero points, and rows that end inside a word."""
     kinds = (("int4_g32_zero", 96), ("nvfp4", 48), ("mxfp4", 64), ("int8", 41), ("fp8_g128", 200))
     for (name, k), dtype in product(kinds, SCALARS):
-        format, rows = FORMATS[name], (3, 17)
-        codes = torch.randint(0, min(2**format.bits, 120), (*rows, k), dtype=torch.uint8)  # none of them NaN
-        of_groups = (*rows, format.groups(k))
-        scales = (torch.rand(of_groups) + 0.5).to(format.scale_dtypes[0]) if format.group else None
-        zeros = torch.randint(0, 16, of_groups, dtype=torch.uint8) if format.has_zeros else None
-        row_scales = torch.rand(rows) if format.has_row_scales else None
-        weight = QuantizedWeight.of(format, codes, scales, zeros, row_scales)
+        weight = random_weight(name, 3, 17, k)
         expected = weight.dequantize(dtype)
-        assert torch.equal(dequantize(format, k, weight.cuda().tensors(), dtype).cpu(), expected), (
-            f"{name}, {k}, {dtype}"
-        )
+        output = dequantize(weight.format, k, weight.cuda().tensors(), dtype)
+        assert torch.equal(output.cpu(), expected), f"{name}, {k}, {dtype}"
 
 
+QUANTISED = ("int4_g32", "int4_g64_zero", "int8", "fp8_g128", "nvfp4")
+QUANTISED_TOKENS = (1, 30, 60, 100, 200, 300, 600, 900)
+"""Of 64 experts: one for each regime of the stream beside codes, and two cuts of the tiles."""
+
+
+def run_quantised(name: str) -> None:
+    """Both ways of the fused backend on weights of a format."""
+    weights = random_weight(name, 64, 2 * 128, 192), random_weight(name, 64, 192, 128)
+    doubles = [weight.dequantize() for weight in weights]
+    cuda_weights = [weight.cuda() for weight in weights]
+    for tokens in QUANTISED_TOKENS:
+        states, routed = torch.randn(tokens, 192).bfloat16() / 16, masked_routing(tokens, 64)
+        given = [tensor.cuda() for tensor in (states, *routed)]
+        output = fused_experts(given[0], *cuda_weights, *given[1:], activation=MoEActivation.GELU_TANH, backend="fused")
+        truth = reference.experts(states.double(), *doubles, *routed, MoEActivation.GELU_TANH)
+        error = relative_error(output.cpu(), truth)
+        assert error < 0.01, f"{name}, {tokens} tokens: relative error {error:.4f}"
+
+
+# What each tool watches, in parts that processes of their own run side by side.
 SUITE = (
     run_activations,
     run_routing,
@@ -379,6 +402,7 @@ SUITE = (
     run_low_rank_back,
     run_packed_factors,
     run_dequantized,
+    *(partial(run_quantised, name) for name in QUANTISED),
     run_streamed_adapters,
     *(partial(run_build, name) for name in BUILDS),
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),

@@ -64,6 +64,16 @@ def test_a_build_reaches_every_regime(sanitize, monkeypatch, name):
     assert [planned for _, planned in reached].count(False) == 1
 
 
+def test_quantised_calls_reach_every_regime(sanitize):
+    loads = [Load.of(count, sanitize.TOP_K, 64) for count in sanitize.QUANTISED_TOKENS]
+    reached = {None if prefers_tiles(load) else regime(load, 128, has_codes=True) for load in loads}
+    every = {
+        None if prefers_tiles(load) else regime(load, 128, has_codes=True)
+        for load in (Load.of(count, sanitize.TOP_K, 64) for count in range(1, 1000))
+    }
+    assert reached == every
+
+
 def test_training_reaches_both_ways_and_every_cut(sanitize):
     """Kinds of the stream, and cuts of the tiles, by which all gradients go."""
     reached, cuts = set(), set()
