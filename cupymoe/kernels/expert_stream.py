@@ -267,7 +267,8 @@ def regime(
     is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
     if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
-        return inline if is_inline else planned[bisect.bisect_left(_MOST_PAIRS, pairs)]
+        bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
+        return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
     if has_codes:
         *inlines, up_to_4, up_to_8, up_to_16, up_to_32, more = _regimes_of_codes(intermediate_size)
         if is_inline:

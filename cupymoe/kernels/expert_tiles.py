@@ -34,6 +34,9 @@ _MULTIPROCESSORS = 132
 # From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
 # 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
 _TILES_FROM = 32
+# The same where a weight is codes: at 512 tokens of Gemma 4's sizes, 32 pairs of an expert, int4 streams in 369 us and
+# takes 489 by tiles, on an H200; at 1024 tokens 621 and 595.
+_TILES_FROM_OF_CODES = 64
 # (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on for
 # the gate_up projection. Around 256 half of the experts have a few slots too many for one tile of two products. In us,
 # for (1, 2), (1, 3) and (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and
@@ -55,9 +58,9 @@ _DOWN_BACK_WIDTH = 128  # leaves the registers that its epilogue loads gate_up i
 _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
 
 
-def prefers_tiles(load: Load) -> bool:
-    """Whether a call is faster here than in :mod:`cupymoe.kernels.expert_stream`."""
-    return load.pairs_per_expert >= _TILES_FROM
+def prefers_tiles(load: Load, *, has_codes: bool = False) -> bool:
+    """Whether a call is faster here than in :mod:`cupymoe.kernels.expert_stream`; ``has_codes``: a weight is quantised."""
+    return load.pairs_per_expert >= (_TILES_FROM_OF_CODES if has_codes else _TILES_FROM)
 
 
 def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
