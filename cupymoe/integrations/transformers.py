@@ -308,7 +308,11 @@ def replace_routers(model: nn.Module) -> int:
 
 
 def quantize_experts(
-    model: nn.Module, format: str, *, group_size: int | None = None, scale_rule: str = "absmax"
+    model: nn.Module,
+    format: str,
+    *,
+    group_size: int | tuple[int, int] | None = None,
+    scale_rule: str = "absmax",
 ) -> int:
     """Quantise the weights of every experts module of a model that cupymoe computes, in place and one after the other.
 
@@ -322,7 +326,8 @@ def quantize_experts(
 
     Args:
         model: with ``experts_implementation="cupymoe"``, or holding :class:`cupymoe.MoEExperts`.
-        format, group_size, scale_rule: as of :func:`cupymoe.quantize`.
+        format, group_size, scale_rule: as of :func:`cupymoe.quantize`; a pair of group sizes is that of the first
+            weight and that of ``down_proj``.
 
     Returns:
         How many modules of experts were quantised.
