@@ -141,7 +141,7 @@ def weights_of(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [per_expert, fused])
-@pytest.mark.parametrize("kind", [BITS_4, "ct nvfp4", "ct fp8 channel", "modelopt nvfp4"])
+@pytest.mark.parametrize("kind", [BITS_4, "ct nvfp4", "ct fp8 channel", "modelopt nvfp4", "fp8 blocks"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_dequantised_weights(tmp_path, name, kind, layout):
     expected = write(tmp_path, name, kind, layout)
@@ -153,6 +153,28 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, name, kind, layou
     assert len(weights_of(model)) == 4
     assert not [key for key, _ in model.named_parameters() if ".experts." in key]
     assert not [key for key, each in (*model.named_parameters(), *model.named_buffers()) if each.is_meta]
+    assert relative_error(model(tokens()).logits, expected(tokens()).logits.double()) < 1e-5
+
+
+@torch.no_grad()
+def test_one_of_the_weights_is_plain(tmp_path):
+    """As those are that FP8's quantiser leaves alone."""
+    expected = write(tmp_path, "qwen3")
+    change_config(tmp_path, quantization_config={**KINDS[BITS_4].config, "ignore": ["re:.*down_proj"]})
+
+    def edit(tensors):
+        for path, experts in expected.named_modules():
+            if path.endswith(".experts"):
+                for number, weight in enumerate(experts.down_proj):
+                    name = f"{path}.{number}.down_proj.weight"
+                    for ending in ("packed", "scale", "shape"):
+                        del tensors[f"{name}_{ending}"]
+                    tensors[name] = weight.detach()
+
+    change(tmp_path, edit)
+    model = load(tmp_path)
+    assert len(weights_of(model)) == 2
+    assert torch.equal(model.model.layers[2].mlp.experts.down_proj, expected.model.layers[2].mlp.experts.down_proj)
     assert relative_error(model(tokens()).logits, expected(tokens()).logits.double()) < 1e-5
 
 
