@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,13 +24,9 @@ from cupymoe.weights.quantized import QuantizedWeight, put_weight
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 
 
-def load_model(
-    checkpoint: ModelCheckpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[transformers.PreTrainedModel, dict[str, nn.Module]]:
-    """The model of a checkpoint, in evaluation mode, and its modules of experts by name.
-
-    Arguments and errors are as of :func:`cupymoe.integrations.transformers.load_quantized`.
-    """
+def load_model(checkpoint: ModelCheckpoint, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model of a checkpoint; all else is as of :func:`cupymoe.integrations.transformers.load_quantized`, whose
+    module has to be imported before."""
     model, experts = _without_experts(checkpoint, device, dtype)
     by_layer = _by_layer(checkpoint, experts)
     model.to(device)
@@ -42,7 +38,7 @@ def load_model(
                 put_weight(by_layer[layer], name, weight)
             else:
                 by_layer[layer].register_parameter(name, weight)
-    return model, experts
+    return cast(transformers.PreTrainedModel, model)
 
 
 def _without_experts(
