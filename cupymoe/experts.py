@@ -169,7 +169,9 @@ class MoEExperts(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def quantize_(self, format: str, *, group_size: int | None = None, scale_rule: str = "absmax") -> None:
+    def quantize_(
+        self, format: str, *, group_size: int | tuple[int, int] | None = None, scale_rule: str = "absmax"
+    ) -> None:
         """Quantise both weights in place; arguments and errors are as of :func:`cupymoe.quantize`.
 
         The parameters are gone then, and an optimizer that holds them should be made anew. Biases stay.

@@ -3,6 +3,9 @@
 
 Decoding by ``generate()`` and as a captured CUDA graph of one step, at batch 1 and 32; prefill of 2048 and 8192 tokens;
 and whether both choose the same tokens. The bfloat16 weights are made on the GPU. Prints tables, writes model.json.
+
+``--experts int4`` measures cupymoe with experts in int4 beside cupymoe with what they stand for, in bfloat16, and the
+memory that the model takes with int4 alone; it writes model_int4.json.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +30,7 @@ from bench_timing import capture, free_memory, percentiles
 from readme_table import greedy_table, heading, model_table
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
-from cupymoe import Gemma4MoEConfig
+from cupymoe import Gemma4MoEConfig, quantize
 from cupymoe.integrations.transformers import replace_routers
 
 PEER, OURS, ROUTED = "grouped_mm", "cupymoe", "cupymoe + router"
@@ -34,6 +38,7 @@ LAYER_STRENGTH = 0.02
 CONTENDERS = (PEER, OURS, ROUTED)
 YARDSTICK = "eager"
 """transformers' loop over the experts: how far its own two implementations are apart."""
+BF16, INT4 = "cupymoe, bf16 experts", "cupymoe, int4 experts"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Plan:
     generations: int = 20
     replays: int = 8
     """Steps of one sample of the graph."""
+    context: int = 4096
+    """Tokens that there is a cache for where memory is measured."""
 
     @property
     def cache_length(self) -> int:
@@ -96,9 +103,9 @@ def small_plan() -> Plan:
         enable_moe_block=True,
         num_experts=6,
         top_k_experts=2,
-        moe_intermediate_size=24,
+        moe_intermediate_size=32,
     )
-    return Plan(config, 6, 8, (1, 2), 4, (12,), samples=2, generations=2, replays=2)
+    return Plan(config, 6, 8, (1, 2), 4, (12,), samples=2, generations=2, replays=2, context=48)
 
 
 def build(config: Gemma4TextConfig, device: torch.device) -> Gemma4ForCausalLM:
@@ -121,6 +128,11 @@ def build(config: Gemma4TextConfig, device: torch.device) -> Gemma4ForCausalLM:
 class Contenders:
     """One model, whose experts and routers are those of the contender that runs."""
 
+    names = CONTENDERS
+    peer = PEER
+    compared = (OURS, ROUTED, YARDSTICK)
+    """Whose tokens are compared with the peer's."""
+
     def __init__(self, model: Gemma4ForCausalLM) -> None:
         self.model = model
         self._theirs = [copy.copy(layer.router) for layer in model.model.layers]  # the parameters are shared
@@ -133,6 +145,43 @@ class Contenders:
         for layer, router in zip(self.model.model.layers, self._ours if name == ROUTED else self._theirs, strict=True):
             layer.router = router
         return self.model
+
+
+class QuantisedContenders:
+    """One model, whose experts' weights are in int4 or what these stand for, rounded to bfloat16."""
+
+    names = (BF16, INT4)
+    peer = BF16
+    compared = (INT4,)
+
+    def __init__(self, model: Gemma4ForCausalLM) -> None:
+        self.model = model
+        model.set_experts_implementation(OURS)
+        self._weights: list[tuple[nn.Module, str, dict[str, nn.Module | nn.Parameter]]] = []
+        for layer in model.model.layers:
+            experts = layer.experts
+            plain = {"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj}
+            for name, weight in zip(plain, quantize(*plain.values(), "int4", group_size=32), strict=True):
+                plain[name].copy_(weight.dequantize(torch.bfloat16))
+                self._weights.append((experts, name, {BF16: plain[name], INT4: weight}))
+
+    def become(self, name: str) -> Gemma4ForCausalLM:
+        """The model as a contender, until it becomes another."""
+        for experts, weight, by_contender in self._weights:
+            delattr(experts, weight)  # torch lets no module take a parameter's place
+            setattr(experts, weight, by_contender[name])
+        return self.model
+
+    def drop_bf16(self) -> Gemma4ForCausalLM:
+        """The model in int4 for good, its head tied to the embedding as a checkpoint has it."""
+        self.become(INT4)
+        self._weights.clear()
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        return self.model
+
+
+CONTENDERS_OF = {"bf16": Contenders, "int4": QuantisedContenders}
+"""By the experts that are measured."""
 
 
 class Decoder:
@@ -196,9 +245,14 @@ def random_tokens(config: Gemma4TextConfig, *shape: int, device: torch.device) -
 class ModelBench:
     """The model and what is found about it."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        contenders: type[Contenders] | type[QuantisedContenders] = Contenders,
+    ) -> None:
         self.plan, self.device = plan, device
-        self.contenders = Contenders(build(plan.config, device))
+        self.contenders = contenders(build(plan.config, device))
 
     def _cell(self, what: str, samples: dict[str, list[float]]) -> dict[str, Any]:
         cell = {"what": what, "ms": {name: percentiles(times) for name, times in samples.items()}}
@@ -207,11 +261,12 @@ class ModelBench:
 
     def _in_turn(self, measure: Callable[[str], float], repeats: int) -> dict[str, list[float]]:
         """Samples of each contender, after one that does not count."""
-        for name in CONTENDERS:
+        names = self.contenders.names
+        for name in names:
             measure(name)
-        samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(repeats):
-            for name in CONTENDERS:
+            for name in names:
                 samples[name].append(measure(name))
         return samples
 
@@ -235,7 +290,7 @@ class ModelBench:
         decoder = Decoder(self.contenders.model, prompt, plan.cache_length)
         decoder.prefill()
         steps = {}
-        for name in CONTENDERS:
+        for name in self.contenders.names:
             self.contenders.become(name)
             steps[name] = self._captured(decoder.step)
 
@@ -298,8 +353,8 @@ class ModelBench:
                 chosen.append(decoder.token[0, 0].clone())
             return torch.stack(fed), torch.stack(found), torch.stack(chosen)
 
-        tokens, expected, _ = run(PEER, None)
-        return [self._agreement(name, expected, *run(name, tokens)[1:]) for name in (OURS, ROUTED, YARDSTICK)]
+        tokens, expected, _ = run(self.contenders.peer, None)
+        return [self._agreement(name, expected, *run(name, tokens)[1:]) for name in self.contenders.compared]
 
     def _agreement(self, name: str, expected: torch.Tensor, got: torch.Tensor, chosen: torch.Tensor) -> dict[str, Any]:
         difference = (got - expected).abs().amax(-1)
@@ -320,6 +375,29 @@ class ModelBench:
             "finite": bool(got.isfinite().all() and expected.isfinite().all()),
         }
 
+    def memory(self, contenders: QuantisedContenders) -> dict[str, Any]:
+        """Of the model in int4, which it stays: GB (10^9 bytes) of its weights, and the most that torch's allocator
+        held in a prefill and the step after it (None on the CPU)."""
+        plan, model = self.plan, contenders.drop_bf16()
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            free_memory()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        prompt = random_tokens(plan.config, 1, plan.prefills[0], device=self.device)
+        cache = StaticCache(config=model.config, max_cache_len=plan.context)
+        token = model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        model(token, past_key_values=cache)
+        held = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
+        found = {
+            "what": f"prefill of {plan.prefills[0]}, {plan.context} tokens of KV, batch 1",
+            "weights_gb": held / 1e9,
+            "peak_gb": None if peak is None else peak / 1e9,
+        }
+        at_most = "not measured on the CPU" if peak is None else f"{peak / 1e9:.2f} GB"
+        click.echo(f"memory, {found['what']}: weights {held / 1e9:.2f} GB, peak {at_most}")
+        return found
+
     def run(self) -> dict[str, Any]:
         """What ``model.json`` holds beside the heading."""
         plan = self.plan
@@ -333,40 +411,50 @@ class ModelBench:
         for tokens in plan.prefills:
             free_memory()
             cells.append(self.prefill(tokens))
+        self.contenders.become(self.contenders.peer)
         parameters = sum(parameter.numel() for parameter in self.contenders.model.parameters())
+        is_quantised = isinstance(self.contenders, QuantisedContenders)
         return {
             "layers": plan.config.num_hidden_layers,
             "parameters": parameters,
             "prompt": plan.prompt,
             "cells": cells,
             "greedy": greedy,
+            **({"memory": self.memory(self.contenders)} if is_quantised else {}),
         }
 
 
-def failures(found: dict[str, Any]) -> list[str]:
+def failures(found: dict[str, Any], peer: str = PEER) -> list[str]:
     """What was wrong with the tokens."""
     lines = []
     for row in found["greedy"]:
         if not row["finite"]:
             lines.append(f"{row['name']} gave logits that are not finite")
         if row["wrong"] and row["name"] != YARDSTICK:
-            lines.append(f"{row['name']} chose another token than {PEER} at {row['wrong']} steps beyond rounding")
+            lines.append(f"{row['name']} chose another token than {peer} at {row['wrong']} steps beyond rounding")
     return lines
 
 
 @click.command()
 @click.option("--layers", default=30, show_default=True, help="Fewer fit a smaller GPU: 1.6 GB each, and 1.5 GB.")
+@click.option(
+    "--experts",
+    type=click.Choice([*CONTENDERS_OF]),
+    default="bf16",
+    show_default=True,
+    help="int4: beside what it stands for in bf16, and both are in memory: 70 GB of 30 layers.",
+)
 @click.option("--small", is_flag=True, help="A tiny model, on the CPU too: runs the same code, writes no report.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default="benchmarks",
     show_default=True,
-    help="The report goes to <output>/<device>/model.json, if all 30 layers ran.",
+    help="The report goes to <output>/<device>/model.json, or model_int4.json, if all 30 layers ran.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of weights and prompts.")
 @torch.inference_mode()
-def main(layers: int, small: bool, output: Path, seed: int) -> None:
+def main(layers: int, experts: str, small: bool, output: Path, seed: int) -> None:
     """Time a whole model on this machine's GPU.
 
     Exits with 1 if a logit is not finite or a token differs beyond rounding; the report is written first, and says so.
@@ -381,14 +469,16 @@ def main(layers: int, small: bool, output: Path, seed: int) -> None:
     click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
     plan = small_plan() if small else Plan(gemma4_26b_a4b(layers))
     began = time.perf_counter()
-    bench = ModelBench(plan, device)
+    contenders = CONTENDERS_OF[experts]
+    bench = ModelBench(plan, device, contenders)
     click.echo(f"built in {time.perf_counter() - began:.0f} s")
     found = bench.run()
     report = {**start, **timed_kernels(), **found}
     click.echo(f"\n{model_table(report)}\n\n{greedy_table(report)}\n\n{time.perf_counter() - began:.0f} s in all")
     if not small and layers == gemma4_26b_a4b().num_hidden_layers:
-        write_report(report_folder(output, start["device"]) / "model.json", report)
-    if failed := failures(found):
+        name = "model.json" if experts == "bf16" else f"model_{experts}.json"
+        write_report(report_folder(output, start["device"]) / name, report)
+    if failed := failures(found, contenders.peer):
         raise click.ClickException("\n".join(failed))
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cupymoe.checkpoint.families import FAMILIES, GEMMA4, gemma4_skeleton, read_config, read_experts
-from cupymoe.checkpoint.files import PathLike, key_files, read_fields
+from cupymoe.checkpoint.families import layer_of_model
+from cupymoe.checkpoint.files import PathLike, key_files
 from cupymoe.checkpoint.layer import open_layer
-from cupymoe.checkpoint.layout import Spelling
 from cupymoe.checkpoint.quantised.compressed_tensors import storage_of
 from cupymoe.checkpoint.quantised.weights import export_weights, rows_of
 from cupymoe.weights import QuantizedWeight
@@ -39,7 +38,7 @@ def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, 
         TypeError: ``layer`` is not an int.
         ImportError: safetensors is not installed.
     """
-    spelling, skeleton = _layer_of_model(like)
+    spelling, skeleton = layer_of_model(like)
     with open_layer(like, key_files(like), layer, spelling, skeleton) as (tensors, storages), torch.no_grad():
         tensors = [tensor for tensor in tensors if tensor.slot.parameter.startswith(spelling.experts)]
         weights: dict[str, QuantizedWeight] = {}
@@ -119,10 +118,3 @@ def to_compressed_tensors(experts: nn.Module, prefix: str) -> tuple[dict[str, to
         "ignore": [],
     }
     return tensors, config
-
-
-def _layer_of_model(path: PathLike) -> tuple[Spelling, nn.Module]:
-    """How the model of a checkpoint spells a layer, and one without memory for its parameters."""
-    if read_fields(path)[1].get("model_type") in FAMILIES:
-        return read_experts(path, "auto")
-    return GEMMA4, gemma4_skeleton(read_config(path))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
@@ -183,3 +184,15 @@ def gemma4_skeleton(config: Gemma4MoEConfig, backend: str = "auto") -> Gemma4MoE
     """Router and experts of a layer of Gemma 4, without memory for the parameters."""
     with torch.device("meta"):
         return Gemma4MoE(config, backend)
+
+
+def layer_of_model(path: PathLike) -> tuple[Spelling, nn.Module]:
+    """How the model of a checkpoint spells a layer, and one without memory for its parameters: experts alone, or a
+    :class:`cupymoe.Gemma4MoE`.
+
+    Raises:
+        CheckpointError: as of :func:`read_experts` and :func:`read_config`.
+    """
+    if read_fields(path)[1].get("model_type") in FAMILIES:
+        return read_experts(path, "auto")
+    return GEMMA4, gemma4_skeleton(read_config(path))

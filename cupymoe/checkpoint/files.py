@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,6 +85,39 @@ def header_keys(file: Path) -> list[str]:
     """The keys of one safetensors file."""
     with open_file(file) as handle:
         return list(handle.keys())
+
+
+class Header(NamedTuple):
+    """What a file says of one of its tensors."""
+
+    file: Path
+    dtype: str
+    """In the words of safetensors."""
+    shape: tuple[int, ...]
+
+
+def read_headers(path: PathLike, files: Mapping[str, Path]) -> dict[str, Header]:
+    """Dtype and shape of every key.
+
+    Args:
+        path: what messages call the checkpoint.
+        files: the file of each key of the checkpoint.
+
+    Raises:
+        CheckpointError: a file lacks a key or has one that ``files`` does not say it has, or can't be read.
+    """
+    result: dict[str, Header] = {}
+    for file in sorted({*files.values()}):
+        with open_file(file) as handle:
+            for key in list(handle.keys()):
+                if files.get(key) != file:
+                    raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
+                header = handle.get_slice(key)
+                result[key] = Header(file, header.get_dtype(), (*header.get_shape(),))
+    for key, file in files.items():
+        if key not in result:
+            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
+    return result
 
 
 def _weight_map(index: Path) -> dict[str, Path]:

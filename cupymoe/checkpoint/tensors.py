@@ -61,7 +61,7 @@ def checked(
         for file, handle in handles.items():
             keys = handle.keys()
             _check_header(path, file, {key for key in keys if spelling.is_read(key, layer)}, listed)
-        tensors = [_check_tensor(each, handles[each.file]) for each in found]
+        tensors = [check_tensor(each, handles[each.file]) for each in found]
         _check_alike(tensors)
         yield tensors
 
@@ -88,7 +88,12 @@ def _check_header(path: PathLike, file: Path, held: set[str], listed: set[tuple[
             raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
 
 
-def _check_tensor(found: Found, handle: Any) -> Tensor:
+def check_tensor(found: Found, handle: Any) -> Tensor:
+    """A tensor of an open file whose header is as its slot's rule says.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     key, file, slot = found
     header = handle.get_slice(key)
     dtype, shape = header.get_dtype(), header.get_shape()

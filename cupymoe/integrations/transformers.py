@@ -14,18 +14,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cupymoe.activation import MoEActivation
+from cupymoe.checkpoint.files import PathLike
+from cupymoe.checkpoint.model import ModelCheckpoint
+from cupymoe.checkpoint.tensors import check_destination
 from cupymoe.checks import check_module
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.experts import MoEExperts, as_out_in
 from cupymoe.functional import fused_experts
 from cupymoe.integrations import EXPERTS_IMPLEMENTATION, are_experts_set_to_cupymoe, dtype_beside, fp8, keep_of
 from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
+from cupymoe.integrations.loading import load_model
 from cupymoe.parameters import DTYPES
 from cupymoe.weights.quantize import quantize
 from cupymoe.weights.quantized import QuantizedWeight, Weight, put_weight
@@ -308,7 +313,11 @@ def replace_routers(model: nn.Module) -> int:
 
 
 def quantize_experts(
-    model: nn.Module, format: str, *, group_size: int | None = None, scale_rule: str = "absmax"
+    model: nn.Module,
+    format: str,
+    *,
+    group_size: int | tuple[int, int] | None = None,
+    scale_rule: str = "absmax",
 ) -> int:
     """Quantise the weights of every experts module of a model that cupymoe computes, in place and one after the other.
 
@@ -322,7 +331,8 @@ def quantize_experts(
 
     Args:
         model: with ``experts_implementation="cupymoe"``, or holding :class:`cupymoe.MoEExperts`.
-        format, group_size, scale_rule: as of :func:`cupymoe.quantize`.
+        format, group_size, scale_rule: as of :func:`cupymoe.quantize`; a pair of group sizes is that of the first
+            weight and that of ``down_proj``.
 
     Returns:
         How many modules of experts were quantised.
@@ -360,6 +370,44 @@ def quantize_experts(
             assert isinstance(weight, QuantizedWeight)
             put_weight(experts, name, weight)
     return len(found)
+
+
+def load_quantized(
+    path: PathLike, *, device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> transformers.PreTrainedModel:
+    """A model out of a checkpoint whose experts are quantised, which they stay: Gemma 4, Qwen3-MoE or Mixtral.
+
+    It reads every storage in the table of docs/checkpoints.md that is found in safetensors, most of which
+    ``from_pretrained`` can't load, or only by making the experts' weights plain: compressed-tensors, ModelOpt, FP8,
+    and, with linear layers that are not quantised, GPTQ, AWQ and nf4. Linear layers beside the experts are dequantised
+    where they are stored by one of the first three.
+
+    Everything but the experts goes from the files to the device tensor by tensor, as ``from_pretrained`` loads it; then
+    the experts, one layer after the other, so that no more memory is taken than the model's and one layer's. If that
+    fails or is interrupted, there is no model.
+
+    Args:
+        path: a folder, a ``.safetensors`` file or an index, on this machine, with ``config.json`` beside it.
+        device: where the model goes; not the meta device.
+        dtype: bfloat16, float16, float32 or float64, of all that is not quantised.
+
+    Returns:
+        A model of the class that ``config.json`` names, in evaluation mode, with ``experts_implementation="cupymoe"``.
+        Its experts hold a :class:`cupymoe.QuantizedWeight` in the place of each parameter that is quantised.
+
+    Raises:
+        CheckpointError: experts are not as :func:`cupymoe.checkpoint.load_layer` or
+            :func:`cupymoe.checkpoint.load_experts` would read them, or none are quantised; a key of the model is
+            missing, left over or misshapen; another weight is quantised in a way that is not read; or ``config.json``
+            is not that of one of transformers' models. The message names the file or the key.
+        ValueError: ``dtype`` is none of the four, or ``device`` is the meta device.
+        TypeError: ``path`` is neither a str nor an ``os.PathLike``.
+        ImportError: safetensors is not installed.
+    """
+    check_destination(device, None)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {[*DTYPES]}, got {dtype}")
+    return load_model(ModelCheckpoint(path), torch.device(device), dtype)
 
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

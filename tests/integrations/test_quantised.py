@@ -73,6 +73,12 @@ def test_int4_generates():
     warmup(model, (1,))
 
 
+def test_a_group_size_for_each_weight():
+    model = sized(lambda: gemma4(hidden_size=64, moe_intermediate_size=32))
+    quantize_experts(model, "int4", group_size=(64, 32))
+    assert {each.weight_format for each in explain(model, 4)} == {"int4_g64,int4_g32"}
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("format", ["int4", "int8", "fp8", "nvfp4"])

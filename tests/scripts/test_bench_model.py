@@ -36,6 +36,16 @@ def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
+def test_small_with_int4_experts(bench_model, tmp_path):
+    result = CliRunner().invoke(bench_model.main, ["--small", "--experts", "int4", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for cell in ("decode, step, batch 1", "decode, generate(), batch 2", "prefill of 12"):
+        assert f"{cell}: cupymoe, bf16 experts" in result.output
+    assert "memory, prefill of 12, 48 tokens of KV, batch 1: weights 0.00 GB, peak not measured" in result.output
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_a_report_with_failures_is_written_and_exits_with_1(bench_model, monkeypatch, tmp_path):
     """The minutes on a GPU are spent."""
     plan = bench_model.small_plan()
@@ -117,6 +127,31 @@ def test_contenders_run_what_they_are_named_for(bench_model, bench):
     ):
         assert bench.contenders.become(name).config._experts_implementation == implementation
         assert isinstance(layer.router, Gemma4Router) == ours
+
+
+@torch.inference_mode()
+def test_int4_stands_beside_what_it_is_in_bf16(bench_model):
+    torch.manual_seed(0)
+    plan = bench_model.small_plan()
+    bench = bench_model.ModelBench(plan, torch.device("cpu"), bench_model.QuantisedContenders)
+    prompt = bench_model.random_tokens(plan.config, 1, plan.prompt, device="cpu")
+    layer = bench.contenders.model.model.layers[1]
+    plain = bench.contenders.become(bench_model.BF16)(prompt).logits
+    parameters = layer.experts.down_proj
+    assert parameters.dtype == torch.bfloat16
+    codes = bench.contenders.become(bench_model.INT4)(prompt).logits
+    assert layer.experts.down_proj.format.name == "int4_g32"
+    assert torch.equal(layer.experts.down_proj.dequantize(torch.bfloat16), parameters)
+    assert not [name for name, _ in bench.contenders.model.named_parameters() if ".experts." in name]
+    assert 0 < (plain - codes).abs().max() < 0.1 * plain.std()
+    found = bench.memory(bench.contenders)
+    model = bench.contenders.model
+    head = model.lm_head.weight
+    assert head is model.model.embed_tokens.weight
+    of_experts = sum(each.nbytes for block in model.model.layers for each in block.experts.buffers())
+    rest = sum(each.nbytes for each in model.parameters())
+    assert found["weights_gb"] * 1e9 == pytest.approx(of_experts + rest, rel=1e-2)
+    assert found["peak_gb"] is None
 
 
 @pytest.mark.parametrize("cell", ["decode_graph", "generate", "prefill"])

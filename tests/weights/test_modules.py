@@ -67,6 +67,12 @@ def test_quantised_in_place(activation, transposed, bias):
         experts.quantize_("int4")
 
 
+def test_a_group_size_for_each_weight():
+    experts = randomize(MoEExperts(6, 128, 32, "silu"))
+    experts.quantize_("int4", group_size=(128, 32))
+    assert [weight.format.name for weight in experts.projections()[:2]] == ["int4_g128", "int4_g32"]
+
+
 def test_assigned():
     case = random_experts(5, 6, 64, 32, 2)
     experts = MoEExperts(6, 64, 32, "gelu_tanh")
