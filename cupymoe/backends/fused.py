@@ -37,8 +37,8 @@ from cupymoe.kernels.stored_weight import StoredWeight
 from cupymoe.weights.format import PLAIN, formats_of
 
 # Pairs of an expert on average up to which each of arch.BUILDS was measured faster than ``grouped`` on an H200
-# (benchmarks/NOTES.md: 8 are 128 tokens at Gemma 4's sizes, 32 are 512; at 1024 tokens all are slower, and sm_86 was not
-# measured between), and Hopper's own stream (None, sweep.json) for the cards that would run it as it is.
+# (benchmarks/NOTES.md: 8 are 128 tokens at Gemma 4's sizes, 32 are 512; at 1024 tokens all are slower, and sm_86 was
+# not measured between), and Hopper's own stream (None, sweep.json) for the cards that would run it as it is.
 _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 32, "sm_86": 8, "sm_120": 32, None: 48}
 
 
@@ -153,7 +153,8 @@ def takes_tiles(
     load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, has_adapter: bool = False
 ) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
-    prefers = prefers_tiles(load, has_codes=weight_format != PLAIN) or stream_reason(load, arch, weight_format) is not None
+    has_codes = weight_format != PLAIN
+    prefers = prefers_tiles(load, has_codes=has_codes) or stream_reason(load, arch, weight_format) is not None
     return prefers and tiles_reason(load, hidden_size, arch, weight_format, has_adapter) is None
 
 

@@ -59,7 +59,8 @@ _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
 
 
 def prefers_tiles(load: Load, *, has_codes: bool = False) -> bool:
-    """Whether a call is faster here than in :mod:`cupymoe.kernels.expert_stream`; ``has_codes``: a weight is quantised."""
+    """Whether a call, where ``has_codes`` with a quantised weight, is faster here than in
+    :mod:`cupymoe.kernels.expert_stream`."""
     return load.pairs_per_expert >= (_TILES_FROM_OF_CODES if has_codes else _TILES_FROM)
 
 
