@@ -6,6 +6,7 @@ Their tensors are buffers, not parameters: there is no gradient with respect to 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -23,6 +24,7 @@ ROW_BYTES_MULTIPLE = 16
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
 _ROW_SCALE_DTYPE = torch.float32
 _LARGEST_ZERO = 15
+_LARGEST_WEIGHT = 1023.0
 
 
 def _padded_groups(groups: int, dtype: torch.dtype) -> int:
@@ -122,7 +124,8 @@ class QuantizedWeight(nn.Module):
         Args:
             format: one of :data:`cupymoe.weights.FORMATS`, or its name.
             codes: ``[E, n, k]`` uint8, one code a byte.
-            scales: ``[E, n, G]``, finite, of one of ``format.scale_dtypes``; none of ``nvfp4`` negative.
+            scales: ``[E, n, G]``, finite, of one of ``format.scale_dtypes``; none of ``nvfp4`` negative. Of
+                codes ``int4`` and ``e4m3`` so small that no weight can be beyond 1023.
             zeros: ``[E, n, G]`` uint8, 0 to 15.
             row_scales: ``[E, n]`` float32, finite.
 
@@ -141,6 +144,7 @@ class QuantizedWeight(nn.Module):
         if _belongs(scales, "scales", format, bool(groups)):
             _check_tensor("scales", scales, format.scale_dtypes, of_groups, codes.device)
             _check_scales("scales", scales)
+            _check_range(format, scales)
             if format.name == "nvfp4" and _any(scales.float() < 0):
                 raise ValueError("scales must not be negative in nvfp4: their sign bit is not read")
         if _belongs(zeros, "zeros", format, format.has_zeros):
@@ -365,6 +369,19 @@ def _any(flags: torch.Tensor) -> bool:
 def _check_scales(name: str, scales: torch.Tensor) -> None:
     if _any(~scales.float().isfinite()):
         raise ValueError(f"{name} must be finite, got {int((~scales.float().isfinite()).sum())} NaN or infinite ones")
+
+
+def _check_range(format: WeightFormat, scales: torch.Tensor) -> None:
+    """That no weight is infinite where the tiles of ``fused`` multiply it as a float16 number times 64, as they do
+    where a code times the scale of its group has more digits than bfloat16."""
+    if format.codes not in ("int4", "e4m3"):
+        return
+    largest = _LARGEST_WEIGHT / max(abs(value) for value in format.values if not math.isnan(value))
+    if _any(scales.float().abs() > largest):
+        raise ValueError(
+            f"scales must be at most {largest:.5g} in magnitude in {format.name}, so that no weight is beyond "
+            f"{_LARGEST_WEIGHT:g}, got {float(scales.float().abs().max()):.5g}"
+        )
 
 
 def _check_codes(format: WeightFormat, codes: torch.Tensor) -> None:

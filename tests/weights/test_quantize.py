@@ -115,7 +115,7 @@ def test_q4_0_is_ggufs():
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2**32), exponent=st.integers(-30, 10), group_size=st.sampled_from([32, 64, 128]))
+@given(seed=st.integers(0, 2**32), exponent=st.integers(-30, 5), group_size=st.sampled_from([32, 64, 128]))
 def test_what_is_on_q4_0s_grid_stays_there(seed, exponent, group_size):
     torch.manual_seed(seed)
     first = quantize(

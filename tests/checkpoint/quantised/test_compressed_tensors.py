@@ -95,7 +95,7 @@ def test_refused_by_name(tmp_path):
     fused = QuantizedWeight.of(  # 3 blocks of 128 rows, the second of which has rows of gate and of up
         FORMATS["fp8_g128"],
         torch.zeros(1, 384, 128, dtype=torch.uint8),
-        torch.arange(1.0, 4).repeat_interleave(128).reshape(1, 384, 1),
+        (torch.arange(1.0, 4) / 4).repeat_interleave(128).reshape(1, 384, 1),
     )
     down = QuantizedWeight.of("fp8", torch.zeros(1, 128, 192, dtype=torch.uint8), row_scales=torch.ones(1, 128))
     with pytest.raises(ValueError, match=r"gate_up_proj, up_proj of expert 0: .* can't hold the scales of this"):
