@@ -496,8 +496,8 @@ MUTATIONS = (
     cuda(
         "both warps of a row with the same tokens",
         "common/stream/consumer.cuh",
-        "rows + WEIGHT_BYTES + place.token_warp * 8 * TOKEN_ROW_BYTES",
-        "rows + WEIGHT_BYTES",
+        "FIRST_TOKEN + (place.token_warp * 8 + lane / 4) * TOKEN_ROW_BYTES",
+        "FIRST_TOKEN + lane / 4 * TOKEN_ROW_BYTES",
         PORTABLE,
         source="experts_up",
         defines=("TOKEN_WARPS=2",),
