@@ -24,6 +24,7 @@ from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
 from cupymoe.modules import Gemma4MoE, Gemma4Router
+from cupymoe.weights.format import PLAIN, join_formats
 from cupymoe.weights.quantized import QuantizedWeight
 
 _MAX_TOKENS = 32768
@@ -37,20 +38,29 @@ def _way(
     intermediate_size: int,
     training: bool,
     arch: Arch,
+    weight_format: str,
 ) -> tuple[Any, ...]:
-    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens."""
+    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens: without and with
+    an adapter, and of gradients."""
     load = Load.of(num_tokens, top_k, num_experts)
-    by_tiles = *cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
-    if takes_tiles(load, hidden_size, arch):
-        return by_tiles
-    if stream_reason(load, arch) is not None:
-        return ()  # another backend's
-    planned: Any = pairs_per_lane(load.num_pairs)
-    if not plans_at_once(load, arch):
-        planned = block_of(load.num_pairs, num_experts)
-    regimes = (regime(load, intermediate_size, arch, has_adapter=has_adapter) for has_adapter in (False, True))
-    streamed = (*((each, None if each.inline_pairs else planned) for each in regimes),)
-    return (*streamed, *by_tiles) if training else streamed  # however few the tokens are, gradients go by tiles
+    sort = block_of(load.num_pairs, num_experts)
+    by_tiles = *cut(load, intermediate_size), sort
+    ways: list[tuple[Any, ...]] = []
+    for has_adapter in (False, True):
+        if takes_tiles(load, hidden_size, arch, weight_format, has_adapter):
+            ways.append(by_tiles)
+        elif stream_reason(load, arch, weight_format) is not None:
+            ways.append((sort,))  # another backend's, which sorts too
+        else:
+            has_codes = weight_format != PLAIN
+            each = regime(load, intermediate_size, arch, has_adapter=has_adapter, has_codes=has_codes)
+            planned: Any = pairs_per_lane(load.num_pairs)
+            if not plans_at_once(load, arch):
+                planned = sort
+            ways.append((each, None if each.inline_pairs else planned))
+    if training:
+        ways.append(by_tiles)  # however few the tokens are, gradients go by tiles
+    return tuple(ways)
 
 
 def one_of_each_way(
@@ -60,10 +70,11 @@ def one_of_each_way(
     intermediate_size: int,
     training: bool = False,
     arch: Arch = HOPPER,
+    weight_format: str = PLAIN,
 ) -> tuple[int, ...]:
     """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
     too."""
-    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch
+    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch, weight_format
     counts: list[int] = []
 
     def stretch(num_tokens: int) -> tuple[Any, ...]:
@@ -142,10 +153,17 @@ def warmup(
     for each in found.values():
         with _shards_as_tensors(each.module):
             arch = Arch.of(each.device) if each.device.type == "cuda" else HOPPER
-            for count in counts or one_of_each_way(*_sizes(each.module), training, arch):
+            for count in counts or _counts(each.module, training, arch):
                 _call(each, count)
                 if training:
                     _call(each, count, differentiates=True)
+
+
+def _counts(part: Any, training: bool, arch: Arch) -> Iterator[int]:
+    """One token, and then one number of every other range: only the first call of transformers' FP8 experts makes their
+    weights quantised ones."""
+    yield 1
+    yield from one_of_each_way(*_sizes(part), training, arch, _weight_format(part))[1:]
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
@@ -300,6 +318,16 @@ def _sizes(part: Any) -> tuple[int, int, int, int]:
         return len(part.per_expert_scale), top_k, len(part.scale), part.config.moe_intermediate_size
     num_experts, hidden_size, intermediate_size = sizes_of(part)
     return num_experts, top_k, hidden_size, intermediate_size
+
+
+def _weight_format(part: Any) -> str:
+    """Of experts, as :class:`cupymoe.backends.ExpertsCall` has it."""
+    weights = (getattr(part, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
+    gate_up, down = (weight for weight in weights if weight is not None) if hasattr(part, "down_proj") else (None, None)
+    return join_formats(
+        gate_up.format if isinstance(gate_up, QuantizedWeight) else None,
+        down.format if isinstance(down, QuantizedWeight) else None,
+    )
 
 
 def _kind(each: _Part) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 import cupymoe.integrations.transformers  # registers "cupymoe"
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, warmup
 from cupymoe.backends import DIFFERENTIABLE, registry
-from cupymoe.backends.fused import stream_reason, tiles_reason
+from cupymoe.backends.fused import stream_reason, takes_tiles, tiles_reason
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
@@ -215,14 +215,14 @@ def test_adapted_experts_are_called_through_their_adapter(monkeypatch, low_rank,
     ],
 )
 def test_one_number_of_tokens_of_every_range(num_experts, top_k, hidden_size, intermediate_size, training):
-    """As the backend chooses, at every number of tokens up to 20000; where it serves none, one call for the others."""
+    """As the backend chooses, at every number of tokens up to 20000; where it serves none, as the others sort."""
     ranges = {}
     for num_tokens in range(1, 20000):
         load = Load.of(num_tokens, top_k, num_experts)
         stream, tiles = stream_reason(load), tiles_reason(load, hidden_size)
         by_tiles = cut(load, intermediate_size), block_of(load.num_pairs, num_experts)
         if stream and tiles:
-            compiled = ()
+            compiled = block_of(load.num_pairs, num_experts), by_tiles if training else ()
         elif tiles is None and (stream or prefers_tiles(load)):
             compiled = by_tiles
         else:
@@ -242,6 +242,25 @@ def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
     loads = [Load.of(count, 8, 128) for count in NUM_TOKENS]
     assert len({regime(load, 704) for load in loads if not prefers_tiles(load)}) == 4
     assert {cut(load, 704) for load in loads if prefers_tiles(load)} == {*CUTS}
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "fp8"])
+def test_numbers_of_tokens_reach_every_way_of_quantised_weights(name):
+    """Among them those of adapters, which the tiles don't add to codes."""
+    formats = f"{name},{name}"
+    counts = one_of_each_way(128, 8, 2816, 704, weight_format=formats)
+    every = range(1, 20000)
+    for has_adapter in (False, True):
+
+        def way(num_tokens, has_adapter=has_adapter):
+            load = Load.of(num_tokens, 8, 128)
+            if takes_tiles(load, 2816, weight_format=formats, has_adapter=has_adapter):
+                return cut(load, 704)
+            if stream_reason(load, weight_format=formats) is not None:
+                return None
+            return regime(load, 704, has_adapter=has_adapter, has_codes=True)
+
+        assert {*map(way, counts)} == {*map(way, every)}
 
 
 def test_the_numbers_are_the_model_s_own(monkeypatch):
