@@ -142,26 +142,12 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "--formats",
     "names",
     callback=parse_formats,
-    help="Names between commas of the quantised regime (else all). The report holds these and no others.",
+    help="Names between commas of the quantised regime (else all). The report of some formats, or without some of its "
+    "numbers of tokens, is quantised-part.json.",
 )
 @click.option(
     "--regime",
-    type=click.Choice(
-        [
-            "experts",
-            "decode",
-            "prefill",
-            "sweep",
-            "stages",
-            "host",
-            "lora",
-            "training",
-            "models",
-            "portable",
-            "quantised",
-            "all",
-        ]
-    ),
+    type=click.Choice([*REGIMES, "all"]),
     default="experts",
     show_default=True,
     help="What to measure; all: experts, stages, host and lora.",
@@ -205,6 +191,8 @@ def main(
     """
     if models and regime != "models":
         raise click.UsageError(f"--models is for --regime models, not for {regime}")
+    if names and regime != "quantised":
+        raise click.UsageError(f"--formats is for --regime quantised, not for {regime}")
     if not torch.cuda.is_available():
         raise click.ClickException("bench.py measures a CUDA GPU, and torch sees none on this machine")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -253,7 +241,10 @@ def main(
         free_memory()
     if regime == "quantised":
         bench = Bench(config, device, imported, installed=False, layers=QUANTISED_LAYERS)
-        report = keep("quantised", measure_quantised(bench, tokens or QUANTISED_TOKENS, names), bench.failures)
+        counts = tokens or QUANTISED_TOKENS
+        is_whole = not names and counts == QUANTISED_TOKENS
+        found = measure_quantised(bench, counts, names)
+        report = keep("quantised" if is_whole else "quantised-part", found, bench.failures)
         tables.append(quantised_table(report))
         del bench
         free_memory()

@@ -28,7 +28,7 @@ from bench_timing import FLOOR, Captured, capture, free_memory, time_in_turn
 from cupymoe import Gemma4MoEConfig, QuantizedExperts, QuantizedWeight, fused_experts, quantize, reference
 from cupymoe.backends import ExpertsCall, ExpertsTensors
 from cupymoe.backends.fused import FusedBackend
-from cupymoe.kernels.arch import BUILDS
+from cupymoe.kernels.arch import BUILDS, HOPPER, Arch
 from cupymoe.ops import experts_call
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
@@ -127,7 +127,7 @@ class Quantised:
     def rows(self, tokens: int) -> list[dict[str, Any]]:
         """One for this card's kernels, and with few tokens one for the other card's build."""
         cases = make_cases(self.config, self.bench.layers, tokens)
-        backends = {"sm_90a": FusedBackend()}
+        backends = {HOPPER.name: FusedBackend()}
         if tokens <= BUILD_TOKENS:
             backends[BUILD] = FusedBackend(BUILDS[BUILD])
         oracles = [oracle(self.config, self.weights[case.layer], case.inputs) for case in cases]
@@ -170,7 +170,13 @@ def bf16_call(config: Gemma4MoEConfig, case: Case) -> Callable[[], torch.Tensor]
 
 def measure_quantised(bench: Any, tokens: tuple[int, ...] = TOKENS, names: Sequence[str] = ()) -> dict[str, Any]:
     """What ``quantised.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench`` of :data:`LAYERS` layers,
-    keeps what was wrong. ``names`` are those of formats; none: all."""
+    keeps what was wrong. ``names`` are those of formats; none: all.
+
+    Raises:
+        click.ClickException: the card is not Hopper's, and runs the kernels of one architecture, its own.
+    """
+    if (arch := Arch.of(bench.layers[0].down_proj.device)) != HOPPER:
+        raise click.ClickException(f"quantised experts are measured on Hopper's cards, not on one of {arch.name}")
     ceilings = bench.ceilings()
     rows: list[dict[str, Any]] = []
     for name, quantised in formats().items():

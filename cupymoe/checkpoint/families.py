@@ -193,6 +193,7 @@ def layer_of_model(path: PathLike) -> tuple[Spelling, nn.Module]:
     Raises:
         CheckpointError: as of :func:`read_experts` and :func:`read_config`.
     """
-    if read_fields(path)[1].get("model_type") in FAMILIES:
-        return read_experts(path, "auto")
-    return GEMMA4, gemma4_skeleton(read_config(path))
+    model_type = read_fields(path)[1].get("model_type")
+    if model_type is None or str(model_type).startswith("gemma4"):
+        return GEMMA4, gemma4_skeleton(read_config(path))
+    return read_experts(path, "auto")

@@ -144,7 +144,7 @@ class QuantizedWeight(nn.Module):
         if _belongs(scales, "scales", format, bool(groups)):
             _check_tensor("scales", scales, format.scale_dtypes, of_groups, codes.device)
             _check_scales("scales", scales)
-            _check_range(format, scales)
+            check_range(format, scales)
             if format.name == "nvfp4" and _any(scales.float() < 0):
                 raise ValueError("scales must not be negative in nvfp4: their sign bit is not read")
         if _belongs(zeros, "zeros", format, format.has_zeros):
@@ -305,6 +305,12 @@ class QuantizedWeight(nn.Module):
         own = self.get_extra_state()
         if isinstance(state, torch.Tensor) and not torch.equal(state.cpu(), own):
             errors.insert(0, f"{prefix.removesuffix('.')} must be {_text(own)}, got {_text(state)}")
+        scales = state_dict.get(prefix + "scales")
+        if not errors and isinstance(scales, torch.Tensor) and self.scales is not None:
+            try:
+                check_range(self.format, scales)
+            except ValueError as error:
+                errors.append(f"{prefix}{error}")
         if errors:
             error_msgs += errors
         else:
@@ -371,9 +377,13 @@ def _check_scales(name: str, scales: torch.Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {int((~scales.float().isfinite()).sum())} NaN or infinite ones")
 
 
-def _check_range(format: WeightFormat, scales: torch.Tensor) -> None:
+def check_range(format: WeightFormat, scales: torch.Tensor) -> None:
     """That no weight is infinite where the tiles of ``fused`` multiply it as a float16 number times 64, as they do
-    where a code times the scale of its group has more digits than bfloat16."""
+    where a code times the scale of its group has more digits than bfloat16.
+
+    Raises:
+        ValueError: a scale is too large for that.
+    """
     if format.codes not in ("int4", "e4m3"):
         return
     largest = _LARGEST_WEIGHT / max(abs(value) for value in format.values if not math.isnan(value))

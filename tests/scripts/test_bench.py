@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe import Gemma4MoEConfig, reference
+from cupymoe.backends import registry
 from cupymoe.kernels import jit
 from cupymoe.reports import kernel_hashes
 from tests.scripts.replayed import Replayed
@@ -120,6 +121,56 @@ def test_builds_are_timed_on_hopper_only(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     with pytest.raises(click.ClickException, match="on a Hopper card, and this one is sm_86"):
         bench_portable.measure_portable(built)
+
+
+def test_quantised_experts_are_timed_beside_bf16_ones_and_their_own_truth(built, peers, monkeypatch):
+    import bench_quantised
+    from readme_table import quantised_table
+
+    from cupymoe import quantize
+
+    class Backend:
+        """The reference in the place of the fused backend, which needs a GPU."""
+
+        def __init__(self, build=None):
+            self.build = build
+
+        def way(self, call):
+            return "tiles of nothing" if call.num_tokens > 4 else "weight stream"
+
+        def forward(self, call, tensors):
+            return registry()["reference"].forward(call, tensors)
+
+    monkeypatch.setattr(built, "config", Gemma4MoEConfig(64, 64, 6, 2, "gelu_pytorch_tanh"))
+    monkeypatch.setattr(built, "layers", peers.make_layers(built.config, "cpu")[1])
+    monkeypatch.setattr(bench_quantised, "FusedBackend", Backend)
+    monkeypatch.setattr(bench_quantised, "capture", Replayed)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_quantised, "time_in_turn", lambda captured: dict.fromkeys(captured, times))
+    layers = bench_quantised.Quantised(built, "int4_g32", lambda layer: quantize(*layer, "int4", group_size=(64, 32)))
+    rows = [row for tokens in (3, 200) for row in layers.rows(tokens)]
+    assert [(row["build"], row["tokens"], row["way"]) for row in rows] == [
+        ("sm_90a", 3, "stream"),
+        ("sm_86", 3, "stream"),
+        ("sm_90a", 200, "tiles"),
+    ]
+    for row in rows:
+        assert 0 < row["error"]["cupymoe"] < 0.003
+        assert 0 < row["error"]["cupymoe:bf16"] < 0.003
+        assert 0 < row["floor_ms"] < 0.01
+    # 4 bits of 192 x 64 codes and 2 bytes of each 64 or 32 of them, of six experts.
+    (up, down) = layers.weights[0]
+    assert bench_quantised.bytes_of_expert(up) + bench_quantised.bytes_of_expert(down) == 128 * 34 + 64 * 36
+    assert not built.failures
+    assert "| int4_g32 | sm_90a |    200 |" in quantised_table({"rows": rows})
+
+
+def test_formats_are_for_the_quantised_regime(bench):
+    result = CliRunner().invoke(bench.main, ["--formats", "fp8", "--regime", "decode"])
+    assert result.exit_code == 2
+    assert "--formats is for --regime quantised, not for decode" in result.output
+    result = CliRunner().invoke(bench.main, ["--formats", "fp7", "--regime", "quantised"])
+    assert "must be of int4_g32, int4_g128, fp8, nvfp4, int8, got 'fp7'" in " ".join(result.output.split())
 
 
 def test_errors_of_lora_are_judged_as_our_own(built, monkeypatch):

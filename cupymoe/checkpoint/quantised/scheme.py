@@ -268,6 +268,8 @@ def _fp8(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("fmt", "e4m3", default="e4m3")
     settings.one_of("expert_dtype", "fp8", None, default="fp8")
     settings.one_of("activation_scheme", "dynamic", "static", default="dynamic")
+    if "weight_block_size" not in settings:
+        raise settings.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or null", "it is not there, and not assumed")
     blocks = settings.one_of("weight_block_size", [BLOCK, BLOCK], None)
     storage = FineGrainedFp8(FORMATS["fp8_g128" if blocks else "fp8"], "block" if blocks else "tensor")
     return _unless(_are_kept(settings.names("modules_to_not_convert", "ignored_layers")), storage)
@@ -279,7 +281,8 @@ def _gptq(settings: _Settings) -> Callable[[str], Storage | None]:
     symmetric = settings.one_of("sym", True, False)
     version = settings.one_of("checkpoint_format", "gptq", "gptq_v2", default="gptq")
     format = FORMATS[f"int4_g{group_size}{'' if symmetric else '_zero'}"]
-    stored = Gptq(format, zero_offset=1 if version == "gptq" else 0)
+    needs_order = settings.one_of("desc_act", True, False, default=False)
+    stored = Gptq(format, zero_offset=1 if version == "gptq" else 0, needs_order=needs_order)
     changes = settings.part("dynamic") if settings.get("dynamic") else {}
     patterns = {name: re.compile(name.removeprefix("-:").removeprefix("+:")) for name in changes}
 

@@ -36,6 +36,8 @@ class Gptq(Storage):
 
     zero_offset: int
     """What is subtracted from a zero point before it is stored: 1 in version 1 of the format, 0 in version 2."""
+    needs_order: bool = False
+    """Whether config.json says desc_act: ``g_idx``, which may still name the groups in their order, is needed then."""
 
     family: ClassVar[str] = "GPTQ"
 
@@ -48,7 +50,7 @@ class Gptq(Storage):
             "qweight": Rule(("I32",), ((k // 8, n),)),
             "qzeros": Rule(("I32",), ((groups, n // 8),)),
             "scales": Rule(("F16", "BF16"), ((groups, n),)),
-            "g_idx": Rule(("I32",), ((k,),), optional=True),
+            "g_idx": Rule(("I32",), ((k,),), optional=not self.needs_order),
         }
 
     def read(self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> NaturalWeight:

@@ -12,6 +12,7 @@ from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage
 from cupymoe.checkpoint.tensors import Tensor
 from cupymoe.weights import QuantizedWeight, pack_codes
+from cupymoe.weights.quantized import check_range
 
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
 
@@ -47,12 +48,19 @@ def read_weights(
         opened = {name: tensor.read() for name, tensor in one.tensors.items()}
         for expert in range(num_experts) if one.expert is None else (one.expert,):
             given = {name: each.to(device) for name, each in _of_expert(one, opened, expert).items()}
+            of = f" of expert {expert}" if one.expert is None else ""
             try:
                 natural = storage.read(given, (rows, k))
             except BadTensorError as error:
                 tensor = one.tensors[error.name]
-                of = f" of expert {expert}" if one.expert is None else ""
                 raise CheckpointError(f"{tensor.file}: {tensor.key}{of} {error.complaint}") from error
+            if natural.scales is not None:
+                try:
+                    check_range(storage.format, natural.scales)
+                except ValueError as error:
+                    named = sorted(one.tensors.items(), key=lambda item: "scale" not in item[0])
+                    _, tensor = named[0]
+                    raise CheckpointError(f"{tensor.file}: {tensor.key}{of} is of a weight whose {error}") from error
             if one.parameter not in weights:
                 weights[one.parameter] = _allocated(storage, (num_experts, n, k), natural, device)
             _put(weights[one.parameter], expert, one.rows, natural)

@@ -148,6 +148,12 @@ VALUES = {
     "NaN e4m3 scale": ("ct nvfp4", "weight_scale", put((0, 0), NAN), "must be finite and not negative, got nan"),
     "NaN e8m0 scale": ("ct mxfp4", "weight_scale", put((1, 1), 255), "must be finite, got nan"),
     "a divisor of zero": ("ct nvfp4", "weight_global_scale", put(0, 0.0), "must be finite, got inf"),
+    "a scale too large": (
+        "ct int4 g32",
+        "weight_scale",
+        put((0, 0), 1000.0),
+        "is of a weight whose scales must be at most 127.88 in magnitude in int4_g32, so that no weight is beyond 1023",
+    ),
     "another shape": ("ct int4 g32", "weight_shape", put(0, 63), "must be the weight's [64, 96], got 63"),
     "act-order": (
         "gptq",

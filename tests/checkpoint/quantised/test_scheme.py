@@ -320,6 +320,11 @@ OTHERS = {
         {"weight_block_size": [64, 64]},
         "size must be one of [[128, 128], None]",
     ),
+    "fp8 without a word on blocks": (
+        "fp8 blocks",
+        {"weight_block_size": ...},
+        "weight_block_size must be [128, 128] or null, got None: it is not there, and not assumed",
+    ),
     "fp4 experts": ("fp8 blocks", {"expert_dtype": "fp4"}, "expert_dtype must be one of ['fp8', None], got 'fp4'"),
     "fp8 codes": ("fp8 blocks", {"fmt": "e5m2"}, "fmt must be one of ['e4m3'], got 'e5m2'"),
     "modelopt": ("modelopt nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo must be one of ['NVFP4', 'FP8']"),
@@ -362,6 +367,17 @@ def test_what_config_says_is_refused_by_name(tmp_path, case):
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         load(tmp_path, KINDS[name], layer, **quantization)
     assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_an_act_order_needs_its_indices(tmp_path):
+    """Without ``g_idx`` nothing would say that the groups are not in their order."""
+    layer = per_expert(KINDS["gptq"], GEMMA4)
+    load(tmp_path, KINDS["gptq"], layer, desc_act=True)
+    for key in [key for key in layer.tensors if key.endswith("g_idx")]:
+        del layer.tensors[key]
+    load(tmp_path, KINDS["gptq"], layer, desc_act=False)
+    with pytest.raises(CheckpointError, match="g_idx is missing"):
+        load(tmp_path, KINDS["gptq"], layer, desc_act=True)
 
 
 def test_a_config_that_is_no_object(tmp_path):
