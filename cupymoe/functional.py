@@ -175,7 +175,7 @@ def fused_experts(
         down_proj: ``[E, H, I]``, contiguous, or the ``transpose(1, 2)`` of a contiguous ``[E, I, H]``, whichever
             ``gate_up_proj`` is; or a :class:`cupymoe.QuantizedWeight`, whatever ``gate_up_proj`` is. A quantised
             weight is multiplied with hidden states of any dtype: exactly, but for ``grouped``, which rounds it to
-            bfloat16 before.
+            bfloat16 before, and the tiles of ``fused``, which round some formats to 16 bits (docs/quantised.md).
         top_k_index: ``[T, K]`` int32 or int64; copied once if it is not contiguous. An index outside ``[0, E)`` masks
             its pair: it contributes nothing and no weight is read for it (expert parallelism).
         top_k_weights: ``[T, K]`` floating, used in float32 (in float64 where hidden_states is); copied once if it is

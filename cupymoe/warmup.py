@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
 from cupymoe.modules import Gemma4MoE, Gemma4Router
+from cupymoe.parameters import DTYPES
 from cupymoe.weights.format import PLAIN, join_formats
 from cupymoe.weights.quantized import QuantizedWeight
 
@@ -47,7 +48,7 @@ def _way(
     by_tiles = *cut(load, intermediate_size), sort
     ways: list[tuple[Any, ...]] = []
     for has_adapter in (False, True):
-        if takes_tiles(load, hidden_size, arch, weight_format, has_adapter):
+        if takes_tiles(load, hidden_size, arch, weight_format):
             ways.append(by_tiles)
         elif stream_reason(load, arch, weight_format) is not None:
             ways.append((sort,))  # another backend's, which sorts too
@@ -144,7 +145,10 @@ def warmup(
         raise TypeError(f"target must be a torch.nn.Module or a Gemma4MoEConfig, got {type(target).__name__}")
     found: dict[tuple[Any, ...], _Part] = {}
     for each in sorted(_parts(target), key=_is_offloaded):  # what is there need not be loaded for the calls
+        _take_over_codes(each)
         found.setdefault(_kind(each), each)
+    # Of hidden states beside experts that have quantised weights alone.
+    dtype_beside = next((each.dtype for each in target.parameters() if each.dtype in DTYPES), torch.bfloat16)
     if not found:
         raise ValueError(
             "target must hold a Gemma4Router, a Gemma4Experts, a MoEExperts or experts set to cupymoe; "
@@ -153,17 +157,22 @@ def warmup(
     for each in found.values():
         with _shards_as_tensors(each.module):
             arch = Arch.of(each.device) if each.device.type == "cuda" else HOPPER
-            for count in counts or _counts(each.module, training, arch):
-                _call(each, count)
+            sizes, weight_format = _sizes(each.module), _weight_format(each.module)
+            for count in counts or one_of_each_way(*sizes, training, arch, weight_format):
+                _call(each, count, dtype_beside)
                 if training:
-                    _call(each, count, differentiates=True)
+                    _call(each, count, dtype_beside, differentiates=True)
 
 
-def _counts(part: Any, training: bool, arch: Arch) -> Iterator[int]:
-    """One token, and then one number of every other range: only the first call of transformers' FP8 experts makes their
-    weights quantised ones."""
-    yield 1
-    yield from one_of_each_way(*_sizes(part), training, arch, _weight_format(part))[1:]
+def _take_over_codes(each: _Part) -> None:
+    """Of transformers' FP8 experts the first call makes the weights quantised ones: of every layer here, also of those
+    that are not called."""
+    if isinstance(each.module, Gemma4Router | MoEExperts) or _is_offloaded(each):
+        return
+    from cupymoe.integrations import fp8
+
+    with suppress(ValueError):  # the call says what can't be served, and where it is
+        fp8.take_over(each.module, "gate_up_proj", "up_proj", "down_proj")
 
 
 def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.device | str) -> Gemma4MoE:
@@ -306,9 +315,9 @@ def _device(part: Any) -> torch.device:
     return device
 
 
-def _dtype(part: Any) -> torch.dtype:
+def _dtype(part: Any, beside: torch.dtype) -> torch.dtype:
     """Of the hidden states."""
-    return part.scale.dtype if isinstance(part, Gemma4Router) else dtype_of(part)
+    return part.scale.dtype if isinstance(part, Gemma4Router) else dtype_of(part, beside)
 
 
 def _sizes(part: Any) -> tuple[int, int, int, int]:
@@ -347,18 +356,22 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     # A module with a hook may be called where one without is computed as part of something else.
     hooked = tuple(name for name, module in caller.named_modules() if hooks_of(module) or "forward" in vars(module))
     parameters = ((name, p.shape, p.dtype, p.requires_grad) for name, p in caller.named_parameters())
-    weights = ((name, module.format) for name, module in caller.named_modules() if isinstance(module, QuantizedWeight))
+    weights = (
+        (name, module.format, None if module.scales is None else module.scales.dtype)
+        for name, module in caller.named_modules()
+        if isinstance(module, QuantizedWeight)
+    )
     return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters, *weights)
 
 
-def _call(each: _Part, num_tokens: int, *, differentiates: bool = False) -> None:
+def _call(each: _Part, num_tokens: int, dtype_beside: torch.dtype, *, differentiates: bool = False) -> None:
     num_experts, top_k, hidden_size, _ = _sizes(each.module)
     device, call = each.device, each.caller
     if _is_called_with_shards(each.module):
         call = partial(type(each.module).forward, each.module)  # the other processes need not call warmup at once
     # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
     with _loaded(each.loader), torch.set_grad_enabled(differentiates):
-        dtype = _dtype(each.module)
+        dtype = _dtype(each.module, dtype_beside)
         arguments = [torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device, requires_grad=differentiates)]
         if not isinstance(each.module, Gemma4Router):
             arguments.append(torch.full((num_tokens, top_k), num_experts, device=device))

@@ -246,21 +246,27 @@ def test_gemma_4_s_numbers_of_tokens_reach_every_regime_and_every_cut():
 
 @pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "fp8"])
 def test_numbers_of_tokens_reach_every_way_of_quantised_weights(name):
-    """Among them those of adapters, which the tiles don't add to codes."""
     formats = f"{name},{name}"
-    counts = one_of_each_way(128, 8, 2816, 704, weight_format=formats)
-    every = range(1, 20000)
-    for has_adapter in (False, True):
 
-        def way(num_tokens, has_adapter=has_adapter):
-            load = Load.of(num_tokens, 8, 128)
-            if takes_tiles(load, 2816, weight_format=formats, has_adapter=has_adapter):
-                return cut(load, 704)
-            if stream_reason(load, weight_format=formats) is not None:
-                return None
-            return regime(load, 704, has_adapter=has_adapter, has_codes=True)
+    def way(num_tokens):
+        load = Load.of(num_tokens, 8, 128)
+        if takes_tiles(load, 2816, weight_format=formats):
+            return cut(load, 704)
+        return regime(load, 704, has_codes=True)
 
-        assert {*map(way, counts)} == {*map(way, every)}
+    assert {*map(way, one_of_each_way(128, 8, 2816, 704, weight_format=formats))} == {*map(way, range(1, 20000))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_quantised_experts_are_called_in_the_dtype_of_what_is_beside_them(monkeypatch, dtype):
+    moe = Gemma4MoE(Gemma4MoEConfig(64, 64, 8, 2, "gelu_pytorch_tanh")).to(dtype)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    moe.experts.quantize_("int8")
+    dtypes = []
+    moe.experts.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
+    warmup(moe, [1])
+    assert dtypes == [dtype]
 
 
 def test_the_numbers_are_the_model_s_own(monkeypatch):

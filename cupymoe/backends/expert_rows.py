@@ -127,7 +127,9 @@ class KernelRows(ExpertRows):
 
     def _product_on_demand(self, rows: torch.Tensor, weight: WeightOnDemand) -> torch.Tensor:
         num_experts, out_size, in_size = weight.shape
-        step = max(1, _DEQUANTIZED_AT_ONCE // (out_size * in_size))
+        # The more rows, the more experts at once: each slice multiplies the rows before it, too.
+        at_once = max(_DEQUANTIZED_AT_ONCE, len(rows) * max(out_size, in_size))
+        step = max(1, at_once // (out_size * in_size))
         slots = torch.arange(len(rows), dtype=self.offsets.dtype, device=rows.device).unsqueeze(-1)
         output = self._product(rows, weight.experts(slice(0, step), self.dequantized_dtype), self.offsets[: step + 1])
         for first in range(step, num_experts, step):

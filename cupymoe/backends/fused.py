@@ -23,7 +23,7 @@ from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.codes import Scales
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
-from cupymoe.kernels.expert_tiles import cut, prefers_tiles
+from cupymoe.kernels.expert_tiles import alone, cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
@@ -77,6 +77,8 @@ class FusedBackend:
             return f"its tensor-core products take bfloat16 and float16, not {call.dtype}"
         if call.weight_format != PLAIN and direction == "backward":
             return "its kernels compute no gradients beside quantised weights"
+        if call.weight_format != PLAIN and call.adapter_rank:
+            return f"its kernels add adapters to plain weights, not to {call.weight_format}"
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
@@ -84,7 +86,7 @@ class FusedBackend:
         if call.adapter_rank > MAX_RANK:
             return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
         arch = self.arch(call.device)
-        not_tiled = tiles_reason(call.load, call.hidden_size, arch, call.weight_format, call.adapter_rank > 0)
+        not_tiled = tiles_reason(call.load, call.hidden_size, arch, call.weight_format)
         if direction == "backward":
             return not_tiled
         not_streamed = stream_reason(call.load, arch, call.weight_format)
@@ -93,7 +95,9 @@ class FusedBackend:
     def faster(self, call: ExpertsCall, direction: Direction = "forward") -> str | None:
         """See :class:`cupymoe.backends.Backend`; where its build on Hopper was not faster than ``grouped`` there."""
         arch = self.arch(call.device)
-        if arch.wgmma or call.load.pairs_per_expert <= _FASTER_THAN_GROUPED_UP_TO[build_of(arch)]:
+        # Beside codes grouped dequantises all experts first, hit or not.
+        is_measured = call.weight_format == PLAIN
+        if arch.wgmma or not is_measured or call.load.pairs_per_expert <= _FASTER_THAN_GROUPED_UP_TO[build_of(arch)]:
             return None
         return "grouped"
 
@@ -102,6 +106,9 @@ class FusedBackend:
         arch = self.arch(call.device)
         if direction == "backward" or _is_tiled(call, arch):
             blocks, products = cut(call.load, call.intermediate_size)
+            if call.weight_format != PLAIN:
+                of_gate_up = codes.Codes(call.weight_format.split(",")[0])
+                blocks, products = alone((blocks, products), of_gate_up)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
 
@@ -145,17 +152,15 @@ def _arch_of(device: int) -> Arch:
 
 
 def _is_tiled(call: ExpertsCall, arch: Arch) -> bool:
-    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format, call.adapter_rank > 0)
+    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format)
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(
-    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, has_adapter: bool = False
-) -> bool:
+def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN) -> bool:
     """Whether a call that the backend serves goes by tiles; else it is streamed."""
     has_codes = weight_format != PLAIN
     prefers = prefers_tiles(load, has_codes=has_codes) or stream_reason(load, arch, weight_format) is not None
-    return prefers and tiles_reason(load, hidden_size, arch, weight_format, has_adapter) is None
+    return prefers and tiles_reason(load, hidden_size, arch, weight_format) is None
 
 
 def stream_reason(load: Load, arch: Arch = HOPPER, weight_format: str = PLAIN) -> str | None:
@@ -168,17 +173,13 @@ def stream_reason(load: Load, arch: Arch = HOPPER, weight_format: str = PLAIN) -
     return _first(map(stored_weight.unsupported_reason, weight_format.split(",")))
 
 
-def tiles_reason(
-    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, has_adapter: bool = False
-) -> str | None:
+def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN) -> str | None:
     """Why the tiles don't serve a call; None if they do."""
     if not arch.wgmma:
         return f"its tiles need the wgmma of compute capability 9.0, not {'.'.join(map(str, arch.capability))}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
-    if has_adapter and weight_format != PLAIN:
-        return f"its tiles add adapters to plain weights, not to {weight_format}"
     reason = _first(map(codes.unsupported_reason, weight_format.split(",")))
     return reason or sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 

@@ -46,10 +46,10 @@ def sizes_of(experts: Any) -> tuple[int, int, int]:
     return num_experts, hidden_size, intermediate_size
 
 
-def dtype_of(experts: nn.Module) -> torch.dtype:
+def dtype_of(experts: nn.Module, otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:
     """What hidden states are expected in: the dtype of the parameters. Where none is left, beside quantised weights,
-    bfloat16, although any is served."""
-    return next((parameter.dtype for parameter in experts.parameters(recurse=False)), torch.bfloat16)
+    it is ``otherwise``, although any is served."""
+    return next((parameter.dtype for parameter in experts.parameters(recurse=False)), otherwise)
 
 
 def dtype_beside(weights: Iterable[Any], otherwise: torch.dtype) -> torch.dtype:

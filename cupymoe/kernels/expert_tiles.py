@@ -94,7 +94,7 @@ def down_back_cut(gate_up_cut: tuple[int, int]) -> tuple[int, int]:
     return (2, 2) if gate_up_cut == (1, 3) else gate_up_cut
 
 
-def _alone(cut: tuple[int, int], codes: Codes) -> tuple[int, int]:
+def alone(cut: tuple[int, int], codes: Codes) -> tuple[int, int]:
     """A cut without a cluster where the weight is quantised: blocks would have only codes to share.
 
     A third product leaves too few registers to decode zero points with.
@@ -214,7 +214,7 @@ class TileShape:
     @property
     def up(self) -> Tiling:
         """Of the gate_up projection."""
-        cut = _alone((self.blocks, self.products), self.gate_up_codes)
+        cut = alone((self.blocks, self.products), self.gate_up_codes)
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
         width = best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts, self.gate_up_codes.row_bytes)
@@ -223,7 +223,7 @@ class TileShape:
     def down(self) -> Tiling:
         """Of the down projection."""
         plain_cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
-        cut = _alone(plain_cut, self.down_codes)
+        cut = alone(plain_cut, self.down_codes)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
         width = _DOWN_WIDTHS.get(plain_cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts, self.down_codes.row_bytes)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from cupymoe import MoEActivation, QuantizedWeight, explain, reference
+from cupymoe import MoEActivation, QuantizedWeight, explain, reference, warmup
 from tests.helpers import relative_error
 from tests.integrations.test_transformers import gemma4, mixtral
 
@@ -162,3 +163,10 @@ def test_compiled_after_a_first_call():
     expected = experts(*given)
     torch._dynamo.reset()
     assert torch.equal(compiled(*given), expected)
+
+
+def test_warmup_takes_every_layer_over():
+    """Those of one kind are called once, and the others must be ready for torch.compile too."""
+    layers = nn.ModuleList(fp8_experts() for _ in range(2))
+    warmup(layers, [1])
+    assert all(isinstance(layer.gate_up_proj, QuantizedWeight) for layer in layers)

@@ -39,7 +39,12 @@ def copying_variants() -> Iterator[Variant]:
         for shape in stream.kinds(num_tokens, 32, 2880, 2880, 4):
             yield experts_up.variant(shape)
             yield experts_down.variant(shape)
-    yield from (each for each in catalog.variants() if any("GROUP=" in define for define in each.defines))  # quantised
+    gathering = "experts_up", "experts_down", "experts_up_wgmma"
+    yield from (
+        each
+        for each in catalog.variants()
+        if each.source in gathering and any("GROUP=" in define for define in each.defines)  # quantised
+    )
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
