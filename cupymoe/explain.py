@@ -45,7 +45,8 @@ def explain(target: nn.Module, tokens: int | Iterable[int] = (1, 64, 1024)) -> l
 
     Args:
         target: a module that holds ``Gemma4Experts``, ``MoEExperts``, or transformers' experts with
-            ``experts_implementation="cupymoe"``; with PEFT's adapters or without.
+            ``experts_implementation="cupymoe"``; with PEFT's adapters or without. As their first call would,
+            transformers' ``FP8Experts`` get a :class:`cupymoe.QuantizedWeight` in the place of each parameter.
         tokens: each at least 1.
 
     Raises:
