@@ -46,19 +46,16 @@ def _way(
     load = Load.of(num_tokens, top_k, num_experts)
     sort = block_of(load.num_pairs, num_experts)
     by_tiles = *cut(load, intermediate_size), sort
-    ways: list[tuple[Any, ...]] = []
-    for has_adapter in (False, True):
-        if takes_tiles(load, hidden_size, arch, weight_format):
-            ways.append(by_tiles)
-        elif stream_reason(load, arch, weight_format) is not None:
-            ways.append((sort,))  # another backend's, which sorts too
-        else:
-            has_codes = weight_format != PLAIN
-            each = regime(load, intermediate_size, arch, has_adapter=has_adapter, has_codes=has_codes)
-            planned: Any = pairs_per_lane(load.num_pairs)
-            if not plans_at_once(load, arch):
-                planned = sort
-            ways.append((each, None if each.inline_pairs else planned))
+    ways: list[tuple[Any, ...]]
+    if takes_tiles(load, hidden_size, arch, weight_format):
+        ways = [by_tiles]
+    elif stream_reason(load, arch, weight_format) is not None:
+        ways = [(sort,)]  # another backend's, which sorts too
+    else:
+        planned: Any = pairs_per_lane(load.num_pairs) if plans_at_once(load, arch) else sort
+        regime_of = partial(regime, load, intermediate_size, arch, has_codes=weight_format != PLAIN)
+        regimes = regime_of(has_adapter=False), regime_of(has_adapter=True)
+        ways = [(each, None if each.inline_pairs else planned) for each in regimes]
     if training:
         ways.append(by_tiles)  # however few the tokens are, gradients go by tiles
     return tuple(ways)

@@ -105,8 +105,6 @@ class Regime:
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
 _TRANSPOSED = Tile(128, 4)
 
-# By the most pairs of an expert on average; beyond the last of these is one more.
-_MOST_PAIRS = (4, 16, 32)
 _UP_TO_4_PAIRS = Regime(
     tokens=32,
     up=Tile(256, 4, k_warps=2),
@@ -139,6 +137,11 @@ _MORE_PAIRS = Regime(
     inline_pairs=0,
     fp32_slots=False,
 )
+_PLANNED = (_UP_TO_4_PAIRS, _UP_TO_16_PAIRS, _UP_TO_32_PAIRS, _MORE_PAIRS)
+# The most pairs of an expert, on average, that each of these serves; the last serves all that are more.
+_MOST_PAIRS: tuple[int, ...] = (4, 16, 32)
+# The same of the planned regimes of weights that are codes.
+_MOST_PAIRS_OF_CODES: tuple[int, ...] = (4, 8, 16, 32)
 
 
 @functools.cache
@@ -187,9 +190,6 @@ def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
         replace(_UP_TO_32_PAIRS, four_bits=_CODES_OF_48, eight_bits=_CODES_OF_48),
         replace(_MORE_PAIRS, four_bits=_CODES_OF_80, eight_bits=_CODES_OF_80),
     )
-
-
-_MOST_PAIRS_OF_CODES = (4, 8, 16, 32)
 
 
 # What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
@@ -268,19 +268,15 @@ def regime(
     if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
         bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
-        return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
-    if has_codes:
-        *inlines, up_to_4, up_to_8, up_to_16, up_to_32, more = _regimes_of_codes(intermediate_size)
-        if is_inline:
-            return inlines[load.num_pairs > _MOST_PAIRS_SHARING]
-        return (up_to_4, up_to_8, up_to_16, up_to_32, more)[bisect.bisect_left(_MOST_PAIRS_OF_CODES, pairs)]
-    if is_inline:
-        return _inline_regime(intermediate_size)
-    if pairs <= 4:
-        return _UP_TO_4_PAIRS
-    if pairs <= 16:
-        return _UP_TO_16_PAIRS
-    return _UP_TO_32_PAIRS if pairs <= 32 else _MORE_PAIRS
+    elif has_codes:
+        of_few, inline, *planned = _regimes_of_codes(intermediate_size)
+        bounds = _MOST_PAIRS_OF_CODES
+        if load.num_pairs <= _MOST_PAIRS_SHARING:
+            inline = of_few
+    else:
+        inline, *planned = _inline_regime(intermediate_size), *_PLANNED
+        bounds = _MOST_PAIRS
+    return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
 
 
 @dataclass(frozen=True, eq=False)
