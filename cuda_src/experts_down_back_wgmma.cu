@@ -38,7 +38,7 @@ typedef SCALAR scalar_t;
 
 struct DownBackGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = INTERMEDIATE;
-    static constexpr bool kDenseTokens = false, kScalesSlots = false;
+    static constexpr bool kDenseTokens = false;
     static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const scalar_t* tokens;
     const int* token_of_slot;
@@ -193,5 +193,5 @@ experts_down_back_wgmma(const __grid_constant__ TensorMap down_map, GATHERED_ADA
                         const int* expert_offsets, const int* token_of_slot, const float* weight_of_slot, u32* ticket, const scalar_t* gate_up,
                         scalar_t* grad_gate_up, scalar_t* weighted, float* dot_parts) {
     DownBackGemm gemm = {grad_output, token_of_slot, weight_of_slot, gate_up, grad_gate_up, weighted, dot_parts};
-    multiply_experts(gemm, WEIGHTS(down_map, GATHERED_ADAPTER), Schedule{expert_offsets, ticket});
+    multiply_experts(gemm, PlainWeights{down_map, GATHERED_ADAPTER}, Schedule{expert_offsets, ticket});
 }

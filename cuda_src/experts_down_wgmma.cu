@@ -8,13 +8,10 @@
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
 //        low_map          TensorMap of low [slots, LOW_RANK] SCALAR; only with LOW_RANK
 //        factor_map       the same as down_map, with LOW_RANK in the place of INTERMEDIATE; only with LOW_RANK
-//        With WEIGHT_CODEC down_map is of codes [NUM_EXPERTS, HIDDEN, bytes], and there are, as the format has them:
-//        scales_map, zeros_map, row_scales    of scales and zero points [NUM_EXPERTS, HIDDEN, bytes]; [NUM_EXPERTS, HIDDEN] fp32
 // Writes expert_output    [slots, HIDDEN] SCALAR
-// Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared),
-//        with WEIGHT_CODEC CodedWeights::kRingBytes more.
+// Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k, then over an adapter's; of codes as decoded_weights.cuh says; rounded to SCALAR.
+// Maths  fp32 sums over ascending k, then over an adapter's; rounded to SCALAR.
 // Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
 #include "common/dtypes.cuh"
 
@@ -26,13 +23,10 @@ BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/store_pairs.cuh"
-#ifdef WEIGHT_CODEC
-#include "common/decoded_weights.cuh"
-#endif
 
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN;
-    static constexpr bool kDenseTokens = true, kScalesSlots = false;
+    static constexpr bool kDenseTokens = true;
     static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const TensorMap& token_map;
     scalar_t* expert_output;
@@ -48,7 +42,7 @@ struct DownGemm {
     }
 
     __device__ __forceinline__ void prefetch_inputs(const Tile& tile, u32, u32 part) const {
-        if (HAS_BIAS) prefetch_of_rows(*this, bias, tile.expert, part);
+        if (HAS_BIAS) prefetch_bias(*this, tile.expert, part);
     }
 
     // The weight row that is row 8 * eight + place of a part.
@@ -114,9 +108,9 @@ struct DownGemm {
 };
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
-experts_down_wgmma(const __grid_constant__ TensorMap down_map, CODED_MAPS const __grid_constant__ TensorMap intermediate_map,
+experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
                    DENSE_ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output,
-                   const scalar_t* bias ROW_SCALES_PARAMETER) {
+                   const scalar_t* bias) {
     DownGemm gemm = {intermediate_map, expert_output, bias};
-    multiply_experts(gemm, WEIGHTS(down_map, DENSE_ADAPTER), Schedule{expert_offsets, ticket});
+    multiply_experts(gemm, PlainWeights{down_map, DENSE_ADAPTER}, Schedule{expert_offsets, ticket});
 }

@@ -9,18 +9,12 @@
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
 //        factor_map     the same as gate_up_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK
 //        low            [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
-//        With WEIGHT_CODEC gate_up_map is of codes [NUM_EXPERTS, kRows, bytes], and there are, as the format has them:
-//        scales_map, zeros_map, row_scales    of scales and zero points [NUM_EXPERTS, kRows, bytes]; [NUM_EXPERTS, kRows] fp32
-//        With SCALED_TOKENS hidden_states is what rows_to_fp16.cu made of them, and there are its
-//        token_factors  [T] fp32                 of which the sums are multiples
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
 //        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
 //                       backward; not written without KEEPS_GATE_UP
-// Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared),
-//        with WEIGHT_CODEC CodedWeights::kRingBytes more.
+// Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k, then over an adapter's; of codes as decoded_weights.cuh says; activation in fp32, of the
-//        unrounded sums; one rounding at the store.
+// Maths  fp32 sums over ascending k, then over an adapter's; activation in fp32, of the unrounded sums; one rounding at the store.
 // Why    Gate and up of a column are sums of the same thread, so the activation costs no exchange: the map takes gate rows and
 //        up rows in turn, 8 of each. Of transposed weights it brings 64 gate columns and then the 64 up columns; interleaved
 //        ones are neighbours in memory already. Tokens are gathered on their way into shared memory: a copy in expert order
@@ -35,37 +29,21 @@
 BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
-#ifndef SCALED_TOKENS
-#define SCALED_TOKENS 0
-#endif
-#if SCALED_TOKENS
-#define OPERAND fp16
-#define WEIGHT_FACTOR 64
-#define TOKEN_FACTORS_PARAMETER , const float* token_factors
-#define TOKEN_FACTORS token_factors
-#else
-#define TOKEN_FACTORS_PARAMETER
-#define TOKEN_FACTORS nullptr
-#endif
 #include "common/store_pairs.cuh"
-#ifdef WEIGHT_CODEC
-#include "common/decoded_weights.cuh"
-#endif
 
 struct UpGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE;
-    static constexpr bool kDenseTokens = false, kScalesSlots = SCALED_TOKENS;
+    static constexpr bool kDenseTokens = false;
     static constexpr u32 kColumns = BLOCK_N / (GATED ? 2 : 1);  // of the intermediate, that a part is for
     // Boxes of transposed weights are 64 columns, or with two halves side by side twice that.
     static constexpr bool kHalves = GATED && !INTERLEAVED;
     static constexpr int kBoxes = !TRANSPOSED ? 1 : BLOCK_N / (kHalves ? 128 : 64);
     static_assert(!(TRANSPOSED && kHalves) || BLOCK_N == 128, "a part is one box of both halves");
-    const OPERAND* tokens;
+    const scalar_t* tokens;
     const int* token_of_slot;
     scalar_t* intermediate;
     const scalar_t* bias;
     scalar_t* gate_up;
-    const float* token_factors;
 
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
@@ -82,19 +60,8 @@ struct UpGemm {
         return {k, 0, (int)part * (int)(kColumns / 8), expert};
     }
 
-    // Of rows slot and slot + 8, by what rows_to_fp16 and Decoder took out of tokens and weights.
-    __device__ __forceinline__ void scale(float (&sums)[SUMS], const Tile& tile, int slot) const {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            bool wanted = slot + half * 8 < tile.slots;
-            float factor = wanted ? token_factors[token_of_slot[tile.first_slot + slot + half * 8]] * (1.0f / WEIGHT_FACTOR) : 0.0f;
-#pragma unroll
-            for (int i = 0; i < SUMS / 4; i++) sums[4 * i + 2 * half] *= factor, sums[4 * i + 2 * half + 1] *= factor;
-        }
-    }
-
     __device__ __forceinline__ void prefetch_inputs(const Tile& tile, u32, u32 part) const {
-        if (HAS_BIAS) prefetch_of_rows(*this, bias, tile.expert, part);
+        if (HAS_BIAS) prefetch_bias(*this, tile.expert, part);
     }
 
     // The weight row that is row 8 * eight + place of a part; past the last column it may be a row of the other half, whose
@@ -174,9 +141,9 @@ struct UpGemm {
 };
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
-experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, CODED_MAPS GATHERED_ADAPTER_PARAMETERS
-                 const OPERAND* hidden_states, const int* expert_offsets, const int* token_of_slot, u32* ticket,
-                 scalar_t* intermediate, const scalar_t* bias, scalar_t* gate_up ROW_SCALES_PARAMETER TOKEN_FACTORS_PARAMETER) {
-    UpGemm gemm = {hidden_states, token_of_slot, intermediate, bias, gate_up, TOKEN_FACTORS};
-    multiply_experts(gemm, WEIGHTS(gate_up_map, GATHERED_ADAPTER), Schedule{expert_offsets, ticket});
+experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, GATHERED_ADAPTER_PARAMETERS
+                 const scalar_t* hidden_states, const int* expert_offsets, const int* token_of_slot, u32* ticket,
+                 scalar_t* intermediate, const scalar_t* bias, scalar_t* gate_up) {
+    UpGemm gemm = {hidden_states, token_of_slot, intermediate, bias, gate_up};
+    multiply_experts(gemm, PlainWeights{gate_up_map, GATHERED_ADAPTER}, Schedule{expert_offsets, ticket});
 }

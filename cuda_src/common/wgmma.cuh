@@ -1,22 +1,14 @@
-// Hopper's warpgroup products (sm_90a): a warpgroup multiplies 64 rows of A with BLOCK_N rows of B, 16 k at a time, both
-// operands in shared memory, sums in registers. Includers define SCALAR, BLOCK_N, BLOCK_K, TRANSPOSED, which is of B, and
-// where A is transposed TRANSPOSED_A.
+// Hopper's warpgroup products: a warpgroup multiplies 64 rows of A with BLOCK_N rows of B, 16 k at a time, both operands in
+// shared memory, sums in registers. Includers define SCALAR, BLOCK_N, BLOCK_K, TRANSPOSED, which is of B, and where A is
+// transposed TRANSPOSED_A.
 //
-// A tile in shared memory: rows of 128 bytes (64 k), the eight 16-byte packs of row r at pack ^ (r % 8); starts on 1024 bytes.
 // A transposed tile: groups of 64 rows. A group has a line of 128 bytes for each of BLOCK_K k: its 64 rows at that k, the eight
 // packs of line k at pack ^ (k % 8). The last group of B may be needed, and be there, in part.
 // sums[4 j + i] of lane l of warp w: row 16 w + l / 4 (+ 8 for i >= 2) of A, row 8 j + l % 4 * 2 + i % 2 of B.
 #pragma once
-#include "arch.cuh"
-#include "dtypes.cuh"
+#include "warpgroup.cuh"
 
-static_assert(HAS_WGMMA, "wgmma needs sm_90a: no other architecture has its instructions, nor has sm_90 without the a");
-
-#define ROW_BYTES 128
 #define SUMS (BLOCK_N / 2)
-
-// Address, 1024 bytes from a group of eight rows to the next, 128-byte swizzle; the other fields don't matter to it.
-__device__ __forceinline__ u64 tile_descriptor(u32 address) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | address >> 4; }
 
 #define GROUP_BYTES (BLOCK_K * ROW_BYTES)    // of a transposed tile
 #define NEXT_16_LINES (16 * ROW_BYTES / 16)  // what leads to its next 16 k
@@ -48,23 +40,6 @@ __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return transp
 
 __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return tile_descriptor(address); }
 #endif
-
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// Copies landed in shared memory come before this thread's products, which read through another proxy.
-__device__ __forceinline__ void order_copies_before_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-template <int kRegisters> __device__ __forceinline__ void shrink_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters> __device__ __forceinline__ void grow_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 
 #define EIGHT(I) "+f"(sums[I]), "+f"(sums[I + 1]), "+f"(sums[I + 2]), "+f"(sums[I + 3]), "+f"(sums[I + 4]), "+f"(sums[I + 5]), "+f"(sums[I + 6]), "+f"(sums[I + 7])
 #define SUMS_64 EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,23 +17,24 @@ from cupymoe.backends import (
     row_packs_reason,
 )
 from cupymoe.backends.fused_adapters import packed_adapters, step
-from cupymoe.backends.fused_backward import new_kept, scale_dtypes_of, tile_shape
-from cupymoe.kernels import codes, expert_stream, sort_by_expert, stored_weight
+from cupymoe.backends.fused_backward import new_kept, stored_weights, tile_shape
+from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
-from cupymoe.kernels.codes import Scales
+from cupymoe.kernels.coded_tiles import TILE_SLOTS, Scales
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
-from cupymoe.kernels.expert_tiles import alone, cut, prefers_tiles
+from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
+from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
+from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
-from cupymoe.kernels.stored_weight import StoredWeight
 from cupymoe.weights.format import PLAIN, formats_of
 
 # Pairs of an expert on average up to which each of arch.BUILDS was measured faster than ``grouped`` on an H200
@@ -44,9 +45,10 @@ _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 32, "sm_86": 8, "sm_120": 32, None: 48}
 
 class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
-    expert on average, and in four beyond. From 32 pairs of an expert on average, and where the stream can't: tiles for
-    the tensor cores, in four launches up to 1024 pairs and in five beyond. Either takes one more for each weight that
-    has an adapter. A launch begins while the one before still runs.
+    expert on average, and in four beyond. From 32 pairs of an expert on average, beside quantised weights from 16, and
+    where the stream can't: tiles for the tensor cores, in four launches up to 1024 pairs and in five beyond. Either
+    takes one more for each weight that has an adapter, and tiles one more for a quantised gate_up_proj. A launch begins
+    while the one before still runs.
 
     Cards without Hopper's tensor-core instructions stream any number of pairs, beyond 8192 in six launches; a launch
     begins while the one before still runs where the card can do that. Gradients are another backend's there.
@@ -79,6 +81,8 @@ class FusedBackend:
             return "its kernels compute no gradients beside quantised weights"
         if call.weight_format != PLAIN and call.adapter_rank:
             return f"its kernels add adapters to plain weights, not to {call.weight_format}"
+        if (reason := _format_reason(call.weight_format)) is not None:
+            return reason
         if (reason := row_packs_reason(call)) is not None:
             return reason
         if not (call.aligned_hidden_states and call.aligned_weights):
@@ -105,10 +109,9 @@ class FusedBackend:
         """See :class:`cupymoe.backends.Backend`."""
         arch = self.arch(call.device)
         if direction == "backward" or _is_tiled(call, arch):
+            if direction == "forward" and formats_of(call.weight_format)[0] is not None:
+                return f"tiles of up to {TILE_SLOTS} rows, decoded in registers in the gate_up projection"
             blocks, products = cut(call.load, call.intermediate_size)
-            if call.weight_format != PLAIN:
-                of_gate_up = codes.Codes(call.weight_format.split(",")[0])
-                blocks, products = alone((blocks, products), of_gate_up)
             return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
 
@@ -170,7 +173,7 @@ def stream_reason(load: Load, arch: Arch = HOPPER, weight_format: str = PLAIN) -
     most = expert_stream.MAX_PAIRS if arch.wgmma else expert_stream.MAX_SORTED_PAIRS
     if load.num_pairs > most:
         return f"the weight stream serves at most {most} (token, k) pairs, not {load.num_pairs}"
-    return _first(map(stored_weight.unsupported_reason, weight_format.split(",")))
+    return _format_reason(weight_format)
 
 
 def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN) -> str | None:
@@ -180,11 +183,12 @@ def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_forma
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
         return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
-    reason = _first(map(codes.unsupported_reason, weight_format.split(",")))
-    return reason or sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
+    return _format_reason(weight_format) or sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 
-def _first(reasons: Iterable[str | None]) -> str | None:
+def _format_reason(weight_format: str) -> str | None:
+    """Why neither way reads the weights, as they are stored."""
+    reasons = map(stored_weight.unsupported_reason, weight_format.split(","))
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -215,7 +219,7 @@ def stream(
     of_gate_up, of_down = packed_adapters(call, tensors)
     chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
-    stored = _stored_weights(call, tensors)
+    stored = stored_weights(call, tensors)
     shape = shape_of(
         chosen,
         call.dtype,
@@ -262,13 +266,6 @@ def stream(
     return output
 
 
-def _stored_weights(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[StoredWeight, ...]:
-    """How both weights are stored, for the weight stream."""
-    if call.weight_format == PLAIN:
-        return ()  # as a shape has it
-    return tuple(map(stored_weight.stored_weight, call.weight_format.split(","), scale_dtypes_of(tensors)))
-
-
 def plans_at_once(load: Load, arch: Arch) -> bool:
     """Whether one block plans a streamed call; else its pairs are sorted before."""
     fits = shared_bytes_of_plan(load.num_experts, load.num_pairs) <= arch.shared_bytes_of_block
@@ -289,12 +286,18 @@ def tiles(
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
-    of_codes = _scales_of(call, tensors)
-    intermediate = experts_up_wgmma(
-        hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step, scales=of_codes[0]
-    )
+    of_gate_up_codes, of_down_codes = _scales_of(call, tensors)
+    if of_gate_up_codes is None:
+        intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
+    else:
+        intermediate = experts_up_codes_wgmma(
+            hidden_states, gate_up_proj, of_gate_up_codes, pairs, shape, gate_up_bias, gate_up
+        )
     down_step = step(of_down, intermediate, pairs, down_low, gathered=False)
-    expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step, scales=of_codes[1])
+    if of_down_codes is None:
+        expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
+    else:
+        expert_output = experts_down_codes_wgmma(intermediate, down_proj, of_down_codes, pairs, shape, down_bias)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)
 
 

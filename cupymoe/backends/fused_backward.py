@@ -22,7 +22,6 @@ from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import lay_out_gradients
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
-from cupymoe.kernels.codes import Codes
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
@@ -30,6 +29,7 @@ from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_outer_wgmma import experts_outer_wgmma
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.sort_by_expert import SortedPairs, sort_by_expert
+from cupymoe.kernels.stored_weight import StoredWeight, stored_weight
 from cupymoe.kernels.sum_parts import sum_parts
 from cupymoe.weights.format import PLAIN
 
@@ -37,17 +37,19 @@ _THIRD_TICKET = 2
 """The ticket counter that the way back through gate_up takes; the two kernels before it take the others."""
 
 
-def scale_dtypes_of(tensors: ExpertsTensors) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Of the scales of groups of both weights, where they are quantised in such a format."""
-    gate_up, down = tensors.gate_up_scales, tensors.down_scales
-    return None if gate_up is None else gate_up.dtype, None if down is None else down.dtype
+def stored_weights(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[StoredWeight, ...]:
+    """How both weights are stored; nothing where both are plain, as a shape has it."""
+    if call.weight_format == PLAIN:
+        return ()
+    scales = tensors.gate_up_scales, tensors.down_scales
+    dtypes = (None if each is None else each.dtype for each in scales)
+    return tuple(map(stored_weight, call.weight_format.split(","), dtypes))
 
 
 def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False) -> TileShape:
     """What the tiles of a call are compiled for."""
     has_biases = tensors.gate_up_bias is not None, tensors.down_bias is not None
-    scale_dtypes = () if call.weight_format == PLAIN else scale_dtypes_of(tensors)
-    return _tile_shape(call, has_biases, keeps_gate_up, ranks_of(call, tensors), scale_dtypes)
+    return _tile_shape(call, has_biases, keeps_gate_up, ranks_of(call, tensors), stored_weights(call, tensors))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,9 +58,8 @@ def _tile_shape(
     has_biases: tuple[bool, bool],
     keeps_gate_up: bool,
     ranks: tuple[int, int],
-    scale_dtypes: tuple[torch.dtype | None, ...],
+    stored: tuple[StoredWeight, ...],
 ) -> TileShape:
-    codes = map(Codes, call.weight_format.split(","), scale_dtypes) if scale_dtypes else ()
     return tile_shape_of(
         *cut(call.load, call.intermediate_size),
         call.dtype,
@@ -71,7 +72,7 @@ def _tile_shape(
         *has_biases,
         keeps_gate_up,
         *ranks,
-        *codes,
+        *stored,
     )
 
 

@@ -15,9 +15,11 @@ from cupymoe.kernels import (
     dequantize,
     experts_down,
     experts_down_back_wgmma,
+    experts_down_codes_wgmma,
     experts_down_wgmma,
     experts_outer_wgmma,
     experts_up,
+    experts_up_codes_wgmma,
     experts_up_wgmma,
     gated_activation,
     gather,
@@ -27,18 +29,17 @@ from cupymoe.kernels import (
     lora_outer,
     lora_shrink,
     lora_shrink_chunks,
+    operand_rows,
     pack_adapter,
     plan_chunks,
     plan_experts,
     raw_read,
     route,
     router_logits,
-    rows_to_fp16,
     sort_by_expert,
     sum_parts,
 )
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
-from cupymoe.kernels.codes import Codes
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
@@ -56,7 +57,9 @@ HOPPER_ONLY = (
     "lora_shrink",
     "lora_outer",
     "lora_back",
-    "rows_to_fp16",
+    "operand_rows",
+    "experts_up_codes_wgmma",
+    "experts_down_codes_wgmma",
 )
 """The sources of the fused backend that need wgmma, or come before or after one that does
 (cupymoe/backends/fused.py)."""
@@ -146,12 +149,12 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down_wgmma.variant(tile_shape.up_back)
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
-    yield rows_to_fp16.variant(sizes.hidden_size)
+    for dtype, narrowed in ((torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)):
+        yield operand_rows.variant(dtype, sizes.hidden_size, sizes.top_k_experts, narrowed)
     for tile_shape in _coded_tile_shapes():
-        yield experts_up_wgmma.variant(tile_shape)
-        if tile_shape.gate_up_codes.format == "int4_g32":
-            yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
-        yield experts_down_wgmma.variant(tile_shape)
+        yield experts_up_codes_wgmma.variant(tile_shape)
+        yield experts_up_codes_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
+        yield experts_down_codes_wgmma.variant(tile_shape)
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):
         for left_gathered in (False, True):
@@ -295,22 +298,29 @@ def _tile_shapes() -> Iterator[TileShape]:
 
 
 def _coded_tile_shapes() -> Iterator[TileShape]:
-    """Each cut and codec at Gemma 4's sizes, int4 with each dtype of its scales, int8 with biases, two in float16."""
+    """Each codec at Gemma 4's sizes in both dtypes, int4 with each dtype of its scales; int4 and NVFP4 with each other
+    kind of experts, with biases."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
-    codes = [Codes("int4_g32", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    codes += [Codes("nvfp4", torch.float8_e4m3fn), Codes("int4_g64_zero", torch.bfloat16), Codes("int8"), Codes("fp8")]
-    codes += [Codes("fp8_g128", torch.float32), Codes("mxfp4", torch.float8_e8m0fnu)]
-    kinds = [(each, torch.bfloat16) for each in codes] + [(each, torch.float16) for each in codes[2:4]]
-    for cut, (each, dtype) in product(CUTS, kinds):
-        yield tile_shape_of(
-            *cut,
+
+    def shape(kind: tuple[str, torch.dtype | None], dtype: torch.dtype, activation: MoEActivation) -> TileShape:
+        has_bias = activation != sizes.activation
+        return tile_shape_of(
+            *CUTS[0],
             dtype,
-            sizes.activation,
+            activation,
             sizes.num_experts,
             sizes.hidden_size,
             sizes.moe_intermediate_size,
-            has_gate_up_bias=each.format == "int8",
-            has_down_bias=each.format == "int8",
-            gate_up_codes=each,
-            down_codes=each,
+            has_gate_up_bias=has_bias,
+            has_down_bias=has_bias,
+            gate_up_stored=stored_weight(*kind),
+            down_stored=stored_weight(*kind),
         )
+
+    for kind in (*QUANTISED, ("int4_g32", torch.float16), ("int4_g32", torch.float32)):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield shape(kind, dtype, sizes.activation)
+    for kind, activation in product(
+        (QUANTISED[0], QUANTISED[6]), (MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL)
+    ):
+        yield shape(kind, torch.bfloat16, activation)

@@ -11,9 +11,9 @@ import torch
 
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER
-from cupymoe.kernels.codes import PLAIN_CODES, Codes
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
 from cupymoe.kernels.tensor_map import tensor_map
 
 THREADS = 384
@@ -34,9 +34,9 @@ _MULTIPROCESSORS = 132
 # From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
 # 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
 _TILES_FROM = 32
-# The same where a weight is codes: at 512 tokens of Gemma 4's sizes, 32 pairs of an expert, int4 streams in 369 us and
-# takes 489 by tiles, on an H200; at 1024 tokens 621 and 595.
-_TILES_FROM_OF_CODES = 64
+# The same where a weight is codes. In int4 at Gemma 4's sizes on an H200 8 slots take 208 us here and 178 there, 16
+# take 214 and 228, 32 take 251 and 368, here without what sums the experts' outputs (benchmarks/NOTES.md).
+_TILES_FROM_OF_CODES = 16
 # (slots of an expert on average, blocks of a cluster, products of a warpgroup), the fastest from so many slots on for
 # the gate_up projection. Around 256 half of the experts have a few slots too many for one tile of two products. In us,
 # for (1, 2), (1, 3) and (2, 2): 224 slots take 795, 853 and 792; 256 take 1020, 907 and 1019; 320 take 1268, 1063 and
@@ -51,8 +51,6 @@ _SHALLOW = 512
 # weight two blocks with three products are: on an H200 the way back through gate_up at Gemma 4's sizes and 16384 tokens
 # takes 1694 to 1740 us, with one block 1804 to 1880.
 _LONE_FROM, _LONE_UP_TO = 1024, 8192
-# Stages of codes: one is decoded while others are under way; more than these take longer than memory's latency.
-_CODE_STAGES = (2, 3, 4)
 # Weight rows of the down projection's products, by its cut; of a cut that is not here, best_width chooses.
 _DOWN_BACK_WIDTH = 128  # leaves the registers that its epilogue loads gate_up into
 _DOWN_WIDTHS = {(1, 2): 128, (1, 3): 128, (2, 3): 128}
@@ -94,16 +92,6 @@ def down_back_cut(gate_up_cut: tuple[int, int]) -> tuple[int, int]:
     return (2, 2) if gate_up_cut == (1, 3) else gate_up_cut
 
 
-def alone(cut: tuple[int, int], codes: Codes) -> tuple[int, int]:
-    """A cut without a cluster where the weight is quantised: blocks would have only codes to share.
-
-    A third product leaves too few registers to decode zero points with.
-    """
-    if codes.are_plain:
-        return cut
-    return 1, 2 if codes.has_zeros else cut[1]
-
-
 @dataclass(frozen=True, eq=False)
 class Tiling:
     """The tiles of one GEMM."""
@@ -116,8 +104,6 @@ class Tiling:
     """Weight rows that a block loads of a tile, and that each product multiplies."""
     stages: int
     shared_bytes: int
-    code_stages: int = 0
-    """Of the ring of codes, where the weight is quantised."""
 
     def defines(self) -> tuple[str, ...]:
         """The macros of this tiling."""
@@ -128,29 +114,23 @@ class Tiling:
             f"BLOCK_N={self.block_n}",
             f"BLOCK_K={BLOCK_K}",
             f"STAGES={self.stages}",
-            *((f"CODE_STAGES={self.code_stages}",) if self.code_stages else ()),
         )
 
 
+def shared_bytes_of_tiles(stage_bytes: int, num_experts: int, most: int) -> tuple[int, int]:
+    """How many stages fit, and the shared memory of a block with them: the ring and struct Shared."""
+    barrier_bytes, tile_bytes = 16, 64 + 8 * (num_experts + 1)  # of a stage; struct Shared without these
+    stages = (most - tile_bytes - 16) // (stage_bytes + barrier_bytes)
+    return stages, -(-(stages * (stage_bytes + barrier_bytes) + tile_bytes) // 16) * 16
+
+
 @functools.cache
-def tiling(blocks: int, products: int, block_n: int, num_experts: int, code_row_bytes: int = 0) -> Tiling:
-    """Tiles of ``block_n`` weight rows a block, and as many stages as fit.
-
-    Where rows have ``code_row_bytes`` in a stage of codes, as many of these as leave the other ring its stages.
-    """
+def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling:
+    """Tiles of ``block_n`` weight rows a block, and as many stages as fit."""
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
-    tile_bytes = 64 + 8 * (num_experts + 1)  # struct Shared without the barriers of the stages
-
-    def ring(code_stages: int) -> tuple[int, int, int]:
-        """Stages, stages of codes, and the bytes of these."""
-        spare_rows = -block_n % 64  # that warps load where their last round has none
-        code_bytes = code_stages * (block_n * code_row_bytes + 16) + spare_rows * code_row_bytes
-        left = HOPPER.shared_bytes_of_block - tile_bytes - 16 - code_bytes
-        return left // (stage_bytes + 16), code_stages, code_bytes
-
-    stages, code_stages, code_bytes = max(map(ring, _CODE_STAGES if code_row_bytes else (0,)))
-    shared_bytes = -(-(stages * (stage_bytes + 16) + code_bytes + tile_bytes) // 16) * 16
-    return Tiling(blocks, products, block_n, stages, shared_bytes, code_stages)
+    return Tiling(
+        blocks, products, block_n, *shared_bytes_of_tiles(stage_bytes, num_experts, HOPPER.shared_bytes_of_block)
+    )
 
 
 @functools.cache
@@ -192,14 +172,14 @@ class TileShape:
     gate_up_rank: int = 0
     """Of an adapter of gate_up_proj, a multiple of 16; 0 without one."""
     down_rank: int = 0
-    gate_up_codes: Codes = PLAIN_CODES
-    """How gate_up_proj is stored."""
-    down_codes: Codes = PLAIN_CODES
+    gate_up_stored: StoredWeight = PLAIN_WEIGHT
+    """How gate_up_proj is stored; a quantised weight is never transposed."""
+    down_stored: StoredWeight = PLAIN_WEIGHT
 
     @property
     def scales_tokens(self) -> bool:
-        """Whether the gate_up projection multiplies what :mod:`cupymoe.kernels.rows_to_fp16` makes of the tokens."""
-        return self.dtype == torch.bfloat16 and self.gate_up_codes.rounds_bf16
+        """Whether the gate_up projection multiplies narrowed rows, see :mod:`cupymoe.kernels.operand_rows`."""
+        return self.dtype == torch.bfloat16 and self.gate_up_stored.rounds_bf16
 
     @property
     def gate_up_rows(self) -> int:
@@ -213,20 +193,19 @@ class TileShape:
 
     @property
     def up(self) -> Tiling:
-        """Of the gate_up projection."""
-        cut = alone((self.blocks, self.products), self.gate_up_codes)
+        """Of the gate_up projection with a plain weight."""
+        cut = self.blocks, self.products
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
         width = best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
-        return tiling(*cut, width, self.num_experts, self.gate_up_codes.row_bytes)
+        return tiling(*cut, width, self.num_experts)
 
     @property
     def down(self) -> Tiling:
-        """Of the down projection."""
-        plain_cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
-        cut = alone(plain_cut, self.down_codes)
+        """Of the down projection with a plain weight."""
+        cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
-        width = _DOWN_WIDTHS.get(plain_cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
-        return tiling(*cut, width, self.num_experts, self.down_codes.row_bytes)
+        width = _DOWN_WIDTHS.get(cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
+        return tiling(*cut, width, self.num_experts)
 
     @property
     def up_back(self) -> TileShape:
@@ -271,11 +250,11 @@ class AdapterStep(NamedTuple):
     """``[E, rows, R]``, 16-byte aligned; contiguous or transposed, as the weight is."""
 
 
-def slot_map(rows: torch.Tensor) -> tuple[int, ...]:
-    """Of rows in expert order; boxes of 64 of them and ``BLOCK_K`` columns."""
+def slot_map(rows: torch.Tensor, box_rows: int = 64) -> tuple[int, ...]:
+    """Of rows in expert order; boxes of so many of them and ``BLOCK_K`` columns."""
     slots, columns = rows.shape
     row = columns * rows.element_size()
-    return tensor_map(rows.data_ptr(), rows.dtype, (columns, slots), (row,), (BLOCK_K, 64))
+    return tensor_map(rows.data_ptr(), rows.dtype, (columns, slots), (row,), (BLOCK_K, box_rows))
 
 
 def transposed_boxes(

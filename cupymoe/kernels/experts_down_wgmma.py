@@ -7,7 +7,6 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.codes import Scales, coded_maps
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -25,7 +24,6 @@ def variant(shape: TileShape) -> Variant:
             f"TRANSPOSED={int(shape.down_transposed)}",
             f"HAS_BIAS={int(shape.has_down_bias)}",
             f"LOW_RANK={shape.down_rank}",
-            *shape.down_codes.defines(),
         ),
     )
 
@@ -39,7 +37,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.down.shared_bytes,
         dependent=True,
-        tensor_maps=shape.down_codes.maps + (3 if shape.down_rank else 1),
+        tensor_maps=4 if shape.down_rank else 2,
     )
     return run, grid(shape.down, device)
 
@@ -71,18 +69,6 @@ def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: in
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _map_of_bytes(shape: TileShape, address: int, row_bytes: int, box_bytes: int) -> tuple[int, ...]:
-    """Of the codes of down_proj, or of what belongs to them."""
-    return _map_of_rows(address, shape, torch.uint8, row_bytes, box_bytes)
-
-
-def _weight_maps(down_proj: torch.Tensor, shape: TileShape, scales: Scales | None) -> tuple[int, ...]:
-    if scales is None:
-        return _down_map(down_proj.data_ptr(), shape, shape.intermediate_size)
-    return coded_maps(down_proj, scales, functools.partial(_map_of_bytes, shape))
-
-
 def experts_down_wgmma(
     intermediate: torch.Tensor,
     down_proj: torch.Tensor,
@@ -91,7 +77,6 @@ def experts_down_wgmma(
     bias: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
     ticket: int = 1,
-    scales: Scales | None = None,
 ) -> torch.Tensor:
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
@@ -104,8 +89,6 @@ def experts_down_wgmma(
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
         adapter: of down_proj, where ``shape.down_rank``, else None.
         ticket: which of the ticket counters of ``pairs`` it takes.
-        scales: of down_proj, where ``shape.down_codes`` are codes, which it then holds, uint8 ``[E, H, row bytes]``;
-            else None.
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
@@ -114,7 +97,7 @@ def experts_down_wgmma(
         blocks,
         THREADS,
         current_stream(device),
-        *_weight_maps(down_proj, shape, scales),
+        *_down_map(down_proj.data_ptr(), shape, shape.intermediate_size),
         *slot_map(intermediate),
         *(() if adapter is None else slot_map(adapter.low)),
         *(() if adapter is None else _down_map(adapter.factor.data_ptr(), shape, shape.down_rank)),
@@ -122,6 +105,5 @@ def experts_down_wgmma(
         pairs.tickets.data_ptr() + 4 * ticket,
         expert_output.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        *(() if scales is None else (scales.row_scales_address,)),
     )
     return expert_output

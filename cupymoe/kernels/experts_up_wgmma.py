@@ -8,11 +8,9 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.codes import Scales, coded_maps
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
-from cupymoe.kernels.rows_to_fp16 import rows_to_fp16
 from cupymoe.kernels.sort_by_expert import SortedPairs
 from cupymoe.kernels.tensor_map import tensor_map
 
@@ -32,8 +30,6 @@ def variant(shape: TileShape) -> Variant:
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
             f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
             f"LOW_RANK={shape.gate_up_rank}",
-            *shape.gate_up_codes.defines(),
-            *(("SCALED_TOKENS=1",) if shape.scales_tokens else ()),
         ),
     )
 
@@ -47,7 +43,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         device,
         shared_bytes=shape.up.shared_bytes,
         dependent=True,
-        tensor_maps=shape.gate_up_codes.maps + (shape.gate_up_rank > 0),
+        tensor_maps=1 + (shape.gate_up_rank > 0),
     )
     return run, grid(shape.up, device)
 
@@ -83,18 +79,6 @@ def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: in
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _map_of_bytes(shape: TileShape, address: int, row_bytes: int, box_bytes: int) -> tuple[int, ...]:
-    """Of the codes of gate_up_proj, or of what belongs to them."""
-    return _map_of_rows(address, shape, torch.uint8, row_bytes, box_bytes)
-
-
-def _weight_maps(gate_up_proj: torch.Tensor, shape: TileShape, scales: Scales | None) -> tuple[int, ...]:
-    if scales is None:
-        return _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)
-    return coded_maps(gate_up_proj, scales, functools.partial(_map_of_bytes, shape))
-
-
 def experts_up_wgmma(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -103,7 +87,6 @@ def experts_up_wgmma(
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
-    scales: Scales | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -115,28 +98,23 @@ def experts_up_wgmma(
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
-        scales: of gate_up_proj, where ``shape.gate_up_codes`` are codes, which it then holds, uint8
-            ``[E, 2 I, row bytes]`` (``[E, I, row bytes]``); else None.
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
     run, blocks = _plan(shape, device)
-    narrowed = rows_to_fp16(hidden_states) if shape.scales_tokens else None
     run(
         blocks,
         THREADS,
         current_stream(device),
-        *_weight_maps(gate_up_proj, shape, scales),
+        *_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),
         *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
         *(() if adapter is None else (adapter.low.data_ptr(),)),
-        (hidden_states if narrowed is None else narrowed.rows).data_ptr(),
+        hidden_states.data_ptr(),
         pairs.expert_offsets.data_ptr(),
         pairs.token_of_slot.data_ptr(),
         pairs.tickets.data_ptr(),
         intermediate.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
-        *(() if scales is None else (scales.row_scales_address,)),
-        *(() if narrowed is None else (narrowed.factors.data_ptr(),)),
     )
     return intermediate

@@ -1,4 +1,4 @@
-"""How a weight is stored that the kernels of the weight stream read; ``cuda_src/common/weights`` has the codecs."""
+"""How a weight is stored that the expert kernels read; ``cuda_src/common/weights`` has the codecs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cupymoe.weights.format import PLAIN, WeightFormat, format_of
 
 _CODECS = {"int4": "INT4", "int8": "INT8", "e4m3": "E4M3", "e2m1": "E2M1"}
 """What the sources call the codes that they read."""
+_ROUNDED_CODES = ("int4", "e4m3")  # times scales of 16 bits and more; e2m1 times its scales of 8 bits fits bfloat16
 _SCALE_SCALARS = {**SCALARS, torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
@@ -23,6 +24,27 @@ class StoredWeight:
     """None: a plain one, of the dtype of the hidden states."""
     scale_dtype: torch.dtype | None = None
     """Of the scales of groups, where the format has them."""
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether groups have scales."""
+        return self.format is not None and self.format.group is not None
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether groups have zero points."""
+        return self.format is not None and self.format.has_zeros
+
+    @property
+    def maps(self) -> int:
+        """Tensor maps of the weight: of codes, scales and zero points."""
+        return 1 + self.has_scales + self.has_zeros
+
+    @property
+    def rounds_bf16(self) -> bool:
+        """Whether the tiles' decoded weights have more bits than bfloat16, so that they are float16 where tokens can
+        be."""
+        return self.format is not None and self.has_scales and self.format.codes in _ROUNDED_CODES
 
     @property
     def _group_values(self) -> tuple[int, ...]:
@@ -68,10 +90,10 @@ PLAIN_WEIGHT = StoredWeight(None)
 
 
 def unsupported_reason(weight_format: str) -> str | None:
-    """Why the weight stream does not read a format, by its name; None if it does."""
+    """Why the expert kernels do not read a format, by its name; None if they do."""
     if weight_format == PLAIN or format_of(weight_format).codes in _CODECS:
         return None
-    return f"the weight stream does not read {weight_format}"
+    return f"its kernels read codes of {', '.join(_CODECS)}, not of {weight_format}"
 
 
 @functools.cache

@@ -282,7 +282,7 @@ def test_rings_fit(stored, arch):
 def test_what_is_not_read_is_said():
     assert unsupported_reason("int4_g32") is None
     assert unsupported_reason("plain") is None
-    assert unsupported_reason("nf4") == "the weight stream does not read nf4"
+    assert unsupported_reason("nf4") == "its kernels read codes of int4, int8, e4m3, e2m1, not of nf4"
     assert stored_weight("plain") is PLAIN_WEIGHT
     with pytest.raises(ValueError, match="scales of int4_g32 must be one of"):
         stored_weight("int4_g32", torch.int8)

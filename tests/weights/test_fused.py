@@ -52,14 +52,16 @@ def test_who_serves_which_format(on_hopper, name):
     few, many = call_on_cuda(formats), call_on_cuda(formats, num_tokens=900)
     assert backend.unsupported_reason(few) is None
     assert backend.way(few).startswith("weight stream")
-    assert backend.way(many).startswith("tiles")
+    assert backend.way(many) == "tiles of up to 160 rows, decoded in registers in the gate_up projection"
+    of_down_alone = call_on_cuda(("plain", name), num_tokens=900)
+    assert backend.way(of_down_alone).startswith("tiles of up to 384 rows, clusters of 1")
     assert "no gradients beside quantised weights" in backend.unsupported_reason(few, "backward")
 
 
 def test_what_neither_way_serves_is_named(on_hopper):
-    reason = FusedBackend().unsupported_reason(call_on_cuda(("nf4", "nf4")))
-    assert "weight stream" in reason
-    assert "tiles decode" in reason
+    for formats in (("nf4", "nf4"), ("int8", "nf4")):
+        reason = FusedBackend().unsupported_reason(call_on_cuda(formats))
+        assert reason == "its kernels read codes of int4, int8, e4m3, e2m1, not of nf4"
     adapted = call_on_cuda(("int4_g32", "int4_g32"), adapter_rank=16)
     assert FusedBackend().unsupported_reason(adapted).endswith("adapters to plain weights, not to int4_g32,int4_g32")
 

@@ -14,7 +14,7 @@
 #pragma once
 #include "../expert_plan.cuh"
 #include "../weight_rows.cuh"
-#include "../weights/codec.cuh"
+#include "../weights/stored.cuh"
 #include "stage.cuh"
 
 #define PREFETCH_BYTES 65536  // of a block: what memory gives in a few microseconds

@@ -1,4 +1,11 @@
-// The codec that WEIGHTS names: how the weights are stored that a stream reads.
+// The codec that WEIGHTS names: how a quantised weight becomes an operand of 16 bits, exactly. Each codec says
+//   kBits        of a code
+//   kOfRowScale  what sums lack beside the scale of their row
+//   aligned      moves pair j of a word to where pair() takes it
+//   pair         two neighbouring codes of a row as two numbers
+//   of_group     what pair() wants to know of a group: from its zero, which is 8 where there are none of their own, or with GROUP 16
+//                from the byte of its scale
+//   fragment     the pairs of 8 neighbouring codes, which are one word or two, from what of_group() takes
 #pragma once
 
 #define PLAIN 1
@@ -11,9 +18,7 @@
 #error "define HAS_ROW_SCALES, and but for PLAIN weights GROUP (0: none), SCALE_SCALAR and HAS_ZEROS"
 #endif
 
-#if WEIGHTS == PLAIN
-#include "plain.cuh"
-#elif WEIGHTS == INT4
+#if WEIGHTS == INT4
 #include "int4.cuh"
 #elif WEIGHTS == INT8
 #include "int8.cuh"
@@ -21,9 +26,6 @@
 #include "e4m3.cuh"
 #elif WEIGHTS == E2M1
 #include "e2m1.cuh"
-#else
+#elif WEIGHTS != PLAIN
 #error "define WEIGHTS as one of PLAIN, INT4, INT8, E4M3 and E2M1"
-#endif
-#if WEIGHTS != PLAIN
-#include "codes.cuh"
 #endif

@@ -8,11 +8,23 @@
 struct Codec {
     static constexpr u32 kBits = 4, kOfRowScale = GROUP == 16 ? 256 : 1;
 
-    static __device__ __forceinline__ Fragment fragment(u32 word, u32, u32 scale, scalar_t type) {
-        u32 factor = GROUP == 16 ? factor_of(scale, type) : unscaled(type);
+    // Pair j of a word of 8 codes, where pair() takes it.
+    static __device__ __forceinline__ u32 aligned(u32 word, u32 j) { return word << (12 - 4 * j); }
+
+    template <typename T> static __device__ __forceinline__ u32 pair(u32 word, u32 factor, T type) {
+        return mul_pair(digits(word, type), factor, type);
+    }
+
+    // What pair() wants to know of a group, from the byte of its scale.
+    template <typename T> static __device__ __forceinline__ u32 of_group(u32 scale, T type) {
+        return GROUP == 16 ? factor_of(scale, type) : unscaled(type);
+    }
+
+    template <typename T> static __device__ __forceinline__ Fragment fragment(u32 word, u32, u32 scale, T type) {
+        u32 factor = of_group(scale, type);
         Fragment f;
 #pragma unroll
-        for (int j = 0; j < 4; j++) f.words[j] = mul_pair(digits(word << (12 - 4 * j), type), factor, type);
+        for (int j = 0; j < 4; j++) f.words[j] = pair(aligned(word, j), factor, type);
         return f;
     }
 

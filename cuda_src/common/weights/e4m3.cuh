@@ -8,15 +8,20 @@
 struct Codec {
     static constexpr u32 kBits = 8, kOfRowScale = 1;
 
-    static __device__ __forceinline__ Fragment fragment(u32 first, u32 second, u32, scalar_t type) {
-        return {pair(first << 8, type), pair(first, type), pair(second << 8, type), pair(second, type)};
-    }
+    // Pair j of a word of 4 codes, where pair() takes it.
+    static __device__ __forceinline__ u32 aligned(u32 word, u32 j) { return word << (8 - 8 * j); }
 
-    static __device__ __forceinline__ u32 pair(u32 word, bf16 type) {
+    static __device__ __forceinline__ u32 pair(u32 word, u32, bf16 type) {
         return mul_pair(digits_of(word >> 4, 0x07f007f0u, word & 0x80008000u), 0x7b807b80u, type);  // 2^120
     }
 
-    static __device__ __forceinline__ u32 pair(u32 word, fp16 type) {
+    static __device__ __forceinline__ u32 pair(u32 word, u32, fp16 type) {
         return mul_pair(digits_of(word >> 1, 0x3f803f80u, word & 0x80008000u), 0x5c005c00u, type);  // 2^8
+    }
+
+    template <typename T> static __device__ __forceinline__ u32 of_group(u32, T) { return 0; }
+
+    template <typename T> static __device__ __forceinline__ Fragment fragment(u32 first, u32 second, u32, T type) {
+        return {pair(aligned(first, 0), 0, type), pair(first, 0, type), pair(aligned(second, 0), 0, type), pair(second, 0, type)};
     }
 };

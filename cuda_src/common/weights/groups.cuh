@@ -8,13 +8,7 @@
 //   packs         | 0                                             | 1 ..     stages 0..3 have pack 0, and read 4 bytes of it each
 #pragma once
 #include "../stream/stage.cuh"
-
-// 2^(bits - 127).
-struct e8m0 { unsigned char bits; };
-// Of which the codec makes what it needs.
-struct e4m3 { unsigned char bits; };
-
-__device__ __forceinline__ float to_float(e8m0 value) { return __uint_as_float(value.bits ? (u32)value.bits << 23 : 1u << 22); }
+#include "scales.cuh"
 
 template <u32 kSize> struct GroupValues {
     static constexpr bool kWholeGroups = BLOCK_K % GROUP == 0;  // of a stage

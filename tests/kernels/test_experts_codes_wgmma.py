@@ -1,4 +1,4 @@
-"""experts_up_wgmma.cu and experts_down_wgmma.cu on quantised weights, slot by slot, against float64."""
+"""experts_up_codes_wgmma.cu and experts_down_codes_wgmma.cu slot by slot, against float64."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, reference
-from cupymoe.kernels.codes import Codes, Scales
+from cupymoe.kernels.coded_tiles import Scales
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
+from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
+from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
 from cupymoe.kernels.sort_by_expert import sort_by_expert
+from cupymoe.kernels.stored_weight import stored_weight
 from cupymoe.weights import FORMATS, QuantizedWeight
 from tests.helpers import poison_free_memory, random_routing, relative_error
 
@@ -78,20 +79,20 @@ def random_case(sizes, names, dtype=BF16, activation=GELU_TANH, scale_dtype=None
     )
 
 
-def codes_of(weight):
-    return Codes(weight.format.name, None if weight.scales is None else weight.scales.dtype)
+def stored(weight):
+    return stored_weight(weight.format.name, None if weight.scales is None else weight.scales.dtype)
 
 
 def scales_of(weight):
     return Scales(weight.scales, weight.zeros, weight.row_scales)
 
 
-def multiply(case, cut, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False):
+def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False):
     """Pairs in expert order; what experts_up gives and, where it is kept, gate_up; what experts_down makes of it. On
     poisoned memory, without the rows past the last slot."""
     num_experts, hidden, intermediate_size = case.down.shape
     shape = tile_shape_of(
-        *cut,
+        *CUTS[0],
         case.hidden_states.dtype,
         activation,
         num_experts,
@@ -100,24 +101,19 @@ def multiply(case, cut, activation=GELU_TANH, gate_up_bias=None, down_bias=None,
         has_gate_up_bias=gate_up_bias is not None,
         has_down_bias=down_bias is not None,
         keeps_gate_up=keeps_gate_up,
-        gate_up_codes=codes_of(case.gate_up),
-        down_codes=codes_of(case.down),
+        gate_up_stored=stored(case.gate_up),
+        down_stored=stored(case.down),
     )
     poison_free_memory()
     pairs = sort_by_expert(case.top_k_index, num_experts)
     gate_up = None
     if keeps_gate_up:
         gate_up = case.hidden_states.new_full((case.top_k_index.numel(), shape.gate_up_rows), float("nan"))
-    intermediate = experts_up_wgmma(
-        case.hidden_states,
-        case.gate_up.codes,
-        pairs,
-        shape,
-        gate_up_bias,
-        gate_up,
-        scales=scales_of(case.gate_up),
+    of_gate_up, of_down = scales_of(case.gate_up), scales_of(case.down)
+    intermediate = experts_up_codes_wgmma(
+        case.hidden_states, case.gate_up.codes, of_gate_up, pairs, shape, gate_up_bias, gate_up
     )
-    output = experts_down_wgmma(intermediate, case.down.codes, pairs, shape, down_bias, scales=scales_of(case.down))
+    output = experts_down_codes_wgmma(intermediate, case.down.codes, of_down, pairs, shape, down_bias)
     kept = int(pairs.expert_offsets[-1])
     return pairs, *(rows if rows is None else rows[:kept] for rows in (intermediate, gate_up, output))
 
@@ -137,8 +133,14 @@ def rounded(weight, expert, dtype, factor=1):
     # Through float32, in which a code times a scale of 16 bits is exact.
     nearest = (exact.float() * factor).to(dtype).double() / factor
     held = weight.scales is None or weight.scales.dtype not in (FP16, FP32) or weight.scales.dtype == dtype
-    error = torch.zeros_like(exact) if held else 0.504 * ULP[dtype] * 2 * exact.abs() + 2**-24
+    error = torch.zeros_like(exact) if held else 0.504 * ULP[dtype] * 2 * exact.abs() + 2**-24 / factor
     return nearest * of_rows if held else exact * of_rows, error * of_rows
+
+
+def operand_of(weight, dtype):
+    """What products multiply, and how many times the weight it is: fp16 with a group's small scale may be subnormal."""
+    is_scaled = weight.format.group is not None and weight.format.group >= 32
+    return dtype, 64 if dtype == FP16 and is_scaled else 1
 
 
 def assert_close(output, truth, slack, scale=1.0):
@@ -146,19 +148,21 @@ def assert_close(output, truth, slack, scale=1.0):
     assert ((output.double() - truth).abs() <= bound).all()
 
 
-def check(case, cut, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
+def check(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
     """gate_up and the output element by element, given the rounded weights; all in norm, given the exact ones."""
-    pairs, intermediate, gate_up, output = multiply(case, cut, activation, gate_up_bias, down_bias, keeps_gate_up=True)
+    pairs, intermediate, gate_up, output = multiply(case, activation, gate_up_bias, down_bias, keeps_gate_up=True)
     offsets = pairs.expert_offsets.tolist()
+    # Of bf16 tokens the gate_up projection multiplies fp16 ones, so that its weights may have more bits.
+    is_narrowed = output.dtype == BF16 and stored(case.gate_up).rounds_bf16
+    up_operand = operand_of(case.gate_up, FP16 if is_narrowed else output.dtype)
+    down_operand = operand_of(case.down, output.dtype)
     exact_up = torch.empty_like(intermediate, dtype=torch.float64)
     exact_down = torch.empty_like(output, dtype=torch.float64)
     for expert, (first, last) in enumerate(pairwise(offsets)):
         tokens = case.hidden_states[pairs.token_of_slot[first:last].long()].double()
-        # Of bf16 tokens the gate_up projection multiplies fp16 ones, so that its weights may have more bits.
-        is_narrowed = output.dtype == BF16 and codes_of(case.gate_up).rounds_bf16
         for rows, weight, bias, got, exact, operand in (
-            (tokens, case.gate_up, gate_up_bias, gate_up, None, (FP16, 64) if is_narrowed else (output.dtype,)),
-            (intermediate[first:last].double(), case.down, down_bias, output, exact_down, (output.dtype,)),
+            (tokens, case.gate_up, gate_up_bias, gate_up, None, up_operand),
+            (intermediate[first:last].double(), case.down, down_bias, output, exact_down, down_operand),
         ):
             of_bias = 0.0 if bias is None else bias[expert].double()
             nearest, error = rounded(weight, expert, *operand)
@@ -172,7 +176,7 @@ def check(case, cut, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
         assert relative_error(intermediate, exact_up) <= LARGEST_ERROR[intermediate.dtype]
         assert relative_error(output, exact_down) <= LARGEST_ERROR[output.dtype]
     # What is kept does not change what is given, and the activation is of the unrounded sums.
-    _, again, _, same = multiply(case, cut, activation, gate_up_bias, down_bias)
+    _, again, _, same = multiply(case, activation, gate_up_bias, down_bias)
     assert torch.equal(again, intermediate)
     assert torch.equal(same, output)
 
@@ -184,16 +188,20 @@ def random_biases(case):
     }
 
 
-# (tokens, experts, hidden, intermediate, top_k): one expert with every number of 64 slots, in one tile and in more;
-# depths of half a stage of codes and of a stage and a half; Gemma 4's sizes and slices; many experts, some empty.
+# (tokens, experts, hidden, intermediate, top_k): one expert with every number of 32 slots, in one tile and in more;
+# depths of half a stage and of a stage and a half; Gemma 4's sizes and slices; many experts, some empty.
 CASES = [
     (1, 1, 128, 64, 1),
-    (63, 1, 128, 64, 1),
+    (32, 1, 128, 64, 1),
+    (33, 1, 128, 64, 1),
     (64, 1, 128, 64, 1),
     (65, 1, 128, 96, 1),
-    (127, 1, 192, 96, 1),
+    (96, 1, 288, 704, 1),
+    (97, 1, 544, 96, 1),
     (128, 1, 192, 96, 1),
     (129, 1, 192, 96, 1),
+    (160, 1, 192, 96, 1),
+    (161, 1, 192, 96, 1),
     (257, 1, 320, 352, 1),
     (385, 1, 96, 352, 1),
     (530, 1, 192, 192, 1),
@@ -206,63 +214,57 @@ CASES = [
 
 
 @pytest.mark.parametrize("sizes", CASES)
-@pytest.mark.parametrize("cut", CUTS)
-def test_every_slot(cut, sizes):
-    check(random_case(sizes, ("int4_g32", "int4_g32")), cut)
+def test_every_slot(sizes):
+    check(random_case(sizes, ("int4_g32", "int4_g32")))
 
 
 @pytest.mark.parametrize("num_tokens", [1024, 4096])
-@pytest.mark.parametrize("cut", CUTS)
-def test_gemma_4(cut, num_tokens):
-    check(random_case((num_tokens, 128, 2816, 704, 8), ("int4_g32", "int4_g64")), cut)
+def test_gemma_4(num_tokens):
+    check(random_case((num_tokens, 128, 2816, 704, 8), ("int4_g32", "int4_g64")))
 
 
 @pytest.mark.parametrize("scale_dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("name", INT4)
-@pytest.mark.parametrize("cut", CUTS)
-def test_groups_and_dtypes_of_int4(cut, name, dtype, scale_dtype):
-    check(random_case((1001, 5, 384, 128, 3), (name, name), dtype, scale_dtype=scale_dtype), cut)
+def test_groups_and_dtypes_of_int4(name, dtype, scale_dtype):
+    check(random_case((1001, 5, 384, 128, 3), (name, name), dtype, scale_dtype=scale_dtype))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("cut", CUTS)
-def test_other_formats(cut, name, dtype):
+def test_other_formats(name, dtype):
     """Where groups may be cut, at depths that cut them."""
     sizes = (1001, 5, 208, 72, 3) if name in ("int8", "fp8", "fp8_g128") else (1001, 5, 320, 192, 3)
     case = random_case(sizes, (name, name), dtype)
-    check(case, cut)
-    check(case, cut, **random_biases(case))
+    check(case)
+    check(case, **random_biases(case))
 
 
 @pytest.mark.parametrize("activation", [GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL], ids=str)
 @pytest.mark.parametrize("names", [("int4_g32", "nvfp4"), ("fp8", "int4_g32")], ids=str)
-@pytest.mark.parametrize("cut", CUTS)
-def test_kinds_of_experts(cut, names, activation):
+def test_kinds_of_experts(names, activation):
     """With biases; each weight in a format of its own; widths that end inside a box."""
     case = random_case((700, 8, 320, 352, 4), names, activation=activation)
-    check(case, cut, activation, **random_biases(case))
+    check(case, activation, **random_biases(case))
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "int4_g32_zero", "nvfp4", "fp8"])
-@pytest.mark.parametrize("cut", CUTS)
-def test_masked_pairs_and_empty_experts(cut, name):
+def test_masked_pairs_and_empty_experts(name):
     case = random_case((900, 40, 256, 96, 6), (name, name))
     index = case.top_k_index.clone()
     index[index % 3 == 0] = -1
-    check(case._replace(top_k_index=index), cut)
-    multiply(case._replace(top_k_index=torch.full_like(index, 40)), cut)
+    check(case._replace(top_k_index=index))
+    multiply(case._replace(top_k_index=torch.full_like(index, 40)))
     torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "fp8_g128"])
 @pytest.mark.parametrize("num_tokens", [1000, 4999])
-def test_same_bits_from_every_cut_and_every_time(num_tokens, name):
+def test_same_bits_every_time(num_tokens, name):
     case = random_case((num_tokens, 128, 2816, 704, 8), (name, name))
-    _, *first = multiply(case, CUTS[0], keeps_gate_up=True)
-    for cut in (*CUTS, *CUTS[-1:] * 5):
-        _, *again = multiply(case, cut, keeps_gate_up=True)
+    _, *first = multiply(case, keeps_gate_up=True)
+    for _ in range(5):
+        _, *again = multiply(case, keeps_gate_up=True)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
@@ -274,8 +276,7 @@ def nearest_int4(num_experts, rows, depth):
     return QuantizedWeight.of("int4_g32", codes.flatten(-2).to(torch.uint8), scales)
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_a_call_is_nearly_as_right_as_of_weights_that_are_not_rounded(cut):
+def test_a_call_is_nearly_as_right_as_of_weights_that_are_not_rounded():
     num_experts, hidden, intermediate_size, top_k = 16, 2816, 704, 8
     weights, index = random_routing(1000, num_experts, top_k, device="cuda")
     # Tokens of every size: each has a factor of its own.
@@ -286,7 +287,7 @@ def test_a_call_is_nearly_as_right_as_of_weights_that_are_not_rounded(cut):
         nearest_int4(num_experts, hidden, intermediate_size),
         index,
     )
-    pairs, _, _, expert_output = multiply(case, cut)
+    pairs, _, _, expert_output = multiply(case)
     output = combine(expert_output, pairs.slot_of_pair, weights)
     exact = (case.gate_up.dequantize(), case.down.dequantize())
     truth = reference.experts(case.hidden_states.double(), *exact, index, weights, GELU_TANH)

@@ -1,19 +1,32 @@
-"""rows_to_fp16.cu against float64."""
+"""operand_rows.cu against float64."""
 
 import pytest
 import torch
 
-from cupymoe.kernels.rows_to_fp16 import rows_to_fp16
-from tests.helpers import every_value, poison_free_memory
+from cupymoe.kernels.operand_rows import operand_rows
+from cupymoe.kernels.sort_by_expert import sort_by_expert
+from tests.helpers import every_value, poison_free_memory, random_routing
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
 
 
-def check(rows):
+def one_slot_each(num_rows):
+    return torch.randperm(num_rows, device="cuda").int().unsqueeze(-1)
+
+
+def narrowed_rows(rows):
+    """The rows and their factors, in the order of the tokens again."""
+    slots = one_slot_each(len(rows))
     poison_free_memory()
-    narrowed, factors = rows_to_fp16(rows)
+    narrowed, factors = operand_rows(rows, slots, narrowed=True)
+    order = slots.flatten().long()
+    return narrowed[order], factors[order]
+
+
+def check(rows):
+    narrowed, factors = narrowed_rows(rows)
     assert narrowed.dtype == torch.float16
     assert narrowed.shape == rows.shape
     largest = rows.double().abs().amax(-1, keepdim=True)
@@ -26,10 +39,30 @@ def check(rows):
     error = (narrowed.double() * factor - rows.double()).abs()
     assert (error[exact & is_usual] == 0).all()
     assert (error <= largest * 2**-39).all()
-    return narrowed, factor
 
 
-# Less than a warp's packs, whole packs of a warp, Gemma 4's; rows that fill no block.
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "columns", "top_k"), [(1, 4, 8, 4), (130, 16, 2816, 8), (77, 5, 264, 3)]
+)
+def test_every_slot_has_its_token(num_tokens, num_experts, columns, top_k, dtype):
+    """Masked pairs have none: rows past the last slot stay what they were."""
+    rows = torch.randn(num_tokens, columns, device="cuda").to(dtype)
+    index = random_routing(num_tokens, num_experts, top_k, device="cuda")[1]
+    index[::3, 0] = -1
+    pairs = sort_by_expert(index, num_experts)
+    kept = int(pairs.expert_offsets[-1])
+    tokens = pairs.token_of_slot[:kept].long()
+    poison_free_memory()
+    copied, factors = operand_rows(rows, pairs.slot_of_pair, narrowed=False)
+    assert factors is None
+    assert torch.equal(copied[:kept], rows[tokens])
+    if dtype == BF16:
+        narrowed, factors = operand_rows(rows, pairs.slot_of_pair, narrowed=True)
+        assert torch.equal(narrowed[:kept].float() * factors[:kept, None], rows[tokens].float())
+
+
+# Less than a warp's packs, whole packs of a warp, Gemma 4's.
 @pytest.mark.parametrize("columns", [8, 64, 256, 264, 2816])
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 1000])
 def test_rows_of_every_size(num_rows, columns):
@@ -50,7 +83,7 @@ def test_every_finite_value():
 def test_what_is_no_number_stays_so():
     rows = torch.randn(4, 64, device="cuda").to(BF16)
     rows[0, 5], rows[1, 6], rows[2, 7] = torch.inf, -torch.inf, torch.nan
-    narrowed, factors = rows_to_fp16(rows)
+    narrowed, factors = narrowed_rows(rows)
     assert torch.equal(narrowed.isnan(), rows.isnan())
     assert torch.equal(narrowed.isinf(), rows.isinf())
     assert factors.isfinite().all()
@@ -58,6 +91,6 @@ def test_what_is_no_number_stays_so():
 
 
 def test_zeros():
-    narrowed, factors = rows_to_fp16(torch.zeros(9, 64, dtype=BF16, device="cuda"))
+    narrowed, factors = narrowed_rows(torch.zeros(9, 64, dtype=BF16, device="cuda"))
     assert (narrowed == 0).all()
     assert (factors > 0).all()

@@ -1,0 +1,76 @@
+"""Launcher of ``cuda_src/experts_down_codes_wgmma.cu``: as :mod:`cupymoe.kernels.experts_down_wgmma`, of a quantised
+down_proj."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines, grid
+from cupymoe.kernels.expert_tiles import TileShape, slot_map
+from cupymoe.kernels.jit import Variant, kernel
+from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.sort_by_expert import SortedPairs
+
+_ORDER = RowOrder()
+
+
+def variant(shape: TileShape) -> Variant:
+    """The compilation for one shape."""
+    return Variant(
+        "experts_down_codes_wgmma", (*defines(shape, shape.down_stored), f"HAS_BIAS={int(shape.has_down_bias)}")
+    )
+
+
+@functools.cache
+def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+    """The kernel and its grid."""
+    run = kernel(
+        variant(shape),
+        "experts_down_codes_wgmma",
+        device,
+        shared_bytes=coded_tiling(shape.num_experts, shape.down_stored).shared_bytes,
+        dependent=True,
+        tensor_maps=shape.down_stored.maps + 1,
+    )
+    return run, grid(device)
+
+
+def experts_down_codes_wgmma(
+    intermediate: torch.Tensor,
+    codes: torch.Tensor,
+    scales: Scales,
+    pairs: SortedPairs,
+    shape: TileShape,
+    bias: torch.Tensor | None = None,
+    ticket: int = 1,
+) -> torch.Tensor:
+    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
+
+    Args:
+        intermediate: ``[T * K, I]``, of any launch before this one. All else must have been written two launches
+            before it or earlier.
+        codes: of down_proj, uint8 ``[E, H, row bytes]``, contiguous, 16-byte aligned.
+        scales: what belongs to them.
+        pairs: the sorted pairs.
+        bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
+        ticket: which of the ticket counters of ``pairs`` it takes.
+    """
+    device = intermediate.device.index
+    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
+    run, blocks = _plan(shape, device)
+    run(
+        blocks,
+        THREADS,
+        current_stream(device),
+        *coded_maps(codes, scales, _ORDER),
+        *slot_map(intermediate, BOX_SLOTS),
+        pairs.expert_offsets.data_ptr(),
+        pairs.tickets.data_ptr() + 4 * ticket,
+        expert_output.data_ptr(),
+        scales.row_scales_address,
+        0 if bias is None else bias.data_ptr(),
+    )
+    return expert_output

@@ -1,0 +1,239 @@
+"""Quantised weights in the tiles, without a GPU: stages, maps, what lanes read of a stage, what it becomes there."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from cupymoe import MoEActivation
+from cupymoe.kernels import coded_tiles, experts_down_codes_wgmma, experts_up_codes_wgmma
+from cupymoe.kernels.coded_tiles import CODE_ROW_BYTES, TILE_ROWS, RowOrder, Scales, coded_maps, coded_tiling
+from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
+from cupymoe.kernels.stored_weight import stored_weight, unsupported_reason
+from cupymoe.weights import FORMATS, pack_codes
+from tests.helpers import compiled
+from tests.kernels.test_expert_tiles import rows_of_box
+
+SHARED_BYTES_OF_HOPPER = 227 * 1024
+SILU, SWIGLUOAI, RELU2 = MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL
+SERVED = [name for name in FORMATS if unsupported_reason(name) is None]
+PAIRS_OF_32_BITS = np.arange(0, 32, 16)
+
+
+def stored_as(name, which=0):
+    dtypes = FORMATS[name].scale_dtypes
+    return stored_weight(name, dtypes[which] if dtypes else None)
+
+
+@pytest.mark.parametrize("num_experts", [1, 128, 1024])
+@pytest.mark.parametrize("name", SERVED)
+def test_stages_fit_a_multiprocessor(name, num_experts):
+    stored = stored_as(name)
+    tiling = coded_tiling(num_experts, stored)
+    assert tiling.block_k * FORMATS[name].bits == 8 * CODE_ROW_BYTES
+    stage_bytes = 160 * 2 * tiling.block_k + 192 * (64 + 16 * (stored.maps - 1))
+    needed = tiling.stages * (stage_bytes + 16) + 64 + 8 * (num_experts + 1)
+    assert needed <= tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER < needed + stage_bytes + 48
+    assert tiling.stages * tiling.block_k >= 384
+    assert stage_bytes % 1024 == 0  # where tokens begin
+
+
+def test_which_formats_are_read():
+    assert "nf4" in unsupported_reason("nf4")
+    assert unsupported_reason("plain") is None
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """What the launchers ask of the driver, which is not there."""
+    maps = []
+
+    def describe(address, dtype, sizes, strides, box):
+        assert dtype == torch.uint8
+        assert all(stride % 16 == 0 for stride in strides)
+        assert max(box) <= 256
+        maps.append((sizes, strides, box))
+        return (len(maps) - 1,)
+
+    monkeypatch.setattr(coded_tiles, "tensor_map", describe)
+    coded_tiles.map_of_rows.cache_clear()
+    yield maps
+    coded_tiles.map_of_rows.cache_clear()
+
+
+@pytest.mark.parametrize("order", [RowOrder(), RowOrder(2), RowOrder(2, True)], ids=str)
+@pytest.mark.parametrize("name", ["int4_g32_zero", "nvfp4", "int8"])
+@pytest.mark.parametrize("rows", [272, 1408])
+def test_a_box_has_the_rows_of_a_tile(described, rows, name, order):
+    """Gate rows and then the up rows of the same columns; all others in their order."""
+    num_experts, depth = 5, 160
+    stored = stored_as(name)
+    groups = FORMATS[name].groups(depth)
+    codes = torch.zeros(num_experts, rows, FORMATS[name].row_bytes(depth), dtype=torch.uint8)
+    of_groups = torch.zeros(num_experts, rows, -(-groups // 16) * 16, dtype=torch.uint8) if groups else None
+    scales = Scales(of_groups, of_groups if stored.has_zeros else None)
+    words = coded_maps(codes, scales, order)
+    assert len(words) == stored.maps
+    columns = TILE_ROWS // order.halves
+    for part, expert in product((0, -(-rows // TILE_ROWS) - 1), (0, num_experts - 1)):
+        of_half = rows // order.halves
+        expected = [
+            expert * rows + (column * 2 + half if order.interleaved else half * of_half + column)
+            for half in range(order.halves)
+            for column in range(part * columns, (part + 1) * columns)
+        ]
+        for word, tensor, box_bytes in zip(words, (codes, of_groups, of_groups), (None, 16, 16), strict=False):
+            sizes, strides, box = described[word]
+            assert box[0] == (box_bytes or CODE_ROW_BYTES)
+            assert sizes[0] == tensor.shape[-1]
+            got = rows_of_box((sizes, strides, box), (part * columns, 0, 0, expert), tensor.shape[-1])
+            assert len(got) == TILE_ROWS
+            inside = [
+                column < of_half for _ in range(order.halves) for column in range(part * columns, (part + 1) * columns)
+            ]
+            assert [row for row, there in zip(got, inside, strict=True) if there] == [
+                row for row, there in zip(expected, inside, strict=True) if there
+            ]
+            assert all(row is None for row, there in zip(got, inside, strict=True) if not there)
+
+
+# LaneRows of cuda_src/common/coded_tiles.cuh, address by address.
+LANES = np.arange(32)
+GATED, PLAIN_ROWS = (8, 96), (16, 8)
+"""Rows of a stage from a warp's to the next one's, and from a half's."""
+
+
+def swizzled(address):
+    """Where the copy engine puts a byte: CU_TENSOR_MAP_SWIZZLE_64B."""
+    return address ^ (address >> 7 & 3) << 4
+
+
+@pytest.mark.parametrize("rows_apart", [GATED, PLAIN_ROWS], ids=["gated", "plain"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lanes_read_the_codes_of_their_operands(bits, rows_apart):
+    """Of every row and every 16 k each lane the words that hold its pairs of codes, without bank conflicts; every row
+    of a stage is some lane's."""
+    ring = {}
+    for row, word in product(range(TILE_ROWS), range(CODE_ROW_BYTES // 4)):
+        ring[swizzled(row * CODE_ROW_BYTES + word * 4)] = (row, word)
+    seen = set()
+    for warp, half, k16 in product(range(12), range(2), range(32 // bits)):
+        first = warp * rows_apart[0] + LANES // 4
+        codes = first * CODE_ROW_BYTES + first // 2 % 4 * 16
+        row, pair = half * rows_apart[1], LANES % 4
+        for eight in range(2):
+            if bits == 4:
+                places = row * CODE_ROW_BYTES + (codes ^ k16 // 2 * 16) + k16 % 2 * 8 + eight * 4
+                word_of_pair = np.full(32, k16 * 2 + eight)
+            else:
+                places = row * CODE_ROW_BYTES + (codes ^ k16 * 16) + pair // 2 * 4 + eight * 8
+                word_of_pair = k16 * 4 + eight * 2 + pair // 2
+            assert [ring[place] for place in places] == [*zip(first + row, word_of_pair, strict=True)]
+            words = {*(places // 4)}
+            assert len({word % 32 for word in words}) == len(words)  # one bank each
+        seen.update(first + row)
+    assert seen == {*range(TILE_ROWS)}
+
+
+def test_a_lane_reads_the_scale_of_its_group():
+    """The place of a group's scale in a stage's 16 bytes, for every step of a depth and every format with groups."""
+    for name in SERVED:
+        if FORMATS[name].group is None:
+            continue
+        for which in range(len(FORMATS[name].scale_dtypes)):
+            group, size = FORMATS[name].group, stored_as(name, which).scale_dtype.itemsize
+            block_k = 512 // FORMATS[name].bits
+            for step, k64 in product(range(64), range(block_k // 64)):
+                box = step * block_k // group * size // 16 * 16
+                first = (step * block_k + k64 * 64) // group
+                for of_64 in range(max(64 // group, 1)):
+                    place = first * size % 16 + of_64 * size
+                    assert place + size <= 16
+                    assert box + place == (first + of_64) * size
+
+
+def numbers(words, dtype):
+    """The numbers of 16 bits in words of two, in float64."""
+    halves = (words[..., None] >> PAIRS_OF_32_BITS & 0xFFFF).astype(np.uint16)
+    return torch.from_numpy(halves.view(np.int16)).view(dtype).double()
+
+
+def both(half):
+    return half * 0x10001
+
+
+def bits_of_eight(codes, words, dtype):
+    """Pairs as the codecs make them, by masks and shifts, and what brings them to the codes' values: a sum or a
+    product."""
+    exponent_at, bias, whole = {torch.bfloat16: (7, 127, 0x4300), torch.float16: (10, 15, 0x6400)}[dtype]
+    pairs = [words[j // 2] >> j % 2 * 8 if FORMATS[codes].bits == 8 else words[0] >> 4 * j for j in range(4)]
+    pairs = np.stack(pairs, axis=-1)
+    if codes == "int4_g32":
+        return numbers(pairs & 0x000F000F | both(whole), dtype) - numbers(np.array(both(whole | 8)), dtype)
+    if codes == "int8":
+        if dtype == torch.float16:
+            return numbers(pairs & 0x00FF00FF ^ both(0x6480), dtype) - numbers(np.array(both(0x6480)), dtype)
+        lower, minus = pairs & 0x007F007F | both(0x4300), pairs & 0x00800080 | both(0xC300)
+        return numbers(lower, dtype) + numbers(minus, dtype)
+    if codes == "fp8":
+        bits = (pairs & 0x00800080) << 8 | (pairs & 0x007F007F) << (exponent_at - 3)
+        return numbers(bits, dtype) * 2.0 ** (bias - 7)
+    bits = (pairs & 0x00080008) << 12 | (pairs & 0x00070007) << (exponent_at - 1)
+    return numbers(bits, dtype) * 2.0 ** (bias - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int4_g32", "int8", "fp8", "mxfp4"])
+def test_every_code_becomes_its_value_exactly(name, dtype):
+    weight_format = FORMATS[name]
+    codes = torch.arange(2**weight_format.bits, dtype=torch.uint8).repeat(1, 2, 2)
+    words = pack_codes(weight_format, codes).numpy().view(np.uint32).astype(np.int64)
+    words = words.reshape(-1, weight_format.bits // 4).T
+    values = bits_of_eight(name, words, dtype).flatten()
+    expected = torch.tensor(weight_format.values, dtype=torch.float64)[codes.flatten().long()]
+    is_number = expected.isfinite()
+    assert torch.equal(values[is_number], expected[is_number])
+    assert torch.equal(values.to(dtype).double(), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_of_two_factors_rounds_once_but_for_a_little(dtype):
+    """PairScale of a float32 scale: high and low, each rounded; the product by low is rounded, the sum is rounded."""
+    ulp = torch.finfo(dtype).eps
+    scale = (torch.rand(4096, dtype=torch.float64) + 0.5).float()
+    high = scale.to(dtype)
+    low = (scale - high.float()).to(dtype)
+    for value in (*range(-8, 8), *range(-15, 16, 6)):
+        of_low = (low.double() * value).to(dtype)
+        got = (high.double() * value + of_low.double()).float().to(dtype).double()
+        exact = scale.double() * value
+        units = torch.exp2((torch.frexp(exact).exponent - 1).double()) * ulp
+        assert (((got - exact) / units)[exact != 0].abs() <= 0.502).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVED)
+def test_compiles_for_other_models(name):
+    for sizes, activation, which in (
+        ((32, 2880, 2880), SWIGLUOAI, 0),
+        ((8, 4096, 14336), SILU, -1),
+        ((1024, 2048, 512), RELU2, 0),
+    ):
+        stored = stored_as(name, which)
+        shape = tile_shape_of(
+            *CUTS[0],
+            torch.bfloat16,
+            activation,
+            *sizes,
+            has_gate_up_bias=True,
+            has_down_bias=True,
+            keeps_gate_up=True,
+            gate_up_stored=stored,
+            down_stored=stored,
+        )
+        for variant in (experts_up_codes_wgmma.variant(shape), experts_down_codes_wgmma.variant(shape)):
+            report = compiled(variant, "sm_90a")
+            assert report.spill_bytes == 0, report.log
+            assert "warning" not in report.log, report.log
+            assert "C75" not in report.log, report.log
