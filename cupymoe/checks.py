@@ -116,14 +116,10 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a_first < b_end and b_first < a_end
 
 
-def check_settings(expert_map: object, numerics: str, keep: str) -> None:
+def check_settings(numerics: str, keep: str) -> None:
     """What a call of the experts asks for is served, or refused by name."""
-    if expert_map is None and numerics == "fast" and (keep == "gate_up" or keep == "input"):
+    if numerics == "fast" and (keep == "gate_up" or keep == "input"):
         return  # what most calls ask for, at a tenth of what the loop costs
-    if expert_map is not None:
-        raise ValueError(
-            "expert_map is not served yet: give top_k_index in local experts, with -1 for those of other devices"
-        )
     if numerics == "invariant":
         raise ValueError("numerics='invariant' is not served yet: numerics='fast' is")
     if numerics != "fast":
@@ -149,6 +145,32 @@ def check_global_num_experts(given: int, num_experts: int) -> None:
         raise TypeError(f"global_num_experts must be an integer or None, got {given!r}")
     if given < num_experts:
         raise ValueError(f"global_num_experts must be at least the {num_experts} experts that are here, got {given}")
+
+
+def check_expert_map(
+    expert_map: torch.Tensor | None,
+    global_num_experts: int | None,
+    num_experts: int,
+    hidden_states: torch.Tensor,
+) -> int | None:
+    """How many experts there are in all, by ``global_num_experts`` or the map, which agree; None: neither is given."""
+    if global_num_experts is not None:
+        check_global_num_experts(global_num_experts, num_experts)
+    if expert_map is None:
+        return global_num_experts
+    given = describe("expert_map", expert_map)
+    _check_plain("expert_map", given)
+    check_shape("expert_map", given, (global_num_experts,))
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expert_map must be int32 or int64, got {given.dtype}")
+    check_same("expert_map", given, "hidden_states", describe("hidden_states", hidden_states), dtype=False)
+    count = given.shape[0]
+    if count < num_experts:
+        raise ValueError(
+            f"expert_map must have an entry for each of all experts, at least the {num_experts} that are here, got "
+            f"{count}"
+        )
+    return count
 
 
 def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:

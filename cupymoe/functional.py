@@ -11,8 +11,8 @@ from cupymoe.activation import MoEActivation
 from cupymoe.checks import (
     check_activation_input,
     check_adapter,
+    check_expert_map,
     check_experts,
-    check_global_num_experts,
     check_out,
     check_quantized_experts,
     check_same,
@@ -191,9 +191,13 @@ def fused_experts(
         down_bias: ``[E, H]``, added to ``down[e] @ act(...)``, before that is weighted; as ``gate_up_bias``.
         out: ``[T, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written and returned.
             None: a new tensor.
-        expert_map: which of all experts are here. Not served yet.
+        expert_map: ``[global experts]`` int32 or int64: ``top_k_index`` then chooses from all experts, and this says
+            which of those here each of them is; one outside ``[0, E)``, -1 say, is not here, which masks its pairs. The
+            kernels of ``fused`` read it with the indices, without a launch of its own, so its values may change between
+            the replays of a CUDA graph. Copied once if it is not contiguous. None: indices are of those here.
         global_num_experts: how many experts ``top_k_index`` chooses from where only E of them are here, and most pairs
-            are masked; None: E. It changes no result, only what the kernels are chosen for.
+            are masked; None: as many as ``expert_map`` has, or E. It changes no result, only what the kernels are
+            chosen for.
         numerics: ``"fast"``; ``"invariant"`` is not served yet.
         keep: what a call that will be differentiated keeps for it beside its arguments: ``"gate_up"``, what the
             activation is applied to, ``[T * K, 2I]`` in the dtype of ``hidden_states``; or ``"input"``, nothing, and
@@ -212,7 +216,7 @@ def fused_experts(
         RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
     member = _member(activation)
-    check_settings(expert_map, numerics, keep)
+    check_settings(numerics, keep)
     if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
         return _quantized_experts(
             hidden_states,
@@ -225,6 +229,7 @@ def fused_experts(
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             out=out,
+            expert_map=expert_map,
             global_num_experts=global_num_experts,
             keep=keep,
         )
@@ -239,39 +244,38 @@ def fused_experts(
         activation=member,
         backend=backend,
     )
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
         top_k_weights = top_k_weights.to(work)
     if out is not None:
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
         biases = (gate_up_bias, down_bias)
-        check_out(out, *tensors, *(bias for bias in biases if bias is not None))
+        check_out(out, *tensors, *(each for each in (*biases, expert_map) if each is not None))
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
-        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, _NO_MAP, *settings, out)
+        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, expert_map, *settings, out)
         return out
     if torch.is_grad_enabled() and _may_keep_gate_up(
         keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
     ):
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, _NO_MAP, *settings)
+        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, expert_map, *settings)
     # Each None by itself: to unpack tuples of them would take 0.2 us.
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights,
-        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, None,
+        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, expert_map,
         member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
     )  # fmt: skip
     return output
 
 
 # Of the op's arguments: the factors of both adapters, and what these are multiplied with; scales, zeros and row_scales
-# of both weights; and the map of experts.
+# of both weights.
 _NO_ADAPTERS = (None,) * 4
 _UNSCALED = (1.0, 1.0)
 _UNQUANTISED = (None,) * 6
-_NO_MAP = None
 
 
 _KEPT_DTYPES = (torch.bfloat16, torch.float16)
@@ -314,6 +318,7 @@ def _quantized_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None,
     global_num_experts: int | None,
     keep: str,
 ) -> torch.Tensor:
@@ -323,8 +328,8 @@ def _quantized_experts(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *biases,
         activation=activation, backend=backend,
     )  # fmt: skip
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
     gate_up_codes, *of_gate_up = _buffers(gate_up_proj)
     down_codes, *of_down = _buffers(down_proj)
@@ -333,9 +338,9 @@ def _quantized_experts(
     quantised = (*of_gate_up, *of_down)
     weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
     settings = (activation.value, *scalings, weight_format, "fast", global_num_experts, backend)
-    arguments = (*tensors, *adapters, *biases, *quantised, _NO_MAP, *settings)
+    arguments = (*tensors, *adapters, *biases, *quantised, expert_map, *settings)
     if out is not None:
-        check_out(out, *tensors, *(each for each in (*biases, *quantised) if each is not None))
+        check_out(out, *tensors, *(each for each in (*biases, *quantised, expert_map) if each is not None))
         torch.ops.cupymoe.fused_experts_out(*arguments, out)
         return out
     if torch.is_grad_enabled() and _may_keep_gate_up(keep, backend, *tensors[:3], weights, *adapters, *biases):
@@ -410,7 +415,7 @@ def lora_experts(
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
     """
     member = _member(activation)
-    check_settings(expert_map, numerics, keep)
+    check_settings(numerics, keep)
     if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
         return _quantized_experts(
             hidden_states,
@@ -423,18 +428,19 @@ def lora_experts(
             down_adapter=down_adapter,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            expert_map=expert_map,
             global_num_experts=global_num_experts,
             keep=keep,
         )
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     check_experts(*experts, gate_up_bias, down_bias, activation=member, backend="auto")
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
     biases = (gate_up_bias, down_bias)
-    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, _NO_MAP, *settings)
+    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, expert_map, *settings)
     if torch.is_grad_enabled() and _may_keep_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
         return _differentiated(*arguments)
     output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)

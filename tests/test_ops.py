@@ -198,6 +198,21 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
 
 
 @slow_on_cuda
+def test_opcheck_experts_with_a_map(device):
+    case = random_experts(5, 4, 32, 24, 2, device=device)
+    expert_map = torch.tensor([1, -1, 0, 3, 2, 9], device=device)
+    tensors = (*case, *[None] * 4, *NO_BIASES, *UNQUANTISED, expert_map)
+    grad, needed = torch.randn_like(case.hidden_states), [True] * 4 + [False] * 6
+    opcheck("fused_experts_backward", grad, *tensors, *NOTHING_KEPT, *SETTINGS, needed)
+    opcheck("fused_experts_out", *tensors, *SETTINGS, torch.empty_like(case.hidden_states))
+    opcheck("fused_experts", *tensors, *SETTINGS)
+    for tensor in (*case[:3], case.top_k_weights):
+        tensor.requires_grad_()
+    opcheck("fused_experts", *tensors, *SETTINGS)
+    opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+
+
+@slow_on_cuda
 def test_opcheck_backward_of_experts_without_tokens(device):
     case = random_experts(0, 4, 32, 24, 2, device=device)
     grad = torch.randn_like(case.hidden_states)

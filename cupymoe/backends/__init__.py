@@ -75,7 +75,7 @@ class ExpertsTensors(NamedTuple):
     down_proj: torch.Tensor
     """``[E, H, I]``"""
     top_k_index: torch.Tensor
-    """``[T, K]`` int32 or int64; at least one pair."""
+    """``[T, K]`` int32 or int64; at least one pair. Of the experts that are here, or with ``expert_map`` of all."""
     top_k_weights: torch.Tensor
     """``[T, K]`` float32, float64 where ``hidden_states`` is."""
     gate_up_a: torch.Tensor | None = None
@@ -99,6 +99,9 @@ class ExpertsTensors(NamedTuple):
     """The same of ``down_proj``."""
     down_zeros: torch.Tensor | None = None
     down_row_scales: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    """``[global experts]`` int32 or int64: what each expert that ``top_k_index`` chooses from is here; one outside of
+    ``[0, E)`` is not here. None: it is itself."""
 
 
 class Kept(NamedTuple):
@@ -115,7 +118,9 @@ class Kept(NamedTuple):
 
 
 _OF_QUANTISED = tuple(name for name in ExpertsTensors._fields if name.endswith(("_scales", "_zeros")))
-DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name not in ("top_k_index", *_OF_QUANTISED))
+DIFFERENTIABLE = tuple(
+    name for name in ExpertsTensors._fields if name not in ("top_k_index", "expert_map", *_OF_QUANTISED)
+)
 """Names of the tensors that have a gradient, in their order."""
 
 

@@ -22,6 +22,7 @@ from cupymoe.kernels import codes, expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.codes import Scales
 from cupymoe.kernels.combine import combine, combine_workspace
+from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import alone, cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
@@ -213,6 +214,7 @@ def stream(
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     of_gate_up, of_down = packed_adapters(call, tensors)
+    expert_map = tensors.expert_map
     chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
     stored = _stored_weights(call, tensors)
@@ -235,6 +237,7 @@ def stream(
         arch,
         is_sorted,
         *stored,
+        expert_map=map_kind(expert_map) if chosen.inline_pairs else None,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
@@ -243,21 +246,24 @@ def stream(
         workspace = workspace.keeping(*lows)
     output = torch.empty_like(hidden_states) if out is None else out
     if is_sorted:
-        pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+        pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts, expert_map=expert_map)
         plan_chunks(pairs.expert_offsets, chosen.tokens, workspace, arch)
         workspace = workspace.of_sorted(pairs.token_of_slot, pairs.slot_of_pair)
     elif not chosen.inline_pairs:
-        plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch)
+        plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch, expert_map)
     if of_gate_up is not None:
-        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
+        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states, expert_map)
         up_factor = of_gate_up.b
     of_codes = tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor, *of_codes)
+    arguments = (top_k_index, shape, workspace)
+    experts_up(
+        hidden_states, gate_up_proj, *arguments, gate_up_bias, gate_up, up_factor, *of_codes, expert_map=expert_map
+    )
     if of_down is not None:
-        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
+        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace, None, expert_map)
         down_factor = of_down.b
     of_codes = tensors.down_scales, tensors.down_zeros, tensors.down_row_scales
-    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor, *of_codes)
+    experts_down(down_proj, *arguments, down_bias, down_factor, *of_codes, expert_map=expert_map)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 
@@ -284,7 +290,7 @@ def tiles(
     """The way for many tokens, with the arguments of :func:`stream`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+    pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts, expert_map=tensors.expert_map)
     of_gate_up, of_down = packed_adapters(call, tensors, pairs)
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept

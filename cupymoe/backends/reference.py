@@ -8,7 +8,7 @@ import torch
 
 from cupymoe import gradients, reference
 from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept
-from cupymoe.backends.expert_rows import LoopRows, RowsBackend, on_demand
+from cupymoe.backends.expert_rows import LoopRows, RowsBackend, in_local_experts, on_demand
 
 
 class ReferenceBackend(RowsBackend):
@@ -31,7 +31,7 @@ class ReferenceBackend(RowsBackend):
         """See :class:`cupymoe.backends.Backend`."""
         if call.adapter_rank:
             return super().forward(call, tensors, out)
-        tensors = on_demand(call, tensors)
+        tensors = on_demand(call, in_local_experts(tensors))
         output = reference.experts(*tensors[:5], call.activation, tensors.gate_up_bias, tensors.down_bias)
         return output.to(call.dtype) if out is None else out.copy_(output)
 
@@ -50,7 +50,7 @@ class ReferenceBackend(RowsBackend):
         """See :class:`cupymoe.backends.Backend`; what was kept is computed again, unrounded."""
         if call.adapter_rank:
             return super().backward(call, tensors, kept, grad, needed)
-        tensors = on_demand(call, tensors)
+        tensors = on_demand(call, in_local_experts(tensors))
         of_states, of_up, of_down, of_weights, *_, of_up_bias, of_down_bias = needed
         grads = gradients.experts_backward(
             grad,

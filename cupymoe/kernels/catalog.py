@@ -40,6 +40,7 @@ from cupymoe.kernels import (
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
 from cupymoe.kernels.codes import Codes
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
+from cupymoe.kernels.expert_map import MapKind
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
@@ -119,14 +120,19 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         for num_experts in (sizes.num_experts, sort_by_expert.MAX_EXPERTS):
             for num_pairs in (sort_by_expert.PAIRS_PER_BLOCK, sort_by_expert.FEW_PAIRS):
                 block = sort_by_expert.block_of(num_pairs, num_experts)
-                for has_weights in (False, True):
-                    yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block, has_weights)
+                for has_weights, its_map in product((False, True), (None, _map_over(num_experts))):
+                    yield sort_by_expert.variant(
+                        index_dtype, num_experts, sizes.top_k_experts, block, has_weights, its_map
+                    )
     yield raw_read.variant()
     for shape in _fused_shapes(arch):
         yield plan_chunks.variant(shape.num_experts, shape.regime.tokens)
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
             for pairs_per_lane in (1, 2, 4, 8):
-                yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
+                for its_map in (None, _map_over(shape.num_experts)):
+                    yield plan_experts.variant(
+                        shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane, its_map
+                    )
             yield combine.workspace_variant(shape)
         yield experts_up.variant(shape)
         yield experts_up.variant(replace(shape, keeps_gate_up=True))
@@ -136,6 +142,12 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down.variant(adapted)
         for gathered in (False, True):
             yield lora_shrink_chunks.variant(adapted, gathered=gathered)
+        if shape.regime.inline_pairs and shape.dtype == torch.bfloat16:
+            its_map = _map_over(shape.num_experts)
+            yield experts_up.variant(replace(shape, expert_map=its_map))
+            yield experts_down.variant(replace(shape, expert_map=its_map))
+            for gathered in (False, True):
+                yield lora_shrink_chunks.variant(replace(adapted, expert_map=its_map), gathered=gathered)
     for shape in _quantised_shapes(arch):
         yield experts_up.variant(shape)
         yield experts_down.variant(shape)
@@ -170,6 +182,11 @@ def _variants(arch: Arch) -> Iterator[Variant]:
                 yield lora_back.variant(
                     dtype, output_dtype, rank, cut, gathered=gathered, weighted=gathered, transposed=transposed
                 )
+
+
+def _map_over(num_experts: int) -> MapKind:
+    """As each of four devices has it that share the experts."""
+    return MapKind(torch.int32, 4 * num_experts)
 
 
 def _fused_shapes(arch: Arch) -> Iterator[Shape]:

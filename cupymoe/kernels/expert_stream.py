@@ -12,6 +12,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
+from cupymoe.kernels.expert_map import MapKind, map_defines
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
 
@@ -308,6 +309,8 @@ class Shape:
     gate_up_stored: StoredWeight = PLAIN_WEIGHT
     """How gate_up_proj is stored; a quantised weight is never transposed."""
     down_stored: StoredWeight = PLAIN_WEIGHT
+    expert_map: MapKind | None = None
+    """Of the call, where ``regime.inline_pairs``; else the launch that makes the plan has read it."""
 
     @property
     def up(self) -> Tile:
@@ -361,6 +364,7 @@ class Shape:
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
             f"TOKENS={self.regime.tokens}",
+            *map_defines(self.expert_map),
         )
 
 

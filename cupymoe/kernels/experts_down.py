@@ -8,6 +8,7 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
+from cupymoe.kernels.expert_map import map_address
 from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -48,6 +49,7 @@ def experts_down(
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
     row_scales: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
@@ -64,6 +66,7 @@ def experts_down(
             ``shape.down_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the workspace, and
             was the launch just before this one.
         scales, zeros, row_scales: ``[E, H, G]`` and ``[E, H]``, as those of ``experts_up``, by ``shape.down_stored``.
+        expert_map: as ``experts_up`` had it.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -85,4 +88,5 @@ def experts_down(
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
         0 if row_scales is None else row_scales.data_ptr(),
+        map_address(expert_map),
     )

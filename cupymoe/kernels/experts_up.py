@@ -8,6 +8,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
+from cupymoe.kernels.expert_map import map_address
 from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -53,6 +54,7 @@ def experts_up(
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
     row_scales: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -73,6 +75,7 @@ def experts_up(
             to whole 16 bytes; contiguous, 16-byte aligned; else None.
         zeros: uint8, the same, where the format has zero points, else None.
         row_scales: ``[E, 2 I]`` float32, contiguous, where the format has scales of rows, else None.
+        expert_map: as of ``sort_by_expert``, where ``shape.expert_map``, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -96,4 +99,5 @@ def experts_up(
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
         0 if row_scales is None else row_scales.data_ptr(),
+        map_address(expert_map),
     )

@@ -9,6 +9,7 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
+from cupymoe.kernels.expert_map import MapKind, map_address, map_defines, map_kind
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -59,8 +60,15 @@ def block_of(num_pairs: int, num_experts: int) -> Block:
     return Block(PAIRS_PER_BLOCK // 2 if few else PAIRS_PER_BLOCK, 16)
 
 
-def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block, has_weights: bool = False) -> Variant:
-    """The compilation for one number of experts and of choices, and one size of a block."""
+def variant(
+    index_dtype: torch.dtype,
+    num_experts: int,
+    top_k: int,
+    block: Block,
+    has_weights: bool = False,
+    its_map: MapKind | None = None,
+) -> Variant:
+    """The compilation for one number of experts and of choices, one size of a block, and one kind of expert map."""
     return Variant(
         "sort_by_expert",
         (
@@ -71,6 +79,7 @@ def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block
             f"PAIRS_PER_BLOCK={block.pairs}",
             f"TICKETS={TICKETS}",
             f"HAS_WEIGHTS={int(has_weights)}",
+            *map_defines(its_map),
         ),
     )
 
@@ -83,14 +92,19 @@ def _kernel(
     top_k: int,
     block: Block,
     has_weights: bool,
+    its_map: MapKind | None,
     device: int,
     dependent: bool,
 ) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, top_k, block, has_weights), entry, device, dependent=dependent)
+    its_variant = variant(index_dtype, num_experts, top_k, block, has_weights, its_map)
+    return kernel(its_variant, entry, device, dependent=dependent)
 
 
 def sort_by_expert(
-    top_k_index: torch.Tensor, num_experts: int, top_k_weights: torch.Tensor | None = None
+    top_k_index: torch.Tensor,
+    num_experts: int,
+    top_k_weights: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> SortedPairs:
     """Stable order of the pairs by expert. One launch up to 1024 pairs, two beyond.
 
@@ -98,10 +112,13 @@ def sort_by_expert(
         top_k_index: ``[T, K]`` int32 or int64, contiguous, at least one pair; an index outside ``[0, num_experts)``
             is masked.
         top_k_weights: ``[T, K]`` float32, contiguous, where each slot's is wanted.
+        expert_map: ``[global experts]`` int32 or int64, contiguous: what each of the experts that ``top_k_index``
+            chooses from is among the ``num_experts``; one outside of these masks its pairs. None: it is itself.
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
     block, has_weights = block_of(num_pairs, num_experts), top_k_weights is not None
+    its_map, map_at = map_kind(expert_map), map_address(expert_map)
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
     # One allocation for all that is written: it lives and dies together, and later than the launch, which the next one
     # may overtake.
@@ -112,10 +129,10 @@ def sort_by_expert(
     block_counts = 0
     if blocks > 1:
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, True)(
-            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, True)(
+            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs, map_at
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, blocks > 1)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, blocks > 1)(
         (blocks, 1),
         threads,
         stream,
@@ -128,5 +145,6 @@ def sort_by_expert(
         num_pairs,
         0 if top_k_weights is None else top_k_weights.data_ptr(),
         0 if weight_of_slot is None else weight_of_slot.data_ptr(),
+        map_at,
     )
     return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets, weight_of_slot)

@@ -6,9 +6,7 @@ of its adapter, of the weight's dtype or of float32, may have any strides, and t
 
 All of them take the same tensors and settings, what is not served yet among them, so that a later capability changes no
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
-
-- ``expert_map``, which of all experts are here, is None.
-- ``numerics`` is ``"fast"``.
+``numerics`` is ``"fast"``.
 
 Where ``weight_format`` is another than ``"plain"``, a weight that is quantised is its codes, and scales, zeros and
 row_scales belong to them: the buffers of :class:`cupymoe.QuantizedWeight`. They have no gradients.
@@ -42,9 +40,8 @@ _SETTINGS = (
     "int? global_num_experts, str backend"
 )
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
-_NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 _NUM_OF_PLAIN = ExpertsTensors._fields.index("gate_up_scales")
-"""How many tensors a call with plain weights has; those of quantised ones come after them."""
+"""How many tensors a call with plain weights has; those of quantised ones come after them, and then the map."""
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
@@ -108,13 +105,17 @@ def _contiguous(
     top_k_weights: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> ExpertsTensors:
-    return ExpertsTensors(
-        hidden_states.contiguous(),
-        gate_up_proj,
-        down_proj,
-        top_k_index.contiguous(),
-        top_k_weights.contiguous(),
-        *others,
+    *of_weights, expert_map = others
+    return ExpertsTensors._make(
+        (
+            hidden_states.contiguous(),
+            gate_up_proj,
+            down_proj,
+            top_k_index.contiguous(),
+            top_k_weights.contiguous(),
+            *of_weights,
+            None if expert_map is None else expert_map.contiguous(),
+        )
     )
 
 
@@ -134,7 +135,7 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         out,
         gate_up_bias is not None or down_bias is not None,
         weight_format,
-        arguments[_NUM_OF_PLAIN:_NUM_COMPUTED_WITH],
+        arguments[_NUM_OF_PLAIN : _NUM_TENSORS - 1],
     )
 
 
@@ -150,7 +151,7 @@ def _is_empty(arguments: Sequence[Any]) -> bool:
 
 
 def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
-    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, tensors = arguments[0], arguments[:_NUM_TENSORS]
     call = _call(arguments, out)
     chosen = select(arguments[-1], call)
     if _is_empty(arguments):
@@ -168,7 +169,7 @@ def _fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, tensors = arguments[0], arguments[:_NUM_TENSORS]
     call = _call(arguments)
     chosen = select(arguments[-1], call)
     if _is_empty(arguments):
@@ -281,7 +282,7 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
             for index, wanted in zip(_DIFFERENTIABLE, needed, strict=True)
         )
     with on_device_of(grad):
-        tensors = _contiguous(*arguments[:_NUM_COMPUTED_WITH])
+        tensors = _contiguous(*arguments[:_NUM_TENSORS])
         lows = (None if low is None or low.numel() == 0 else _aligned(low) for low in (gate_up_low, down_low))
         kept = None if gate_up is None else Kept(_aligned(gate_up), *lows)
         grads = chosen.backward(call, tensors, kept, _aligned(grad), needed)
