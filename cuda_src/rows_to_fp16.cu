@@ -1,6 +1,7 @@
 // rows_to_fp16: bf16 rows as fp16 ones times a power of two each, so that products with fp16 weights can be taken of them.
 //
 // Reads  rows     [T, COLS] bf16, which the grid before this one may have written
+//        expert_num_tokens [T / max_tokens] i32   with HAS_COUNTS: of the max_tokens rows of each expert only so many are there
 // Writes narrowed [T, COLS] fp16   row / factor
 //        factors  [T] fp32         a power of two that puts the largest magnitude of the row into [2^14, 2^15)
 // Grid   ceil(T / (BLOCK_THREADS / 32)) blocks; a warp a row.
@@ -14,15 +15,19 @@
 #if !defined(COLS) || !defined(BLOCK_THREADS)
 #error "define COLS and BLOCK_THREADS"
 #endif
+#ifndef HAS_COUNTS
+#define HAS_COUNTS 0
+#endif
 #include "common/warp.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-rows_to_fp16(const bf16* rows, fp16* narrowed, float* factors, u64 num_rows) {
+rows_to_fp16(const bf16* rows, fp16* narrowed, float* factors, u64 num_rows, const int* expert_num_tokens, u64 max_tokens) {
     wait_for_previous_grid();
     release_next_grid();
     u64 row = (u64)blockIdx.x * (BLOCK_THREADS / 32) + threadIdx.x / 32;
     u32 lane = threadIdx.x % 32, largest = 0;
     if (row >= num_rows) return;
+    if (HAS_COUNTS && (int)((u32)row % (u32)max_tokens) >= expert_num_tokens[(u32)row / (u32)max_tokens]) return;
     const bf16* from = rows + row * COLS;
 #pragma unroll 4
     for (u32 column = lane * 8; column < COLS; column += 256) {

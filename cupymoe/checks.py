@@ -298,6 +298,70 @@ def check_quantized_experts(
             _check_transposed(name, weight)
 
 
+def check_batch(
+    hidden_states: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    activation: MoEActivation,
+) -> None:
+    """The arguments of a call of the experts on a batch of rows for each; a kind that has passed is only looked up."""
+    dtype = describe("hidden_states", hidden_states).dtype
+    weights = _as_plain("gate_up_proj", gate_up_proj, dtype), _as_plain("down_proj", down_proj, dtype)
+    tensors = (hidden_states, expert_num_tokens, *weights)
+    if not _passed(_check_kind_of_batch, activation, tensors=tensors):
+        names = ("hidden_states", "expert_num_tokens", "gate_up_proj", "down_proj")
+        _check_described_batch(activation, *map(describe, names, tensors))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
+            _check_transposed(name, weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind_of_batch(activation: MoEActivation, *attributes: tuple[Any, ...]) -> None:
+    _check_described_batch(activation, *(Description(*each) for each in attributes))
+
+
+def _check_described_batch(
+    activation: MoEActivation,
+    hidden_states: Description,
+    expert_num_tokens: Description,
+    gate_up_proj: Description,
+    down_proj: Description,
+) -> None:
+    for name, given in (
+        ("hidden_states", hidden_states),
+        ("expert_num_tokens", expert_num_tokens),
+        ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj),
+    ):
+        _check_plain(name, given)
+    check_shape("hidden_states", hidden_states, (None, None, None))
+    _check_floating("hidden_states", hidden_states)
+    num_experts, _, hidden_size = hidden_states.shape
+    check_shape("expert_num_tokens", expert_num_tokens, (num_experts,))
+    if expert_num_tokens.dtype != torch.int32:
+        raise TypeError(f"expert_num_tokens must be int32, got {expert_num_tokens.dtype}")
+    check_same("expert_num_tokens", expert_num_tokens, "hidden_states", hidden_states, dtype=False)
+    _check_weights(activation, hidden_states, num_experts, hidden_size, gate_up_proj, down_proj)
+
+
+def _check_weights(
+    activation: MoEActivation,
+    hidden_states: Description,
+    num_experts: int | None,
+    hidden_size: int,
+    gate_up_proj: Description,
+    down_proj: Description,
+) -> None:
+    """``[E, 2I, H]`` and ``[E, H, I]``, by ``down_proj`` where ``num_experts`` is None."""
+    check_shape("down_proj", down_proj, (num_experts, hidden_size, None))
+    num_experts, _, intermediate_size = down_proj.shape
+    check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+
+
 def _as_plain(name: str, weight: Weight, dtype: torch.dtype) -> torch.Tensor | _AsPlain:
     if isinstance(weight, QuantizedWeight):
         weight.check(name)
@@ -361,11 +425,7 @@ def _check_described(
     check_shape("hidden_states", hidden_states, (None, None))
     _check_floating("hidden_states", hidden_states)
     num_tokens, hidden_size = hidden_states.shape
-    check_shape("down_proj", down_proj, (None, hidden_size, None))
-    num_experts, _, intermediate_size = down_proj.shape
-    check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+    _check_weights(activation, hidden_states, None, hidden_size, gate_up_proj, down_proj)
     for name, bias, weight_name, weight in (
         ("gate_up_bias", gate_up_bias, "gate_up_proj", gate_up_proj),
         ("down_bias", down_bias, "down_proj", down_proj),

@@ -8,9 +8,11 @@ import torch
 
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
+from cupymoe.backends import BatchTensors
 from cupymoe.checks import (
     check_activation_input,
     check_adapter,
+    check_batch,
     check_expert_map,
     check_experts,
     check_out,
@@ -269,6 +271,61 @@ def fused_experts(
         member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
     )  # fmt: skip
     return output
+
+
+def batched_experts(
+    hidden_states: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    *,
+    activation: MoEActivation | str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``output[e, j] = down[e] @ act(gate_up[e] @ x[e, j])`` of the first ``expert_num_tokens[e]`` rows of each expert.
+
+    The rows lie by expert already, as some exchanges between devices leave them (DeepEP's low latency): nothing is
+    gathered, weighted or summed. Nothing waits for the GPU to say how many rows there are, and the numbers may change
+    between the replays of a CUDA graph. Other rows are neither read nor written.
+
+    Args:
+        hidden_states: ``[E, max_tokens, H]`` floating; copied once, all rows, if it is not contiguous. What the kernels
+            are chosen for is that all of them count.
+        expert_num_tokens: ``[E]`` int32, on the same device; taken as 0 where negative, and as ``max_tokens`` where
+            more. Copied once if it is not contiguous.
+        gate_up_proj: as of :func:`fused_experts`, quantised or not.
+        down_proj: the same.
+        activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
+        out: ``[E, max_tokens, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written
+            and returned, its other rows left as they are. None: a new tensor, whose other rows are undefined.
+
+    Returns:
+        ``[E, max_tokens, H]``, dtype and device of ``hidden_states``. Differentiable with respect to ``hidden_states``
+        and both weights: a call that will be differentiated is one of :func:`fused_experts`, whose rows each chose one
+        expert, and gradients of other rows are zeros, whatever theirs of the output are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
+    """
+    member = _member(activation)
+    check_batch(hidden_states, expert_num_tokens, gate_up_proj, down_proj, member)
+    gate_up, *of_gate_up = _buffers(gate_up_proj)
+    down, *of_down = _buffers(down_proj)
+    weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
+    batch = BatchTensors(hidden_states, expert_num_tokens, gate_up, down, *of_gate_up, *of_down)
+    if out is not None:
+        check_out(out, *(each for each in batch if each is not None))
+        torch.ops.cupymoe.batched_experts_out(*batch, member.value, weight_format, out)
+        return out
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, gate_up, down)):
+        rows, _, _, index, weights, *_ = batch.as_routed()
+        output = fused_experts(rows, gate_up_proj, down_proj, index, weights, activation=member)
+        return output.view(hidden_states.shape)
+    computed: torch.Tensor = ops.dispatch(
+        torch.ops.cupymoe.batched_experts.default, *batch, member.value, weight_format
+    )
+    return computed
 
 
 # Of the op's arguments: the factors of both adapters, and what these are multiplied with; scales, zeros and row_scales

@@ -103,6 +103,7 @@ def test_every_op_is_checked_here(monkeypatch):
     test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
     test_opcheck_route(cpu, False, True, torch.float32, None)
     test_opcheck_experts(cpu, torch.float32, requires_grad=False, adapted=(True, True), as_gpt_oss=True)
+    test_opcheck_batched_experts(cpu, "plain")
     registered = {
         name.removeprefix("cupymoe::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -210,6 +211,22 @@ def test_opcheck_experts_with_a_map(device):
         tensor.requires_grad_()
     opcheck("fused_experts", *tensors, *SETTINGS)
     opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+
+
+@slow_on_cuda
+@pytest.mark.parametrize("format", ["plain", "int4_g32"])
+def test_opcheck_batched_experts(device, format):
+    case = random_experts(5, 4, 64, 32, 2, device=device)
+    states = torch.randn(4, 3, 64, device=device)
+    counts = torch.tensor([3, 3, 3, 3], dtype=torch.int32, device=device)  # opcheck compares all that is returned
+    (gate_up, *of_gate_up), (down, *of_down) = (
+        random_weight(format, *weight.shape).to(device).tensors() if format != "plain" else (weight, None, None, None)
+        for weight in case[1:3]
+    )
+    weight_format = "plain" if format == "plain" else f"{format},{format}"
+    arguments = (states, counts, gate_up, down, *of_gate_up, *of_down, "gelu_tanh", weight_format)
+    opcheck("batched_experts", *arguments)
+    opcheck("batched_experts_out", *arguments, torch.zeros_like(states))
 
 
 @slow_on_cuda

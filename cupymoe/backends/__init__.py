@@ -16,6 +16,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.load import Load
+from cupymoe.reference import work_dtype
 from cupymoe.weights.format import PLAIN
 
 _log = logging.getLogger("cupymoe")
@@ -102,6 +103,53 @@ class ExpertsTensors(NamedTuple):
     expert_map: torch.Tensor | None = None
     """``[global experts]`` int32 or int64: what each expert that ``top_k_index`` chooses from is here; one outside of
     ``[0, E)`` is not here. None: it is itself."""
+
+
+class BatchTensors(NamedTuple):
+    """The tensors of a batch of the experts, checked and contiguous but for weights, as :class:`ExpertsTensors`."""
+
+    hidden_states: torch.Tensor
+    """``[E, max_tokens, H]``, at least one row: the rows of each expert, of which the first ones count."""
+    expert_num_tokens: torch.Tensor
+    """``[E]`` int32: how many of them; none where negative, all where more than there are."""
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate_up_scales: torch.Tensor | None = None
+    gate_up_zeros: torch.Tensor | None = None
+    gate_up_row_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
+    down_zeros: torch.Tensor | None = None
+    down_row_scales: torch.Tensor | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of an expert, those that don't count too."""
+        return self.hidden_states.shape[1]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """``[E * max_tokens, H]``"""
+        return self.hidden_states.flatten(0, 1)
+
+    @property
+    def scale_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """Of the scales of groups of both weights, where they are quantised in such a format."""
+        gate_up, down = self.gate_up_scales, self.down_scales
+        return None if gate_up is None else gate_up.dtype, None if down is None else down.dtype
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """``[E, max_tokens]`` bool: which rows count."""
+        places = torch.arange(self.max_tokens, device=self.expert_num_tokens.device)
+        return places < self.expert_num_tokens.unsqueeze(1)
+
+    def as_routed(self) -> ExpertsTensors:
+        """The same as rows that each chose one expert, with a weight of one; those that don't count are masked."""
+        experts = torch.arange(len(self.expert_num_tokens), device=self.expert_num_tokens.device)
+        index = torch.where(self.counted, experts.unsqueeze(1), -1).view(-1, 1)
+        weights = torch.ones(index.shape, dtype=work_dtype(self.hidden_states.dtype), device=index.device)
+        of_weights = dict(zip(self._fields[4:], self[4:], strict=True))
+        return ExpertsTensors(self.rows, self.gate_up_proj, self.down_proj, index, weights, **of_weights)
 
 
 class Kept(NamedTuple):

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from cupymoe.backends import (
+    BatchTensors,
     Direction,
     ExpertsCall,
     ExpertsTensors,
     Kept,
     ampere_reason,
     fused_backward,
+    fused_batched,
     row_packs_reason,
 )
 from cupymoe.backends.fused_adapters import packed_adapters, step
@@ -133,6 +135,20 @@ class FusedBackend:
         if _is_tiled(call, arch):
             return tiles(call, tensors, out, kept)
         return stream(call, tensors, out, kept, arch)
+
+    def forward_batch(self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
+        """Write the rows that count of ``output``, ``[E * max_tokens, H]``, contiguous and 16-byte aligned.
+
+        Args:
+            call: as of rows that each chose one expert, which it serves.
+            batch: what is computed.
+            output: where it goes.
+        """
+        arch = self.build or _arch_of(batch.hidden_states.get_device())
+        if _is_tiled(call, arch):
+            fused_batched.tiles(call, batch, output)
+        else:
+            fused_batched.stream(call, batch, output, arch)
 
     def backward(
         self,

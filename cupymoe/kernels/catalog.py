@@ -28,6 +28,7 @@ from cupymoe.kernels import (
     lora_shrink,
     lora_shrink_chunks,
     pack_adapter,
+    plan_batch,
     plan_chunks,
     plan_experts,
     raw_read,
@@ -125,6 +126,7 @@ def _variants(arch: Arch) -> Iterator[Variant]:
                         index_dtype, num_experts, sizes.top_k_experts, block, has_weights, its_map
                     )
     yield raw_read.variant()
+    yield plan_batch.variant(sizes.num_experts)
     for shape in _fused_shapes(arch):
         yield plan_chunks.variant(shape.num_experts, shape.regime.tokens)
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
@@ -156,13 +158,17 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
         yield experts_down_wgmma.variant(tile_shape)
         yield experts_down_wgmma.variant(tile_shape.up_back)
+        if not tile_shape.down_rank and not tile_shape.has_down_bias:
+            yield experts_down_wgmma.variant(replace(tile_shape, scatters=True))
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
-    yield rows_to_fp16.variant(sizes.hidden_size)
+    for has_counts in (False, True):
+        yield rows_to_fp16.variant(sizes.hidden_size, has_counts=has_counts)
     for tile_shape in _coded_tile_shapes():
         yield experts_up_wgmma.variant(tile_shape)
         if tile_shape.gate_up_codes.format == "int4_g32":
             yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
+            yield experts_down_wgmma.variant(replace(tile_shape, scatters=True))
         yield experts_down_wgmma.variant(tile_shape)
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):

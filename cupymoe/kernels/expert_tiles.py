@@ -195,6 +195,8 @@ class TileShape:
     gate_up_codes: Codes = PLAIN_CODES
     """How gate_up_proj is stored."""
     down_codes: Codes = PLAIN_CODES
+    scatters: bool = False
+    """Whether the down projection stores each slot's output in the slot's row of a batch, and not in slot order."""
 
     @property
     def scales_tokens(self) -> bool:

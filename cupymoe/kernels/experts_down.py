@@ -41,7 +41,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 
 def experts_down(
     down_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
+    top_k_index: torch.Tensor | None,
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
@@ -76,12 +76,12 @@ def experts_down(
         current_stream(device),
         workspace.intermediate,
         down_proj.data_ptr(),
-        top_k_index.data_ptr(),
+        0 if top_k_index is None else top_k_index.data_ptr(),
         workspace.chunks,
         workspace.pair_of_slot,
         workspace.num_chunks,
         workspace.expert_output,
-        top_k_index.numel(),
+        0 if top_k_index is None else top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
         0 if factor is None else factor.data_ptr(),
         workspace.down_low,

@@ -11,7 +11,7 @@ from cupymoe.kernels.codes import Scales, coded_maps
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
 
 
@@ -26,6 +26,7 @@ def variant(shape: TileShape) -> Variant:
             f"HAS_BIAS={int(shape.has_down_bias)}",
             f"LOW_RANK={shape.down_rank}",
             *shape.down_codes.defines(),
+            *(("SCATTERS=1",) if shape.scatters else ()),
         ),
     )
 
@@ -86,14 +87,16 @@ def _weight_maps(down_proj: torch.Tensor, shape: TileShape, scales: Scales | Non
 def experts_down_wgmma(
     intermediate: torch.Tensor,
     down_proj: torch.Tensor,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
     ticket: int = 1,
     scales: Scales | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
+    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot. Where
+    ``shape.scatters``, the rows that ``pairs.token_of_slot`` says, and the others stay as they are.
 
     Args:
         intermediate: ``[T * K, I]``, of any launch before this one. All else but ``adapter.low`` must have been
@@ -106,9 +109,10 @@ def experts_down_wgmma(
         ticket: which of the ticket counters of ``pairs`` it takes.
         scales: of down_proj, where ``shape.down_codes`` are codes, which it then holds, uint8 ``[E, H, row bytes]``;
             else None.
+        out: ``[T * K, H]``, contiguous, 16-byte aligned, where the output goes; None: new memory.
     """
     device = intermediate.device.index
-    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
+    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
     run, blocks = _plan(shape, device)
     run(
         blocks,
@@ -123,5 +127,6 @@ def experts_down_wgmma(
         expert_output.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         *(() if scales is None else (scales.row_scales_address,)),
+        *((pairs.token_of_slot.data_ptr(),) if shape.scatters else ()),
     )
     return expert_output

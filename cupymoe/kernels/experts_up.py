@@ -45,7 +45,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 def experts_up(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
+    top_k_index: torch.Tensor | None,
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
@@ -63,9 +63,10 @@ def experts_up(
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor. Where
             ``shape.gate_up_stored`` is quantised its packed codes, uint8 ``[E, 2 I, row_bytes]``, contiguous.
-        top_k_index: ``[T, K]``, contiguous, at least one pair.
+        top_k_index: ``[T, K]``, contiguous, at least one pair; None of a batch.
         shape: of the call.
-        workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.
+        workspace: of the call; after :func:`plan_experts`, :func:`plan_chunks` or :func:`plan_batch_chunks`, unless
+            ``shape.regime.inline_pairs``.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` or ``[T * K, I]``, written in expert order where ``shape.keeps_gate_up``, else None.
         factor: ``[E, 2 I, R]`` or ``[E, I, R]``, the second of an adapter, 16-byte aligned, laid out as gate_up_proj,
@@ -85,13 +86,13 @@ def experts_up(
         current_stream(device),
         hidden_states.data_ptr(),
         gate_up_proj.data_ptr(),
-        top_k_index.data_ptr(),
+        0 if top_k_index is None else top_k_index.data_ptr(),
         workspace.chunks,
         workspace.pair_of_slot,
         workspace.num_chunks,
         workspace.slot_of_pair,
         workspace.intermediate,
-        top_k_index.numel(),
+        0 if top_k_index is None else top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
         0 if factor is None else factor.data_ptr(),

@@ -13,7 +13,7 @@ from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShap
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.rows_to_fp16 import rows_to_fp16
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
 
 
@@ -98,12 +98,13 @@ def _weight_maps(gate_up_proj: torch.Tensor, shape: TileShape, scales: Scales | 
 def experts_up_wgmma(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
     scales: Scales | None = None,
+    expert_num_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -117,11 +118,13 @@ def experts_up_wgmma(
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
         scales: of gate_up_proj, where ``shape.gate_up_codes`` are codes, which it then holds, uint8
             ``[E, 2 I, row bytes]`` (``[E, I, row bytes]``); else None.
+        expert_num_tokens: of a batch, as of :func:`plan_batch_slots`; other rows than these are then not read. None:
+            there is no batch.
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
     run, blocks = _plan(shape, device)
-    narrowed = rows_to_fp16(hidden_states) if shape.scales_tokens else None
+    narrowed = rows_to_fp16(hidden_states, expert_num_tokens) if shape.scales_tokens else None
     run(
         blocks,
         THREADS,

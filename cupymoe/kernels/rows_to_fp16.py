@@ -24,28 +24,34 @@ class NarrowedRows(NamedTuple):
     """``[T]`` float32, powers of two."""
 
 
-def variant(columns: int) -> Variant:
-    """The compilation for one row width."""
-    return Variant("rows_to_fp16", (f"COLS={columns}", f"BLOCK_THREADS={THREADS}"))
+def variant(columns: int, *, has_counts: bool = False) -> Variant:
+    """The compilation for one row width, of all rows or of those of a batch that count."""
+    counts = ("HAS_COUNTS=1",) if has_counts else ()
+    return Variant("rows_to_fp16", (f"COLS={columns}", f"BLOCK_THREADS={THREADS}", *counts))
 
 
 @functools.cache
-def _kernel(columns: int, device: int) -> Kernel:
-    return kernel(variant(columns), "rows_to_fp16", device, dependent=True)
+def _kernel(columns: int, has_counts: bool, device: int) -> Kernel:
+    return kernel(variant(columns, has_counts=has_counts), "rows_to_fp16", device, dependent=True)
 
 
-def rows_to_fp16(rows: torch.Tensor) -> NarrowedRows:
+def rows_to_fp16(rows: torch.Tensor, expert_num_tokens: torch.Tensor | None = None) -> NarrowedRows:
     """The rows, ``rows * factors``, exactly but for what is below 2^-31 of a row's largest magnitude.
 
     Args:
         rows: ``[T, H]`` bfloat16, contiguous, 16-byte aligned, H a multiple of 8, at least one row.
+        expert_num_tokens: ``[E]`` int32, contiguous: how many of the T / E rows of each expert count; the others are
+            not read, and undefined. None: all count.
     """
     num_rows, columns = rows.shape
     narrowed = NarrowedRows(
         rows.new_empty(rows.shape, dtype=torch.float16), rows.new_empty(num_rows, dtype=torch.float32)
     )
     device = rows.device.index
-    _kernel(columns, device)(
+    counts, max_tokens = 0, num_rows
+    if expert_num_tokens is not None:
+        counts, max_tokens = expert_num_tokens.data_ptr(), num_rows // len(expert_num_tokens)
+    _kernel(columns, counts != 0, device)(
         (-(-num_rows // _ROWS), 1),
         THREADS,
         current_stream(device),
@@ -53,5 +59,7 @@ def rows_to_fp16(rows: torch.Tensor) -> NarrowedRows:
         narrowed.rows.data_ptr(),
         narrowed.factors.data_ptr(),
         num_rows,
+        counts,
+        max_tokens,
     )
     return narrowed

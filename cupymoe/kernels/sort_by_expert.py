@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -42,6 +42,22 @@ class SortedPairs(NamedTuple):
     """``[TICKETS]`` int32 zeros, from each of which a later kernel counts the work that it hands out."""
     weight_of_slot: torch.Tensor | None
     """``[T * K]`` float32; undefined from ``expert_offsets[E]`` on. None where no weights were given."""
+
+
+class Slots(Protocol):
+    """What the tiles need to know of rows in expert order: sorted pairs, or the rows of a batch."""
+
+    @property
+    def expert_offsets(self) -> torch.Tensor:
+        """See :class:`SortedPairs`."""
+
+    @property
+    def token_of_slot(self) -> torch.Tensor:
+        """See :class:`SortedPairs`; as long as there may be slots."""
+
+    @property
+    def tickets(self) -> torch.Tensor:
+        """See :class:`SortedPairs`."""
 
 
 class Block(NamedTuple):

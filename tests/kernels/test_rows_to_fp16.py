@@ -57,6 +57,20 @@ def test_what_is_no_number_stays_so():
     assert (narrowed.sign() == rows.sign())[~rows.isnan() & (narrowed != 0)].all()
 
 
+@pytest.mark.parametrize("max_tokens", [1, 9, 300])
+def test_rows_of_a_batch(max_tokens):
+    """Those that count are as without the others, which are not written."""
+    rows = torch.randn(12 * max_tokens, 264, device="cuda").to(BF16)
+    counts = torch.randint(-1, max_tokens + 2, (12,), dtype=torch.int32, device="cuda")
+    counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
+    expected = rows_to_fp16(rows)
+    poison_free_memory()
+    narrowed = rows_to_fp16(rows, counts)
+    for got, wanted in zip(narrowed, expected, strict=True):
+        assert torch.equal(got[counted], wanted[counted])
+        assert got[~counted].isnan().all()
+
+
 def test_zeros():
     narrowed, factors = rows_to_fp16(torch.zeros(9, 64, dtype=BF16, device="cuda"))
     assert (narrowed == 0).all()
