@@ -2,7 +2,7 @@
 //
 // Reads  expert_num_tokens [NUM_EXPERTS] i32   clamped to [0, max_tokens]
 //
-// plan_batch_slots, for the tiles: slots are the rows that count, one after the other.
+// plan_batch, for the tiles: slots are the rows that count, one after the other.
 // Writes expert_offsets    [NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of slots
 //        row_of_slot       [NUM_EXPERTS * max_tokens] i32   row j of expert e is e * max_tokens + j; slots past the last stay as they are
 //        tickets           [TICKETS] u32           zeros, as of sort_by_expert.cu
@@ -39,7 +39,7 @@ struct Batch {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-plan_batch_slots(const int* expert_num_tokens, int* expert_offsets, int* row_of_slot, u32* tickets, u64 max_tokens) {
+plan_batch(const int* expert_num_tokens, int* expert_offsets, int* row_of_slot, u32* tickets, u64 max_tokens) {
     wait_for_previous_grid();
     release_next_grid();
     Batch batch = {expert_num_tokens, (int)max_tokens};

@@ -10,6 +10,7 @@ how long the calls of a training step take to return.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
 ``portable``: the whole call by other cards' builds of the kernels, beside this card's own.
 ``quantised``: the whole call on quantised weights, beside bf16 weights and the floor of their bytes.
+``batched``: rows that lie by expert, beside both projections alone and ``torch.bmm``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_batched import TOKENS as BATCHED_TOKENS
+from bench_batched import measure_batched
 from bench_experts import Bench
 from bench_lora import measure_lora
 from bench_models import MODELS, measure_models, report_name
@@ -38,6 +41,7 @@ from bench_timing import free_memory
 from bench_training import measure_host, measure_training
 from readme_table import (
     Report,
+    batched_table,
     experts_table,
     first_call_table,
     heading,
@@ -113,6 +117,7 @@ REGIMES = (
     "models",
     "portable",
     "quantised",
+    "batched",
 )
 EXPERTS_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 # Generation: where reading the hit experts' weights once is the floor.
@@ -130,7 +135,8 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "--tokens",
     callback=parse_tokens,
     help="Numbers of tokens of the experts regime (else 1 to 16384), of the models regime (else 1 to 8192) and of the "
-    "portable and quantised regimes (else 1 to 4096, 1 to 16384). The report holds these rows and no others.",
+    "portable, quantised and batched regimes (else 1 to 4096, 1 to 16384, 1 to 256 of an expert). The report holds "
+    "these rows and no others.",
 )
 @click.option(
     "--models",
@@ -246,6 +252,11 @@ def main(
         found = measure_quantised(bench, counts, names)
         report = keep("quantised" if is_whole else "quantised-part", found, bench.failures)
         tables.append(quantised_table(report))
+        del bench
+        free_memory()
+    if regime == "batched":
+        bench = Bench(config, device, imported, installed=False)
+        tables.append(batched_table(keep("batched", measure_batched(bench, tokens or BATCHED_TOKENS), bench.failures)))
         del bench
         free_memory()
     if regime == "models":

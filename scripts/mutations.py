@@ -27,6 +27,9 @@ EXPERTS = (
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
 QUANTISED = ("tests/kernels/test_experts_stream_quantised.py",)
+MAPS = ("tests/test_expert_map.py::test_parts_sum_to_the_whole_in_every_backend",)
+PLAN_BATCH = ("tests/kernels/test_plan_batch.py",)
+BATCHES = ("tests/test_batched_experts.py::test_counted_rows_and_no_others",)
 PORTABLE = ("tests/kernels/test_experts_portable.py::test_every_regime",)
 STREAMED_ADAPTERS = (
     "tests/kernels/test_experts_stream_adapters.py::test_every_kind_of_experts",
@@ -222,10 +225,19 @@ MUTATIONS = (
     cuda(
         "expert E taken for valid",
         "common/pairs.cuh",
-        "expert < NUM_EXPERTS ?",
-        "expert <= NUM_EXPERTS ?",
+        "expert < GLOBAL_EXPERTS ?",
+        "expert <= GLOBAL_EXPERTS ?",
         SORT,
         source="sort_by_expert",
+    ),
+    cuda(
+        "an expert that the map puts past those here taken for valid",
+        "common/pairs.cuh",
+        "expert < NUM_EXPERTS ?",
+        "expert <= NUM_EXPERTS ?",
+        MAPS,
+        source="sort_by_expert",
+        defines=("HAS_EXPERT_MAP=1",),
     ),
     cuda(
         "int64 ids cut to 32 bits",
@@ -478,6 +490,28 @@ MUTATIONS = (
         "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
         "block_exclusive_sum(count / TOKENS,",
         EXPERTS,
+    ),
+    cuda(
+        "the first slot of the next expert",
+        "plan_batch.cu",
+        "lower < expert; lower += 32",
+        "lower <= expert; lower += 32",
+        PLAN_BATCH,
+    ),
+    cuda(
+        "more rows than there is room for",
+        "plan_batch.cu",
+        "min(max(expert_num_tokens[expert], 0), max_tokens)",
+        "max(expert_num_tokens[expert], 0)",
+        PLAN_BATCH,
+    ),
+    cuda(
+        "rows of a batch stored in slot order",
+        "experts_down_wgmma.cu",
+        "of_rows.first_slot = row_of_slot[tile.first_slot];",
+        "of_rows.first_slot = tile.first_slot;",
+        BATCHES,
+        defines=("SCATTERS=1",),
     ),
     cuda(
         "the last, unfilled chunk of sorted pairs forgotten",

@@ -297,6 +297,25 @@ def quantised_table(report: Report) -> str:
     return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
 
 
+def batched_table(report: Report) -> str:
+    """The table of ``batched.json``: medians in microseconds, and those of both projections alone and of ``torch.bmm``
+    over them."""
+    rows = []
+    for row in report["rows"]:
+        ours, gemms, bmm = (row["ms"][name]["p50"] for name in ("cupymoe", "gemms", "bmm"))
+        rows.append(
+            [
+                str(row["tokens_per_expert"]),
+                str(row["max_tokens"]),
+                f"{microseconds(ours)} ({ours / gemms:.3f} x gemms)",
+                microseconds(gemms),
+                f"{microseconds(bmm)} ({bmm / ours:.2f}x)",
+                f"{row['error']['cupymoe']:.5f}",
+            ]
+        )
+    return markdown(["tokens an expert", "room for", "us", "gemms us", "bmm us", "error"], rows)
+
+
 def model_table(report: Report) -> str:
     """The table of ``model.json``: medians in milliseconds, a token where decoding, and the peer's over each."""
     names = list(report["cells"][0]["ms"])

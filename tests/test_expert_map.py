@@ -24,8 +24,8 @@ TOKENS = [1, 5, 70, 300, 1100, 4200]
 
 
 def split(case, map_dtype=torch.int64):
-    """The case's even and odd experts, each with its map, of which one calls absent ones -1 and one 99."""
-    for first, absent in ((0, -1), (1, 99)):
+    """The case's even and odd experts, each with its map; absent ones are -1 in one, and in the other past the last."""
+    for first, absent in ((0, -1), (1, NUM_EXPERTS // 2)):
         experts = torch.arange(first, NUM_EXPERTS, 2, device=case.hidden_states.device)
         expert_map = torch.full((NUM_EXPERTS,), absent, dtype=map_dtype, device=experts.device)
         expert_map[experts] = torch.arange(len(experts), dtype=map_dtype, device=experts.device)

@@ -21,7 +21,7 @@ from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
-from cupymoe.kernels.plan_batch import plan_batch_chunks, plan_batch_slots
+from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
 from cupymoe.kernels.stored_weight import stored_weight
 from cupymoe.weights.format import PLAIN, formats_of
 
@@ -41,7 +41,7 @@ def stream(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, arch: A
 
 def tiles(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
     """The same with many."""
-    slots = plan_batch_slots(batch.expert_num_tokens, batch.max_tokens)
+    slots = plan_batch(batch.expert_num_tokens, batch.max_tokens)
     shape = _tile_shape(call, batch.scale_dtypes)
     of_gate_up, of_down = formats_of(call.weight_format)
     up_scales = Scales(batch.gate_up_scales, batch.gate_up_zeros, batch.gate_up_row_scales)

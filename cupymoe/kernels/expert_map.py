@@ -32,10 +32,5 @@ def map_kind(expert_map: torch.Tensor | None) -> MapKind | None:
 
 
 def map_defines(kind: MapKind | None) -> tuple[str, ...]:
-    """None where there is no map, so that a kernel is the one that calls without a map have."""
+    """Without a map there are none, so that kernels are those that calls without one always had."""
     return () if kind is None else kind.defines()
-
-
-def map_address(expert_map: torch.Tensor | None) -> int:
-    """The argument of a launch."""
-    return 0 if expert_map is None else expert_map.data_ptr()

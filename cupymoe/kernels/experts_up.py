@@ -8,7 +8,6 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_map import map_address
 from cupymoe.kernels.expert_stream import Shape, Workspace, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -100,5 +99,5 @@ def experts_up(
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
         0 if row_scales is None else row_scales.data_ptr(),
-        map_address(expert_map),
+        0 if expert_map is None else expert_map.data_ptr(),
     )

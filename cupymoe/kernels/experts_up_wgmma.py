@@ -118,7 +118,7 @@ def experts_up_wgmma(
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
         scales: of gate_up_proj, where ``shape.gate_up_codes`` are codes, which it then holds, uint8
             ``[E, 2 I, row bytes]`` (``[E, I, row bytes]``); else None.
-        expert_num_tokens: of a batch, as of :func:`plan_batch_slots`; other rows than these are then not read. None:
+        expert_num_tokens: of a batch, as of :func:`plan_batch`; other rows than these are then not read. None:
             there is no batch.
     """
     device = hidden_states.device.index

@@ -7,7 +7,6 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_map import map_address
 from cupymoe.kernels.expert_stream import Shape, Workspace, most_chunks
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -83,5 +82,5 @@ def lora_shrink_chunks(
         workspace.num_chunks,
         workspace.gate_up_low if gathered else workspace.down_low,
         num_pairs,
-        map_address(expert_map),
+        0 if expert_map is None else expert_map.data_ptr(),
     )

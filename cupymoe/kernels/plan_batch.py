@@ -43,7 +43,7 @@ def _kernel(entry: str, num_experts: int, device: int, arch: Arch | None = None)
     return kernel(variant(num_experts), entry, device, dependent=True, arch=arch)
 
 
-def plan_batch_slots(expert_num_tokens: torch.Tensor, max_tokens: int) -> BatchSlots:
+def plan_batch(expert_num_tokens: torch.Tensor, max_tokens: int) -> BatchSlots:
     """The slots of a batch.
 
     Args:
@@ -55,7 +55,7 @@ def plan_batch_slots(expert_num_tokens: torch.Tensor, max_tokens: int) -> BatchS
     # One allocation, as of the sorted pairs.
     sizes = [num_experts + 1, num_experts * max_tokens, TICKETS]
     slots = BatchSlots._make(expert_num_tokens.new_empty(sum(sizes)).split_with_sizes(sizes))
-    _kernel("plan_batch_slots", num_experts, device)(
+    _kernel("plan_batch", num_experts, device)(
         (num_experts, 1),
         THREADS,
         current_stream(device),
@@ -74,7 +74,7 @@ def plan_batch_chunks(
     """Write chunks of at most ``tokens`` rows into the workspace, their number, and the row of each slot, itself.
 
     Args:
-        expert_num_tokens, max_tokens: as of :func:`plan_batch_slots`.
+        expert_num_tokens, max_tokens: as of :func:`plan_batch`.
         tokens: a multiple of 8.
         workspace: of the call.
         arch: as in :func:`cupymoe.kernels.jit.kernel`.

@@ -9,7 +9,7 @@ import torch
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
-from cupymoe.kernels.expert_map import MapKind, map_address, map_defines, map_kind
+from cupymoe.kernels.expert_map import MapKind, map_defines, map_kind
 from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -85,5 +85,5 @@ def plan_experts(
         workspace.slot_of_pair,
         workspace.num_chunks,
         num_pairs,
-        map_address(expert_map),
+        0 if expert_map is None else expert_map.data_ptr(),
     )

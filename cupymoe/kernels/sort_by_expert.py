@@ -9,7 +9,7 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
-from cupymoe.kernels.expert_map import MapKind, map_address, map_defines, map_kind
+from cupymoe.kernels.expert_map import MapKind, map_defines, map_kind
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -134,7 +134,8 @@ def sort_by_expert(
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
     block, has_weights = block_of(num_pairs, num_experts), top_k_weights is not None
-    its_map, map_at = map_kind(expert_map), map_address(expert_map)
+    its_map = map_kind(expert_map)
+    map_address = 0 if expert_map is None else expert_map.data_ptr()
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
     # One allocation for all that is written: it lives and dies together, and later than the launch, which the next one
     # may overtake.
@@ -146,7 +147,7 @@ def sort_by_expert(
     if blocks > 1:
         block_counts = counts.data_ptr()
         _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, True)(
-            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs, map_at
+            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs, map_address
         )
     _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, blocks > 1)(
         (blocks, 1),
@@ -161,6 +162,6 @@ def sort_by_expert(
         num_pairs,
         0 if top_k_weights is None else top_k_weights.data_ptr(),
         0 if weight_of_slot is None else weight_of_slot.data_ptr(),
-        map_at,
+        map_address,
     )
     return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets, weight_of_slot)

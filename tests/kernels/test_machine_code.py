@@ -90,7 +90,6 @@ FRESH_FROM = {
     "pack_adapter": "ACQBULK",
     "plan_batch": "ACQBULK",
     "plan_batch_chunks": "ACQBULK",
-    "plan_batch_slots": "ACQBULK",
     "plan_experts": "ACQBULK",
     "route": "ACQBULK",
     "router_logits": "ACQBULK",

@@ -8,7 +8,7 @@ import torch
 from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.expert_stream import batch_regime, most_chunks, new_batch_workspace, shape_of
 from cupymoe.kernels.load import Load
-from cupymoe.kernels.plan_batch import plan_batch_chunks, plan_batch_slots
+from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
 from tests.helpers import poison_free_memory
 
 NUM_EXPERTS = [1, 8, 33, 128, 1000]
@@ -34,7 +34,7 @@ def batch_shape(num_experts, max_tokens):
 def test_slots(num_experts, max_tokens):
     counts, kept = random_counts(num_experts, max_tokens)
     poison_free_memory()
-    slots = plan_batch_slots(counts.cuda(), max_tokens)
+    slots = plan_batch(counts.cuda(), max_tokens)
     assert slots.expert_offsets.tolist() == [0, *itertools.accumulate(kept)]
     rows = [expert * max_tokens + row for expert, count in enumerate(kept) for row in range(count)]
     assert slots.token_of_slot[: len(rows)].tolist() == rows

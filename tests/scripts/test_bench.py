@@ -165,6 +165,36 @@ def test_quantised_experts_are_timed_beside_bf16_ones_and_their_own_truth(built,
     assert "| int4_g32 | sm_90a |    200 |" in quantised_table({"rows": rows})
 
 
+def test_batches_are_timed_beside_packed_rows_and_torch(built, monkeypatch):
+    """Errors are of rows that count, wherever they lie; here of projections alone that are 1% off."""
+    import bench_batched
+    from readme_table import batched_table
+
+    def packed(batch):
+        output = bench_batched.ours(built.config, batch)()
+        return lambda: 1.01 * output[batch.counted]
+
+    monkeypatch.setattr(bench_batched, "all_gemms", lambda config, batches: list(map(packed, batches)))
+    monkeypatch.setattr(bench_batched, "capture", Replayed)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_batched, "time_in_turn", lambda captured: dict.fromkeys(captured, times))
+    rows = [bench_batched.measure_row(built, tokens, room) for tokens, room in ((1, 2), (5, 16))]
+    for row in rows:
+        assert list(row["ms"]) == ["cupymoe", "gemms", "bmm"]
+        assert 0 < row["error"]["cupymoe"] < 0.004
+        assert 0 < row["error"]["bmm"] < 0.01
+    assert [failure.partition(" has")[0] for failure in built.failures] == ["gemms"] * 2
+    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(batched_table({"rows": rows}).split())
+
+
+def test_batches_are_timed_on_hopper_only(built, monkeypatch):
+    import bench_batched
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(click.ClickException, match="on Hopper's cards, not on one of sm_86"):
+        bench_batched.measure_batched(built)
+
+
 def test_formats_are_for_the_quantised_regime(bench):
     result = CliRunner().invoke(bench.main, ["--formats", "fp8", "--regime", "decode"])
     assert result.exit_code == 2

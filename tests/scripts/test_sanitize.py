@@ -96,6 +96,20 @@ def test_training_steps_agree_with_their_truth(sanitize, monkeypatch):
     assert 0.0 < max(checked) < 0.02
 
 
+def test_batches_and_maps_agree_with_their_truth(sanitize, monkeypatch):
+    """On the CPU, by the reference; the rooms of a batch reach the stream and each cut."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
+    checked = []
+    monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
+    sanitize.run_batches()
+    sanitize.run_mapped_experts()
+    assert len(checked) == 2 * 4 * 6 + 4
+    assert 0.0 < max(checked) < 0.01
+    loads = [Load.of(8 * room, 1, 8) for room in (3, 100, 250, 380)]
+    assert {cut(load, 128) if prefers_tiles(load) else None for load in loads} == {None, *CUTS}
+
+
 def test_planted_faults_compile(sanitize):
     nvrtc = import_nvrtc()
     assert {*sanitize.FAULTS} == {*sanitize.TOOLS}
