@@ -20,7 +20,7 @@
 #include "common/expert_plan.cuh"
 #include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
-#define FEWER_REGISTERS (__CUDA_ARCH__ >= 1000)  // ptxas spills there what it unrolls by its own choice
+#define FEWER_REGISTERS (__CUDA_ARCH__ >= 1000 || HAS_EXPERT_MAP)  // ptxas spills there what it unrolls by its own choice
 static_assert(NUM_EXPERTS <= BLOCK_THREADS && BLOCK_THREADS * PAIRS_PER_LANE <= 65536, "a thread owns an expert; pairs fit 16 bits");
 
 // The sum of value over the threads before this one.
