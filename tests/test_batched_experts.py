@@ -10,8 +10,8 @@ ACTIVATION = MoEActivation.GELU_TANH
 UNWRITTEN = 7.0
 COUNTS = [0, 1, 63, 64, 65, 10**6, -3, 17]
 """Of eight experts; one has more than there are, and one less than none."""
-MAX_TOKENS = [1, 3, 16, 31, 64, 100, 250, 380]
-"""On a Hopper card the weight stream, in three of its regimes, and from 32 rows on each cut of the tiles."""
+MAX_TOKENS = [1, 3, 16, 31, 64, 100, 250, 700]
+"""On a Hopper card the weight stream, in three of its regimes, and from 32 rows on both cuts of the tiles."""
 
 
 def random_batch(max_tokens, counts=COUNTS, hidden=128, intermediate=96, *, dtype, device, activation=ACTIVATION):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from cupymoe import MoEActivation, flops, functional, fused_experts, lora_experts, reference
+from cupymoe import MoEActivation, batched_experts, flops, functional, fused_experts, lora_experts, reference
 from tests.helpers import random_biases, random_experts, run_python
 from tests.test_lora import random_case
 
@@ -99,6 +99,16 @@ def test_biases_are_no_products(trained):
     one = 2 * case.top_k_index.numel() * 16 * 8
     assert forward == 3 * one
     assert backward == {"gate_up_bias": 1, "down_bias": 0, "hidden_states": 3}[trained] * one
+
+
+def test_every_row_of_a_batch_counts():
+    case, counts = random_experts(3, 4, 16, 8, 2), torch.tensor([0, 5, 2, 9], dtype=torch.int32)
+    states = torch.randn(4, 5, 16)
+    expected = 2 * 4 * 5 * 3 * 16 * 8
+    for leaf, out in ((False, None), (False, torch.empty_like(states)), (True, None)):
+        states.requires_grad_(leaf)
+        call = counted(lambda out=out: batched_experts(states, counts, *case[1:3], activation="gelu_tanh", out=out))
+        assert call[0] == expected
 
 
 def test_router_logits():

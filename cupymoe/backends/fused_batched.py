@@ -16,7 +16,7 @@ from cupymoe.backends import BatchTensors, ExpertsCall
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.codes import PLAIN_CODES, Codes, Scales
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
-from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
+from cupymoe.kernels.expert_tiles import TileShape, batch_cut, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
@@ -95,7 +95,7 @@ def _tile_shape(call: ExpertsCall, scale_dtypes: _ScaleDtypes) -> TileShape:
     has_codes = call.weight_format != PLAIN
     codes = map(Codes, call.weight_format.split(","), scale_dtypes) if has_codes else (PLAIN_CODES, PLAIN_CODES)
     return tile_shape_of(
-        *cut(call.load, call.intermediate_size),
+        *batch_cut(call.load, call.intermediate_size),
         call.dtype,
         call.activation,
         call.num_experts,

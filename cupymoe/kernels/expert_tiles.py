@@ -44,6 +44,7 @@ _TILES_FROM_OF_CODES = 64
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
+_MOST_EXPECTED_OF_BATCH = 256
 # Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
 # and two blocks store wider rows.
 _SHALLOW = 512
@@ -75,6 +76,16 @@ def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
         if 1 < waves < 1.6:  # the second would leave most multiprocessors idle
             return 2, 2
     return chosen
+
+
+def batch_cut(load: Load, intermediate_size: int) -> tuple[int, int]:
+    """The same for a batch, of which the host knows only how many rows there is room for.
+
+    Where that is a lot, fewer of them count as a rule. The cut for 240 slots and more serves all of these: at 512 it
+    takes 5% longer than the next one, which at 256 takes 12% longer than it.
+    """
+    most_expected = _MOST_EXPECTED_OF_BATCH * load.num_experts
+    return cut(load._replace(expected_pairs=min(load.expected_pairs, most_expected)), intermediate_size)
 
 
 def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int, transposed: bool) -> tuple[int, int]:

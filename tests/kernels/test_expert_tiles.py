@@ -138,6 +138,11 @@ def test_bounds_are_those_that_were_measured():
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (5888, 32768)] == [(2, 2)] * 2
 
 
+def test_the_cut_of_a_batch_is_for_fewer_rows_than_there_may_be():
+    cuts = [expert_tiles.batch_cut(Load.of(128 * room, 1, 128), 704) for room in (32, 239, 240, 368, 8192)]
+    assert cuts == [(1, 2)] * 2 + [(1, 3)] * 3
+
+
 def rows_of_box(tensor_map, start, row_bytes):
     """The tensor's rows in the order in which the box at these coordinates, but for the innermost, brings them."""
     sizes, strides, box = tensor_map
