@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import check_name
+from cupymoe.backends import NUMERICS, check_name
 from cupymoe.customisation import is_wrapper
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.lora import LowRank
@@ -119,15 +119,12 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_settings(expert_map: object, numerics: str, keep: str) -> None:
     """What a call of the experts asks for is served, or refused by name."""
     if expert_map is None and numerics == "fast" and (keep == "gate_up" or keep == "input"):
-        return  # what most calls ask for, at a tenth of what the loop costs
+        return  # what most calls ask for, at a tenth of what the checks cost
     if expert_map is not None:
         raise ValueError(
             "expert_map is not served yet: give top_k_index in local experts, with -1 for those of other devices"
         )
-    if numerics == "invariant":
-        raise ValueError("numerics='invariant' is not served yet: numerics='fast' is")
-    if numerics != "fast":
-        raise ValueError(f"numerics must be 'fast' or 'invariant', got {numerics!r}")
+    check_numerics(numerics)
     check_keep(keep)
 
 
@@ -135,6 +132,12 @@ def check_module(name: str, module: object) -> None:
     """It is a module of torch."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+
+
+def check_numerics(numerics: object) -> None:
+    """What is asked of the bits of an output is one of the two that can be."""
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics must be 'fast' or 'invariant', got {numerics!r}")
 
 
 def check_keep(keep: object) -> None:

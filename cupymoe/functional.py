@@ -13,6 +13,7 @@ from cupymoe.checks import (
     check_adapter,
     check_experts,
     check_global_num_experts,
+    check_numerics,
     check_out,
     check_quantized_experts,
     check_same,
@@ -104,6 +105,7 @@ def route(
     *,
     per_expert_scale: torch.Tensor | None = None,
     renormalize: bool = True,
+    numerics: str = "fast",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top k experts of each token and their weights, as transformers' ``Gemma4TextRouter``.
 
@@ -117,6 +119,8 @@ def route(
         per_expert_scale: ``[E]``, of a dtype that ``router_logits`` may have, same device, or None. Copied once if it
             is not contiguous.
         renormalize: whether the chosen weights are divided by their sum.
+        numerics: ``"fast"``; or ``"invariant"``: the bits of a token's weights depend on its logits and the scales
+            alone, as they do on CUDA anyway.
 
     Returns:
         ``(top_k_weights, top_k_index)``: float32 and int64, ``[T, top_k]``. The weights are differentiable with respect
@@ -142,7 +146,9 @@ def route(
         check_shape("per_expert_scale", scale, (num_experts,))
         check_served_by_kernel("per_expert_scale", scale)
         check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
-    weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, renormalize)
+    check_numerics(numerics)
+    settings = renormalize, numerics
+    weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, *settings)
     return weights, index
 
 
@@ -194,7 +200,9 @@ def fused_experts(
         expert_map: which of all experts are here. Not served yet.
         global_num_experts: how many experts ``top_k_index`` chooses from where only E of them are here, and most pairs
             are masked; None: E. It changes no result, only what the kernels are chosen for.
-        numerics: ``"fast"``; ``"invariant"`` is not served yet.
+        numerics: ``"fast"``; or ``"invariant"``: the bits of a token's output depend on its hidden state, its experts
+            and their weights, and on nothing else, such as how many other tokens there are (docs/invariance.md).
+            Gradients are computed as with ``"fast"``.
         keep: what a call that will be differentiated keeps for it beside its arguments: ``"gate_up"``, what the
             activation is applied to, ``[T * K, 2I]`` in the dtype of ``hidden_states``; or ``"input"``, nothing, and
             the backward computes gate_up again. Off CUDA, in other dtypes than bfloat16 and float16, where ``simt``
@@ -226,6 +234,7 @@ def fused_experts(
             down_bias=down_bias,
             out=out,
             global_num_experts=global_num_experts,
+            numerics=numerics,
             keep=keep,
         )
     check_experts(
@@ -315,6 +324,7 @@ def _quantized_experts(
     down_bias: torch.Tensor | None,
     out: torch.Tensor | None = None,
     global_num_experts: int | None,
+    numerics: str,
     keep: str,
 ) -> torch.Tensor:
     """:func:`fused_experts` and :func:`lora_experts` where at least one weight is quantised."""
@@ -332,7 +342,7 @@ def _quantized_experts(
     tensors = hidden_states, gate_up_codes, down_codes, top_k_index, weights
     quantised = (*of_gate_up, *of_down)
     weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
-    settings = (activation.value, *scalings, weight_format, "fast", global_num_experts, backend)
+    settings = (activation.value, *scalings, weight_format, numerics, global_num_experts, backend)
     arguments = (*tensors, *adapters, *biases, *quantised, _NO_MAP, *settings)
     if out is not None:
         check_out(out, *tensors, *(each for each in (*biases, *quantised) if each is not None))
@@ -424,6 +434,7 @@ def lora_experts(
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             global_num_experts=global_num_experts,
+            numerics=numerics,
             keep=keep,
         )
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)

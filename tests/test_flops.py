@@ -104,7 +104,7 @@ def test_biases_are_no_products(trained):
 def test_router_logits():
     states, scale, projection = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 16), (16,), (7, 16)))
     assert_counts_agree(
-        lambda: torch.ops.cupymoe.router_logits(states, scale, projection, 1e-6),
+        lambda: torch.ops.cupymoe.router_logits(states, scale, projection, 1e-6, "fast"),
         lambda: linear(reference.router_input(states, scale, 1e-6), projection),
         [states, scale, projection],
     )
@@ -142,7 +142,7 @@ import cupymoe, torch
 from torch.utils.flop_counter import FlopCounterMode
 states, projection = torch.randn(5, 16), torch.randn(7, 16)
 with FlopCounterMode(display=False) as counter:
-    torch.ops.cupymoe.router_logits(states, torch.randn(16), projection, 1e-6)
+    torch.ops.cupymoe.router_logits(states, torch.randn(16), projection, 1e-6, "fast")
 print(counter.get_total_flops())
 """
     assert int(run_python(code)) == 2 * 5 * 16 * 7

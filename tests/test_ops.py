@@ -20,6 +20,7 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
+from cupymoe.backends import NUMERICS
 from tests.helpers import (
     WITH_PARAMETERS,
     laid_out,
@@ -132,7 +133,8 @@ def test_opcheck_router_logits(device, dtype, requires_grad):
         torch.randn(shape, device=device, dtype=dtype, requires_grad=requires_grad)
         for shape in ((5, 16), (16,), (7, 16))
     )
-    opcheck("router_logits", states, scale, projection, 1e-6)
+    for numerics in NUMERICS:
+        opcheck("router_logits", states, scale, projection, 1e-6, numerics)
     tensors = [tensor.detach() for tensor in (states, scale, projection)]
     opcheck("router_logits_backward", torch.randn(5, 7, device=device, dtype=dtype), *tensors, 1e-6)
 
@@ -146,7 +148,8 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
     scale = None
     if scale_dtype is not None:
         scale = torch.randn(7, device=device, dtype=scale_dtype).requires_grad_(requires_grad)
-    opcheck("route", logits, 3, scale, renormalize)
+    for numerics in NUMERICS:
+        opcheck("route", logits, 3, scale, renormalize, numerics)
     index = torch.stack([torch.randperm(7, device=device)[:3] for _ in range(5)])
     detached = None if scale is None else scale.detach()
     opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
@@ -192,6 +195,7 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
             tensor.requires_grad_(requires_grad)
     opcheck("fused_experts", *tensors, *SETTINGS)
     opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+    opcheck("fused_experts", *tensors, *SETTINGS[:4], "invariant", *SETTINGS[5:])
     if not requires_grad:
         _, *kept = torch.ops.cupymoe.fused_experts_keeping(*tensors, *SETTINGS)
         opcheck("fused_experts_backward", grad, *tensors, *kept, *SETTINGS, needed)
@@ -269,7 +273,7 @@ def test_batched_gradients_of_activation(device, activation):
 def test_batched_gradients_of_router(device):
     states, scale, projection = (torch.randn(shape, device=device) for shape in ((2, 16), (16,), (7, 16)))
     assert_batched_gradients_are_each(
-        lambda *tensors: torch.ops.cupymoe.router_logits(*tensors, 1e-6), states, scale, projection
+        lambda *tensors: torch.ops.cupymoe.router_logits(*tensors, 1e-6, "fast"), states, scale, projection
     )
     assert_batched_gradients_are_each(
         lambda logits, scale: route(logits, 3, per_expert_scale=scale)[0],

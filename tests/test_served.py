@@ -17,7 +17,6 @@ for _axis, _value, _ in ROWS:
     AXES.setdefault(_axis, []).append(_value)
 NOT_SERVED = {value for _, value, state in ROWS if state == "not yet"}
 REFUSALS = {
-    "invariant": r"numerics='invariant' is not served yet",
     "expert_map": r"expert_map is not served yet",
     "batched": r"hidden_states must have shape \[\*, \*\], got \[",
 }

@@ -24,6 +24,10 @@ Direction = Literal["forward", "backward"]
 """Of a call: its output, or the gradients of its tensors."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
+NUMERICS = ("fast", "invariant")
+"""What a caller may ask of the bits of an output: see :func:`cupymoe.fused_experts`."""
+INVARIANT = "invariant"
+
 
 class ExpertsCall(NamedTuple):
     """What a backend may know of a call before it runs."""
@@ -57,11 +61,18 @@ class ExpertsCall(NamedTuple):
     """Whether either projection has a bias."""
     weight_format: str = PLAIN
     """``"plain"``, or where a weight is quantised both formats: ``"int4_g32,int4_g32"``, ``"fp8_g128,plain"``."""
+    numerics: str = "fast"
+    """One of :data:`NUMERICS`."""
 
     @property
     def load(self) -> Load:
         """How much work it is."""
         return Load.of(self.num_tokens, self.top_k, self.num_experts, self.global_num_experts)
+
+    def is_invariant(self, direction: Direction = "forward") -> bool:
+        """Whether the bits of a token may depend on nothing but the token, its experts and their weights. Gradients of
+        weights are sums over tokens, and are never asked for so."""
+        return self.numerics == INVARIANT and direction == "forward"
 
 
 class ExpertsTensors(NamedTuple):
@@ -210,7 +221,12 @@ def check_name(name: str) -> None:
 
 
 def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
-    """The first backend that serves a direction of a call, or one that is faster; the last one serves every call."""
+    """The first backend that serves a direction of a call, or one that is faster; the last one serves every call.
+
+    Where the bits of a token may not depend on the others, whoever serves one token is asked for any number of them.
+    """
+    if call.is_invariant(direction):
+        call = call._replace(num_tokens=1)
     first = next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
     faster = registry().get(first.faster(call, direction) or "")
     return first if faster is None or faster.unsupported_reason(call, direction) is not None else faster
@@ -233,8 +249,9 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     backend serves the call on a CUDA device, and it was not named, this says so.
 
     Raises:
-        ValueError: the named backend is unknown or does not serve the call; the message says why. Or
-            ``CUPYMOE_ON_SLOW`` is set to something unknown.
+        ValueError: the named backend is unknown or does not serve the call; the message says why. Or numerics are
+            invariant, and the backend that serves a single token does not serve so many. Or ``CUPYMOE_ON_SLOW`` is set
+            to something unknown.
         RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and only a slow backend serves the call.
     """
     from cupymoe.backends import slow
@@ -247,6 +264,11 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
         if direction == "forward":
             raise ValueError(f"backend {name!r} does not serve this call: {reason}")
     chosen = serving(call, direction)
+    if call.is_invariant(direction) and (reason := chosen.unsupported_reason(call)) is not None:
+        raise ValueError(
+            f"numerics='invariant' has backend {chosen.name!r} compute these experts for every number of tokens, and "
+            f"it does not serve {call.num_tokens}: {reason}"
+        )
     slow.check(call, chosen, direction)
     return _logged(chosen, call, direction)
 

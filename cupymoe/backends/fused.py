@@ -87,7 +87,7 @@ class FusedBackend:
             return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
         arch = self.arch(call.device)
         not_tiled = tiles_reason(call.load, call.hidden_size, arch, call.weight_format)
-        if direction == "backward":
+        if direction == "backward" or (call.is_invariant() and arch.wgmma):
             return not_tiled
         not_streamed = stream_reason(call.load, arch, call.weight_format)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
@@ -109,8 +109,10 @@ class FusedBackend:
             if call.weight_format != PLAIN:
                 of_gate_up = codes.Codes(call.weight_format.split(",")[0])
                 blocks, products = alone((blocks, products), of_gate_up)
-            return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
-        return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
+            way = f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
+        else:
+            way = f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
+        return f"{way}, with the same bits for every number of tokens" if call.is_invariant(direction) else way
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
@@ -152,14 +154,21 @@ def _arch_of(device: int) -> Arch:
 
 
 def _is_tiled(call: ExpertsCall, arch: Arch) -> bool:
-    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format)
+    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format, is_invariant=call.is_invariant())
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN) -> bool:
-    """Whether a call that the backend serves goes by tiles; else it is streamed."""
+def takes_tiles(
+    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, *, is_invariant: bool = False
+) -> bool:
+    """Whether a call that the backend serves goes by tiles; else it is streamed.
+
+    Where it ``is_invariant``, that does not depend on the load: however tiles are cut, an output is one sum over
+    ascending k, with the same bits.
+    """
     has_codes = weight_format != PLAIN
-    prefers = prefers_tiles(load, has_codes=has_codes) or stream_reason(load, arch, weight_format) is not None
+    prefers = is_invariant or prefers_tiles(load, has_codes=has_codes)
+    prefers = prefers or stream_reason(load, arch, weight_format) is not None
     return prefers and tiles_reason(load, hidden_size, arch, weight_format) is None
 
 
@@ -189,8 +198,14 @@ def _first(reasons: Iterable[str | None]) -> str | None:
 
 
 def _regime(call: ExpertsCall, arch: Arch) -> Regime:
-    has_codes = call.weight_format != PLAIN
-    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0, has_codes=has_codes)
+    return regime(
+        call.load,
+        call.intermediate_size,
+        arch,
+        has_adapter=call.adapter_rank > 0,
+        has_codes=call.weight_format != PLAIN,
+        is_invariant=call.is_invariant(),
+    )
 
 
 def stream(

@@ -22,9 +22,9 @@ from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import lay_out_gradients
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
-from cupymoe.kernels.codes import Codes
+from cupymoe.kernels.codes import PLAIN_CODES, Codes
 from cupymoe.kernels.combine import combine
-from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
+from cupymoe.kernels.expert_tiles import TileShape, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_outer_wgmma import experts_outer_wgmma
@@ -58,7 +58,7 @@ def _tile_shape(
     ranks: tuple[int, int],
     scale_dtypes: tuple[torch.dtype | None, ...],
 ) -> TileShape:
-    codes = map(Codes, call.weight_format.split(","), scale_dtypes) if scale_dtypes else ()
+    codes = map(Codes, call.weight_format.split(","), scale_dtypes) if scale_dtypes else (PLAIN_CODES, PLAIN_CODES)
     return tile_shape_of(
         *cut(call.load, call.intermediate_size),
         call.dtype,
@@ -72,6 +72,7 @@ def _tile_shape(
         keeps_gate_up,
         *ranks,
         *codes,
+        few_pairs(call.load) if call.is_invariant() else 0,
     )
 
 

@@ -33,6 +33,7 @@ from cupymoe.kernels import (
     raw_read,
     route,
     router_logits,
+    router_logits_many,
     rows_to_fp16,
     sort_by_expert,
     sum_parts,
@@ -112,7 +113,8 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         for given in (dtype, torch.float32):
             for old_sources in (False, True):
                 yield pack_adapter.variant(given, dtype, old_sources=old_sources)
-        yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
+        for of_tokens in (router_logits, router_logits_many):
+            yield of_tokens.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
     for index_dtype in INDEX_TYPES:
@@ -256,7 +258,7 @@ def _quantised_shapes(arch: Arch) -> Iterator[Shape]:
 
 def _tile_shapes() -> Iterator[TileShape]:
     """Each cut at Gemma 4's sizes, whole, in four tensor-parallel slices, and with adapters on weights of both layouts;
-    each other kind of experts at one cut."""
+    the tiles of a single token; each other kind of experts at one cut."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for (blocks, products), transposed in product(CUTS, (False, True)):
         yield tile_shape_of(
@@ -271,6 +273,16 @@ def _tile_shapes() -> Iterator[TileShape]:
             transposed,
             gate_up_rank=lora_shrink.RANK_MULTIPLE,
             down_rank=lora_shrink.RANK_MULTIPLE,
+        )
+    for dtype in (torch.bfloat16, torch.float16):
+        yield tile_shape_of(
+            *CUTS[-1],
+            dtype,
+            sizes.activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            few_pairs=sizes.top_k_experts,
         )
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
         for blocks, products in CUTS:

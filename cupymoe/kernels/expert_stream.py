@@ -258,10 +258,20 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def regime(
-    load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False, has_codes: bool = False
+    load: Load,
+    intermediate_size: int,
+    arch: Arch = HOPPER,
+    *,
+    has_adapter: bool = False,
+    has_codes: bool = False,
+    is_invariant: bool = False,
 ) -> Regime:
     """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
-    (benchmarks/NOTES.md); with an adapter, or where a weight is codes, on an H200."""
+    (benchmarks/NOTES.md); with an adapter, or where a weight is codes, on an H200.
+
+    Where it ``is_invariant``, that of the most tokens, whatever the load is: it serves any number of them, and fastest
+    where calls take the longest.
+    """
     pairs = load.pairs_per_expert
     most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
     is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
@@ -276,6 +286,8 @@ def regime(
     else:
         inline, *planned = _inline_regime(intermediate_size), *_PLANNED
         bounds = _MOST_PAIRS
+    if is_invariant:
+        return planned[-1]
     return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
 
 

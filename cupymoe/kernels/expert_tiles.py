@@ -27,7 +27,11 @@ _ROW_BYTES = 128
 # Weight rows of a product, by the number of products that a warpgroup then has registers for; and what each row costs
 # against one of 176, but for those that only fill up the last tile and the last wave.
 _WIDTHS = {2: (176, 192, 160, 144, 128), 3: (128,)}
-_ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02}
+_ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02, 96: 1.02}
+# Where so few pairs are kept that almost each hits another expert, the tiles of these fill few waves, and with one
+# token of Gemma 4's not half of one: narrow tiles are then for more multiprocessors. Not yet measured.
+_FEW_PAIRS = 64
+_WIDTHS_OF_FEW = (176, 192, 160, 144, 128, 96)
 # Tiles that an expert's slots take where a cut is the fastest; a second one of few slots counts as a quarter.
 _SLOT_TILES = {(1, 2): 1.0, (1, 3): 1.0, (2, 2): 2.25}
 _MULTIPROCESSORS = 132
@@ -153,11 +157,20 @@ def tiling(blocks: int, products: int, block_n: int, num_experts: int, code_row_
     return Tiling(blocks, products, block_n, stages, shared_bytes, code_stages)
 
 
+def few_pairs(load: Load) -> int:
+    """The kept pairs of a call, up to a power of two, where these are so few that each may hit another expert; else
+    0."""
+    return 1 << (load.expected_pairs - 1).bit_length() if 0 < load.expected_pairs <= _FEW_PAIRS else 0
+
+
 @functools.cache
-def best_width(blocks: int, products: int, rows: int, num_experts: int, box_rows: int) -> int:
+def best_width(
+    blocks: int, products: int, rows: int, num_experts: int, box_rows: int, widths: tuple[int, ...] | None = None
+) -> int:
     """Weight rows of a product, those that pad least: ``rows`` of each expert to whole tiles, and these to whole waves.
 
-    A width is a multiple of ``box_rows``, which are what the copy engine brings together.
+    A width is a multiple of ``box_rows``, which are what the copy engine brings together, and one of ``widths``; None:
+    those that a warpgroup has registers for.
     """
 
     def cost(width: int) -> float:
@@ -166,7 +179,7 @@ def best_width(blocks: int, products: int, rows: int, num_experts: int, box_rows
         waves = math.ceil(tiles / (_MULTIPROCESSORS // blocks))
         return waves * tile_rows * _ROW_COSTS[width]
 
-    return min((width for width in _WIDTHS[products] if width % box_rows == 0), key=cost)
+    return min((width for width in widths or _WIDTHS[products] if width % box_rows == 0), key=cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +208,8 @@ class TileShape:
     gate_up_codes: Codes = PLAIN_CODES
     """How gate_up_proj is stored."""
     down_codes: Codes = PLAIN_CODES
+    few_pairs: int = 0
+    """How many experts of plain weights are hit, where these are few, see :func:`few_pairs`; else 0."""
 
     @property
     def scales_tokens(self) -> bool:
@@ -216,7 +231,8 @@ class TileShape:
         """Of the gate_up projection."""
         cut = alone((self.blocks, self.products), self.gate_up_codes)
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
-        width = best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
+        width = self._width_of_few(cut, self.gate_up_codes, self.gate_up_rows, box_rows)
+        width = width or best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts, self.gate_up_codes.row_bytes)
 
     @property
@@ -225,8 +241,15 @@ class TileShape:
         plain_cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
         cut = alone(plain_cut, self.down_codes)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
-        width = _DOWN_WIDTHS.get(plain_cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
+        width = self._width_of_few(cut, self.down_codes, self.hidden_size, box_rows) or _DOWN_WIDTHS.get(plain_cut)
+        width = width or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts, self.down_codes.row_bytes)
+
+    def _width_of_few(self, cut: tuple[int, int], codes: Codes, rows: int, box_rows: int) -> int:
+        """Of a projection, where the experts that are hit are few; else 0."""
+        if not self.few_pairs or cut != (1, 2) or not codes.are_plain:
+            return 0
+        return best_width(*cut, rows, min(self.few_pairs, self.num_experts), box_rows, _WIDTHS_OF_FEW)
 
     @property
     def up_back(self) -> TileShape:

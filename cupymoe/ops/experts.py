@@ -8,7 +8,9 @@ All of them take the same tensors and settings, what is not served yet among the
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
 
 - ``expert_map``, which of all experts are here, is None.
-- ``numerics`` is ``"fast"``.
+
+Where ``numerics`` is ``"invariant"``, who computes may not depend on where hidden states or the output begin in memory:
+those that do not start on 16 bytes are copied.
 
 Where ``weight_format`` is another than ``"plain"``, a weight that is quantised is its codes, and scales, zeros and
 row_scales belong to them: the buffers of :class:`cupymoe.QuantizedWeight`. They have no gradients.
@@ -24,10 +26,19 @@ import torch
 
 from cupymoe import gradients
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept, gradients_use_gate_up, select, slow
+from cupymoe.backends import (
+    DIFFERENTIABLE,
+    INVARIANT,
+    ExpertsCall,
+    ExpertsTensors,
+    Kept,
+    gradients_use_gate_up,
+    select,
+    slow,
+)
 from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
-from cupymoe.ops.register import on_device_of, register
+from cupymoe.ops.register import aligned, on_device_of, register
 from cupymoe.weights.format import PLAIN
 
 _TENSORS = (
@@ -67,6 +78,7 @@ def experts_call(
     has_bias: bool = False,
     weight_format: str = PLAIN,
     of_quantised: Sequence[torch.Tensor | None] = (),
+    numerics: str = "fast",
 ) -> ExpertsCall:
     """What the backends are asked about."""
     num_tokens, top_k = top_k_index.shape
@@ -88,7 +100,7 @@ def experts_call(
         num_experts,
         hidden_size,
         intermediate_size,
-        states % 16 == 0,
+        states % 16 == 0 or numerics == INVARIANT,
         weights % 16 == 0,
         rank,
         *scalings,
@@ -97,10 +109,12 @@ def experts_call(
         not down_proj.is_contiguous(),
         has_bias,
         weight_format,
+        numerics,
     )
 
 
 def _contiguous(
+    call: ExpertsCall,
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -109,7 +123,7 @@ def _contiguous(
     *others: torch.Tensor | None,
 ) -> ExpertsTensors:
     return ExpertsTensors(
-        hidden_states.contiguous(),
+        aligned(hidden_states) if call.numerics == INVARIANT else hidden_states.contiguous(),
         gate_up_proj,
         down_proj,
         top_k_index.contiguous(),
@@ -121,7 +135,7 @@ def _contiguous(
 def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsCall:
     tensors = arguments[:_NUM_OF_PLAIN]
     hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
-    activation, gate_up_scaling, down_scaling, weight_format, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
+    activation, gate_up_scaling, down_scaling, weight_format, numerics, global_num_experts, _ = arguments[_NUM_TENSORS:]
     return experts_call(
         hidden_states,
         gate_up_proj,
@@ -135,6 +149,7 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         gate_up_bias is not None or down_bias is not None,
         weight_format,
         arguments[_NUM_OF_PLAIN:_NUM_COMPUTED_WITH],
+        numerics,
     )
 
 
@@ -156,7 +171,9 @@ def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch
     if _is_empty(arguments):
         return hidden_states.new_zeros(hidden_states.shape) if out is None else out.zero_()
     with on_device_of(hidden_states):
-        return chosen.forward(call, _contiguous(*tensors), out)
+        if out is not None and call.numerics == INVARIANT and out.data_ptr() % 16:
+            return out.copy_(chosen.forward(call, _contiguous(call, *tensors)))
+        return chosen.forward(call, _contiguous(call, *tensors), out)
 
 
 def _fused_experts(*arguments: Any) -> torch.Tensor:
@@ -175,7 +192,7 @@ def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, ...]:
         output, *empty = _fused_experts_keeping_fake(*arguments)
         return output.zero_(), *empty
     with on_device_of(hidden_states):
-        output, kept = chosen.forward_keeping(call, _contiguous(*tensors))
+        output, kept = chosen.forward_keeping(call, _contiguous(call, *tensors))
     return output, *(hidden_states.new_empty(0) if rows is None else rows for rows in kept)
 
 
@@ -265,12 +282,6 @@ def _laid_out(gradient: torch.Tensor, index: int, tensor: torch.Tensor) -> torch
     return torch.empty_like(tensor).copy_(gradient)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and from 16 bytes on, as the kernels read it; a copy where it is not, as a slice may not be."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     gate_up, gate_up_low, down_low, *settings, needed = arguments[_NUM_TENSORS:]
     call = _call((*arguments[:_NUM_TENSORS], *settings))
@@ -281,10 +292,10 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
             for index, wanted in zip(_DIFFERENTIABLE, needed, strict=True)
         )
     with on_device_of(grad):
-        tensors = _contiguous(*arguments[:_NUM_COMPUTED_WITH])
-        lows = (None if low is None or low.numel() == 0 else _aligned(low) for low in (gate_up_low, down_low))
-        kept = None if gate_up is None else Kept(_aligned(gate_up), *lows)
-        grads = chosen.backward(call, tensors, kept, _aligned(grad), needed)
+        tensors = _contiguous(call, *arguments[:_NUM_COMPUTED_WITH])
+        lows = (None if low is None or low.numel() == 0 else aligned(low) for low in (gate_up_low, down_low))
+        kept = None if gate_up is None else Kept(aligned(gate_up), *lows)
+        grads = chosen.backward(call, tensors, kept, aligned(grad), needed)
     return tuple(
         grad.new_empty(0) if gradient is None else _laid_out(gradient, index, arguments[index])
         for gradient, index in zip(grads, _DIFFERENTIABLE, strict=True)
