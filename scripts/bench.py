@@ -2,7 +2,8 @@
 """cupymoe beside its peers on this machine's GPU: prints tables, writes JSON reports. Sizes are Gemma 4 26B-A4B's.
 
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
-are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
+are transformers and, where they are installed, vLLM, SGLang and SonicMoE. ``decode`` also times calls with invariant
+numerics, and compares their bits.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token, and
 how long the calls of a training step take to return.
@@ -255,7 +256,8 @@ def main(
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
         bench = Bench(config, device, imported, installed)
         if regime == "decode":
-            report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
+            found = bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS, invariant=True)
+            report = keep("decode", found, bench.failures)
             tables.append(skewed_table(report))
         elif regime == "prefill":
             found = {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}

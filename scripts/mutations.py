@@ -11,6 +11,7 @@ DEQUANTIZE = ("tests/kernels/test_dequantize.py::test_the_bits_are_torchs",)
 COMBINE = ("tests/kernels/test_combine.py",)
 ROUTE = ("tests/kernels/test_route.py",)
 LOGITS = ("tests/kernels/test_router_logits.py",)
+MANY_LOGITS = ("tests/kernels/test_router_logits_many.py",)
 SORT = ("tests/kernels/test_sort_by_expert.py",)
 LINEAR = ("tests/kernels/test_grouped_linear.py",)
 OUTER = ("tests/kernels/test_grouped_outer.py",)
@@ -44,6 +45,8 @@ GRADIENTS = ("tests/test_experts_backward.py::test_experts_of_any_number_of_slot
 TRAINING = ("tests/test_experts_backward.py::test_the_training_forward_has_the_bits_of_inference",)
 KEPT = ("tests/test_experts_backward.py::test_what_is_kept",)
 PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
+INVARIANT = ("tests/test_invariance.py::test_every_token_at_every_number_of_tokens_up_to_512",)
+INVARIANT_STREAM = ("tests/test_invariance.py::test_other_cards",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
 STREAMS = (
     "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
@@ -203,8 +206,29 @@ MUTATIONS = (
     cuda(
         "half of a sum", "common/warp.cuh", "int offset = 16; offset;", "int offset = 8; offset;", ROUTE, source="route"
     ),
-    cuda("wrong scale", "router_logits.cu", "scales.values[v]))), ROOT)", "scales.values[v]))), 2 * ROOT)", LOGITS),
-    cuda("the sign of epsilon", "router_logits.cu", "/ HIDDEN + EPS", "/ HIDDEN - EPS", LOGITS),
+    cuda(
+        "wrong scale",
+        "common/router_input.cuh",
+        "to_float(scale))), ROOT)",
+        "to_float(scale))), 2 * ROOT)",
+        LOGITS,
+        source="router_logits",
+    ),
+    cuda(
+        "the sign of epsilon",
+        "common/router_input.cuh",
+        "/ HIDDEN + EPS",
+        "/ HIDDEN - EPS",
+        LOGITS,
+        source="router_logits",
+    ),
+    cuda(
+        "another lane's logit",
+        "router_logits_many.cu",
+        "if (lane == t * EXPERTS + e) own",
+        "if (lane == e * TOKENS + t) own",
+        MANY_LOGITS,
+    ),
     cuda(
         "a lane counts itself",
         "sort_by_expert.cu",
@@ -839,5 +863,19 @@ MUTATIONS = (
         "torch.where(slots < self.offsets[first], output, product)",
         "torch.where(slots <= self.offsets[first], output, product)",
         QUANTISED,
+    ),
+    launcher(
+        "few tokens streamed although their bits are to be those of many",
+        "backends/fused.py",
+        "prefers = is_invariant or prefers_tiles",
+        "prefers = prefers_tiles",
+        INVARIANT,
+    ),
+    launcher(
+        "a regime that splits k for bits that may not depend on the load",
+        "kernels/expert_stream.py",
+        "return planned[-1]",
+        "return planned[bisect.bisect_left(bounds, pairs)]",
+        INVARIANT_STREAM,
     ),
 )

@@ -50,6 +50,7 @@ from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.pack_adapter import Copy, pack_adapter
 from cupymoe.kernels.router_logits import router_logits
+from cupymoe.kernels.router_logits_many import router_logits_many
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.ops import experts_call
 from cupymoe.verification.result import relative_error
@@ -105,12 +106,13 @@ def run_activations() -> None:
 
 
 def run_routing() -> None:
-    """router_logits.cu and route.cu."""
+    """router_logits.cu, router_logits_many.cu and route.cu."""
     for dtype in SCALARS:
         states, scale, projection = (
             torch.randn(shape).to(dtype).cuda() for shape in ((9, HIDDEN_SIZE), (HIDDEN_SIZE,), (33, HIDDEN_SIZE))
         )
-        route(router_logits(states, scale, projection, 1e-6), 8, per_expert_scale=scale[:33].contiguous())
+        for compute in (router_logits, router_logits_many):
+            route(compute(states, scale, projection, 1e-6), 8, per_expert_scale=scale[:33].contiguous())
 
 
 def masked_routing(tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,13 +136,14 @@ def run_experts(
     """The fused backend, with masked pairs and an expert without tokens; the results are checked too."""
     weights = expert_weights(num_experts, hidden_size, intermediate_size, dtype)
     cuda_weights = [weight.cuda() for weight in weights]
-    for tokens in counts:
+    # The tiles of few tokens, where there are tiles.
+    invariant = [(1, "invariant")] if hidden_size % 16 == 0 else []
+    for tokens, numerics in [*((tokens, "fast") for tokens in counts), *invariant]:
         states = torch.randn(tokens, hidden_size).to(dtype)
         routed = masked_routing(tokens, num_experts)
         arguments = [tensor.cuda() for tensor in (states, *routed)]
-        output = fused_experts(
-            arguments[0], *cuda_weights, *arguments[1:], activation=MoEActivation.GELU_TANH, backend="fused"
-        )
+        settings = {"activation": MoEActivation.GELU_TANH, "backend": "fused", "numerics": numerics}
+        output = fused_experts(arguments[0], *cuda_weights, *arguments[1:], **settings)
         truth = reference.experts(
             states.double(), *(weight.double() for weight in weights), *routed, MoEActivation.GELU_TANH
         )

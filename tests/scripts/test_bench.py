@@ -384,3 +384,31 @@ def test_the_first_calls_process_says_what_it_loaded(monkeypatch):
     expected = {"import_cupy": 0.1, "one_token": 0.951, "every_regime": 9.1}
     assert seconds == {"compiling": expected, "from_disk": expected}
     assert sources == {"route", "combine"}
+
+
+def test_a_row_of_decode_says_whether_invariant_calls_gave_the_same_bits(built, peers, monkeypatch):
+    import bench_experts
+    import bench_invariance
+
+    ours = peers.Contender(
+        lambda case: lambda: experts(case.inputs.hidden_states, *case.weights, *case.inputs[1:]).bfloat16()
+    )
+    monkeypatch.setattr(built, "contenders", lambda cases: {"cupymoe": ours}, raising=False)
+    monkeypatch.setattr(built, "optional", set(), raising=False)
+    monkeypatch.setattr(built, "buffer", None, raising=False)
+    monkeypatch.setattr(bench_experts, "capture", Replayed)
+    monkeypatch.setattr(bench_experts, "capture_read", lambda *_: None)
+    monkeypatch.setattr(bench_invariance, "OTHER_TOKENS", 20)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_experts, "time_in_turn", lambda captured: {name: dict(times) for name in captured})
+    ceilings = SimpleNamespace(bf16_tflops=1.0)
+    row = built.experts_row(5, ceilings, invariant=True)
+    assert (list(row["ms"]), row["bits_equal"], built.failures) == (["cupymoe", "cupymoe:invariant"], True, [])
+    assert row["error"]["cupymoe:invariant"] < 0.003
+    assert list(built.experts_row(5, ceilings)["ms"]) == ["cupymoe"]
+
+    calls = iter(range(10**6))
+    call = bench_invariance._call
+    monkeypatch.setattr(bench_invariance, "_call", lambda *arguments: call(*arguments) * (1 + next(calls) % 2 / 128))
+    assert not built.experts_row(5, ceilings, invariant=True)["bits_equal"]
+    assert built.failures[-1] == "cupymoe:invariant gave a token other bits at T=5 than in a larger call"
