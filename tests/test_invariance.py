@@ -23,7 +23,7 @@ from cupymoe.backends import ExpertsTensors, registry, select, serving
 from cupymoe.backends.fused import FusedBackend, takes_tiles
 from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.expert_stream import regime
-from cupymoe.kernels.expert_tiles import few_pairs, tile_shape_of
+from cupymoe.kernels.expert_tiles import CUTS, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
 from cupymoe.warmup import one_of_each_way
@@ -32,7 +32,10 @@ from tests.invariance import assert_invariant, assert_same_bits, computed_alone
 from tests.test_backends import CALL
 
 INVARIANT = CALL._replace(numerics="invariant")
-KINDS = ["plain", "masked", "biased", "transposed", "quantised", "adapted", "float32", "interleaved", "ungated"]
+KINDS = [
+    *("plain", "masked", "biased", "transposed", "quantised", "quantised and biased", "adapted", "float32"),
+    *("interleaved", "ungated"),
+]
 GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
 ACTIVATIONS = {"interleaved": MoEActivation.SWIGLUOAI, "ungated": MoEActivation.RELU2_NO_MUL}
 
@@ -134,11 +137,11 @@ def layer_and_tokens(kind, num_tokens, sizes, device, dtype, backend="auto", *, 
     weights, settings = case[1:3], {"activation": activation, "numerics": "invariant"}
     if kind == "masked":
         case.top_k_index[::3, 0], case.top_k_index[1::3, 1:] = -1, sizes[0]
-    if kind == "biased":
+    if "biased" in kind:
         settings.update(random_biases(case))
     if kind == "transposed":
         weights = [transposed(weight) for weight in weights]
-    if kind == "quantised":
+    if "quantised" in kind:
         weights = quantize(*weights, "int8")
     if kind == "adapted":
         shapes = [(each.shape[0], 16, each.shape[2], each.shape[1]) for each in weights]
@@ -230,6 +233,7 @@ def test_a_router_that_is_more_than_its_parameters_is_refused():
 
 SIZES = 32, 256, 176, 4
 GEMMA_SIZES = GEMMA.num_experts, GEMMA.hidden_size, GEMMA.moe_intermediate_size, GEMMA.top_k_experts
+CUTS_FROM_SLOTS = 240, 368
 SERVED_BY_FUSED = [kind for kind in KINDS if kind != "float32"]
 
 
@@ -240,6 +244,18 @@ def test_every_token_at_every_number_of_tokens_up_to_512(kind):
     expected = layer(*tokens)
     assert_invariant(layer, tokens, range(1, 513), expected)
     assert_same_bits(computed_alone(layer, tokens), expected, "one by one")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SERVED_BY_FUSED)
+def test_every_token_in_every_cut_of_the_tiles(kind):
+    """On both sides of the bounds between cuts."""
+    bounds = [-(-slots * SIZES[0] // SIZES[3]) for slots in CUTS_FROM_SLOTS]
+    layer, tokens, _ = layer_and_tokens(kind, max(bounds) + 500, SIZES, "cuda", torch.bfloat16)
+    expected = computed_alone(layer, tokens, few=64)
+    around = [count for bound in bounds for count in (bound - 1, bound)]
+    assert len({cut(Load.of(count, SIZES[3], SIZES[0]), SIZES[2]) for count in around}) == len(CUTS)
+    assert_invariant(layer, tokens, (*around, len(expected)), expected)
 
 
 @pytest.mark.gpu
