@@ -239,6 +239,19 @@ def test_a_result_that_changes_with_many_tokens_alone_is_seen(monkeypatch):
     }
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_token_whose_bits_depend_on_the_others_is_seen(monkeypatch, changes):
+    right = ReferenceBackend.forward
+
+    def forward(self, call, *arguments):
+        output = right(self, call, *arguments)
+        return output * 1.01 if changes and call.is_invariant() and call.num_tokens == 7 else output
+
+    monkeypatch.setattr(ReferenceBackend, "forward", forward)
+    name = "a token has the bits of any other call where numerics are invariant"
+    assert outcomes(experts.checks(small("cpu")), "invariant") == {name: "fail" if changes else "pass"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_pass_in_every_regime(dtype):

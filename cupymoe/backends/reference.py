@@ -27,7 +27,8 @@ class ReferenceBackend(RowsBackend):
 
     def way(self, call: ExpertsCall, direction: Direction = "forward") -> str:
         """See :class:`cupymoe.backends.Backend`."""
-        return "plain torch, one expert after the other"
+        one_token = "one token after the other, " if call.is_invariant(direction) else ""
+        return f"plain torch, {one_token}one expert after the other"
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
