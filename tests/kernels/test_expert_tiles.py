@@ -43,16 +43,18 @@ def shape(
     activation=SILU,
     transposed=False,
     has_bias=False,
+    few_pairs=0,
 ):
     """Of which both weights are transposed, or neither, and both have a bias, or neither."""
     kind = (transposed, transposed, has_bias, has_bias)
-    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind)
+    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind, few_pairs=few_pairs)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("cut", CUTS)
-def test_rings_fit_a_multiprocessor(cut, sizes):
-    for tiling in (shape(cut, *sizes).up, shape(cut, *sizes).down):
+@pytest.mark.parametrize(("cut", "few_pairs"), [*((cut, 0) for cut in CUTS), ((1, 2), 1), ((1, 2), 8), ((1, 2), 64)])
+def test_rings_fit_a_multiprocessor(cut, few_pairs, sizes):
+    its_shape = shape(cut, *sizes, few_pairs=few_pairs)
+    for tiling in (its_shape.up, its_shape.down):
         assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tiling.stages >= STAGES_AT_LEAST
         blocks, products = tiling.blocks, tiling.products
@@ -83,6 +85,13 @@ def assert_compiles(its_shape):
 def test_compiles_for_other_models(cut, sizes):
     for dtype in (torch.bfloat16, torch.float16):
         assert_compiles(shape(cut, *sizes, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("few_pairs", [1, 8, 64])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_compiles_for_few_tokens(sizes, few_pairs):
+    assert_compiles(shape((1, 2), *sizes, few_pairs=few_pairs))
 
 
 # GPT-OSS, and sizes that divide badly.

@@ -91,6 +91,7 @@ FRESH_FROM = {
     "plan_experts": "ACQBULK",
     "route": "ACQBULK",
     "router_logits": "ACQBULK",
+    "router_logits_many": "ACQBULK",
     "rows_to_fp16": "ACQBULK",
     "sort_by_expert": "ACQBULK",
 }
