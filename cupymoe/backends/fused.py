@@ -310,7 +310,7 @@ def tiles(
     )
     down_step = step(of_down, intermediate, pairs, down_low, gathered=False)
     expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step, scales=of_codes[1])
-    return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)
+    return combine(expert_output, pairs.slot_of_pair, top_k_weights, out, few=shape.few_pairs > 0)
 
 
 def _scales_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Scales | None, Scales | None]:

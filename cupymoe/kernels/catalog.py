@@ -100,8 +100,8 @@ def _variants(arch: Arch) -> Iterator[Variant]:
             for activation in MoEActivation:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
-            for weighted in (False, True):
-                yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, weighted)
+            for kind in ({"weighted": False}, {"weighted": True}, {"few": True}):
+                yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, **kind)
         for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             yield grouped_linear.variant(row_dtype, dtype, output_dtype)
         for format in FORMATS.values():
