@@ -90,6 +90,8 @@ def rows_table(report: Report) -> str:
         "build": portable_table,
         "format": quantised_table,
     }
+    if "vllm_triton" in report["rows"][0].get("ms", {}):
+        return vllm_table(report)
     return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
@@ -295,6 +297,16 @@ def quantised_table(report: Report) -> str:
             ]
         )
     return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
+
+
+def vllm_table(report: Report) -> str:
+    """The table of ``vllm.json``: medians in microseconds, theirs over ours, and the errors of both."""
+    rows = []
+    for row in report["rows"]:
+        ours, theirs = (row["ms"][name]["p50"] for name in ("cupymoe", "vllm_triton"))
+        errors = [f"{row['error'][name]:.5f}" for name in ("cupymoe", "vllm_triton")]
+        rows.append([str(row["tokens"]), microseconds(ours), f"{microseconds(theirs)} ({theirs / ours:.2f}x)", *errors])
+    return markdown(["tokens", "cupymoe us", "vLLM's Triton us", "error cupymoe", "error vLLM's"], rows)
 
 
 def model_table(report: Report) -> str:
