@@ -226,7 +226,8 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
     """Find out from outside which function an implementation of the experts computes.
 
     TARGET is `cupymoe`, `transformers:NAME` (an implementation registered in transformers' ExpertsInterface, such as
-    eager or grouped_mm, run on Gemma4TextExperts), or `package.module:function`, which is called as
+    eager or grouped_mm, run on Gemma4TextExperts), `vllm` or `sglang` (what its Gemma 4 asks its kernels for, and what
+    they compute here), or `package.module:function`, which is called as
 
     \b
     function(hidden_states  [T, H],
