@@ -256,10 +256,6 @@ def experts_classes() -> tuple[type[Any], type[Any]]:
             names = ("use_moonep_kernels", "use_fi_nvl_two_sided_kernels", "use_fi_nvl_one_sided_kernels")
             return not any(getattr(moe_parallel_config, name, False) for name in names)
 
-        @staticmethod
-        def _supports_batch_invariance() -> bool:
-            return serves_invariant()
-
         def supports_expert_map(self) -> bool:
             return True
 
@@ -269,6 +265,10 @@ def experts_classes() -> tuple[type[Any], type[Any]]:
         @staticmethod
         def activation_format() -> Any:
             return modular_kernel.FusedMoEActivationFormat.Standard
+
+        @staticmethod
+        def _supports_batch_invariance() -> bool:
+            return serves_invariant()
 
         def finalize_weight_and_reduce_impl(self) -> Any:
             return TopKWeightAndReduceNoOP()
@@ -317,6 +317,10 @@ def experts_classes() -> tuple[type[Any], type[Any]]:
         @staticmethod
         def activation_format() -> Any:
             return modular_kernel.FusedMoEActivationFormat.BatchedExperts
+
+        @staticmethod
+        def _supports_batch_invariance() -> bool:
+            return False
 
         def finalize_weight_and_reduce_impl(self) -> Any:
             return TopKWeightAndReduceDelegate()

@@ -434,6 +434,10 @@ class TestBatched:
         monkeypatch.setattr(plugin, "batched_experts_of", lambda: None)
         assert "no batched_experts" in plugin.refusal(self.config(), experts)
 
+    def test_is_refused_where_batches_must_not_change_bits(self, registered, batched_experts, monkeypatch):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        assert "batch invariance" in plugin.refusal(self.config(), plugin.experts_classes()[1])
+
 
 @pytest.mark.gpu
 class TestOnCuda:
