@@ -299,16 +299,6 @@ def quantised_table(report: Report) -> str:
     return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
 
 
-def vllm_table(report: Report) -> str:
-    """The table of ``vllm.json``: medians in microseconds, theirs over ours, and the errors of both."""
-    rows = []
-    for row in report["rows"]:
-        ours, theirs = (row["ms"][name]["p50"] for name in ("cupymoe", "vllm_triton"))
-        errors = [f"{row['error'][name]:.5f}" for name in ("cupymoe", "vllm_triton")]
-        rows.append([str(row["tokens"]), microseconds(ours), f"{microseconds(theirs)} ({theirs / ours:.2f}x)", *errors])
-    return markdown(["tokens", "cupymoe us", "vLLM's Triton us", "error cupymoe", "error vLLM's"], rows)
-
-
 def model_table(report: Report) -> str:
     """The table of ``model.json``: medians in milliseconds, a token where decoding, and the peer's over each."""
     names = list(report["cells"][0]["ms"])
@@ -363,6 +353,16 @@ def finetune_table(report: Report) -> str:
         )
     columns = [f"{name} {what}" for what in ("tokens/s", "peak GB", "loss") for name in (peer, ours)]
     return markdown([f"LoRA, {report['layers']} layers", *columns, "difference of noise"], rows)
+
+
+def vllm_table(report: Report) -> str:
+    """The table of ``vllm.json``: medians in microseconds, theirs over ours, and the errors of both."""
+    rows = []
+    for row in report["rows"]:
+        ours, theirs = (row["ms"][name]["p50"] for name in ("cupymoe", "vllm_triton"))
+        errors = [f"{row['error'][name]:.5f}" for name in ("cupymoe", "vllm_triton")]
+        rows.append([str(row["tokens"]), microseconds(ours), f"{microseconds(theirs)} ({theirs / ours:.2f}x)", *errors])
+    return markdown(["tokens", "cupymoe us", "vLLM's Triton us", "error cupymoe", "error vLLM's"], rows)
 
 
 def stale_reports(benchmarks: Path) -> list[str]:
