@@ -6,7 +6,7 @@
 //        bias         [NUM_EXPERTS, HIDDEN] SCALAR   only with HAS_BIAS
 //        factor       [NUM_EXPERTS, HIDDEN, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, HIDDEN]; and
 //        low          [slots, LOW_RANK] SCALAR: of an adapter, only with LOW_RANK, and then it is low that the grid before wrote
-//        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
+//        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes expert_output [slots, HIDDEN] SLOT_SCALAR   rows in slot order
 // Grid   any; BLOCKS_PER_SM blocks per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + SUMS_BYTES.
@@ -61,10 +61,10 @@ experts_down(const scalar_t* intermediate, const unsigned char* __restrict__ dow
              const Chunk* chunks, const int* pair_of_slot, const int* num_chunks, SLOT_SCALAR* __restrict__ expert_output,
              u64 num_pairs, const scalar_t* __restrict__ bias, const scalar_t* __restrict__ factor, const scalar_t* low,
              const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros,
-             const float* __restrict__ row_scales) {
+             const float* __restrict__ row_scales, const EXPERT_MAP* expert_map) {
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
-    Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
+    Plan plan = make_small_plan({top_k_index, (u32)num_pairs, expert_map}, small_plan, nullptr);
 #else
     empty_l1();  // not load_from_l2 for each chunk: the ring would run dry meanwhile, 1% at 64 tokens
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};

@@ -21,6 +21,16 @@
 #error "define SCALAR, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
+#ifndef SCATTERS
+#define SCATTERS 0
+#endif
+#if SCATTERS
+#define ROWS_PARAMETER , const int* row_of_slot
+#define ROW_OF_SLOT , row_of_slot
+#else
+#define ROWS_PARAMETER
+#define ROW_OF_SLOT
+#endif
 #define OPERAND SCALAR
 #include "common/coded_tiles.cuh"
 
@@ -31,6 +41,9 @@ struct DownGemm {
     const TensorMap& token_map;
     scalar_t* expert_output;
     const scalar_t* bias;
+#if SCATTERS
+    const int* row_of_slot;
+#endif
 
     __device__ __forceinline__ void prefetch_rows(int, int) const {}
 
@@ -47,7 +60,13 @@ struct DownGemm {
     }
 
     __device__ __forceinline__ void store(const Tile& tile, int first_slot, u32 warp, const float (&sums)[4]) const {
-        store_sixteen<HIDDEN, HIDDEN>(expert_output, tile, first_slot, first_column(tile.column, warp), pair_of(sums[0], sums[1]),
+#if SCATTERS
+        Tile rows = tile;
+        rows.first_slot = row_of_slot[tile.first_slot];  // neighbours among an expert's slots are neighbours as rows, too
+#else
+        const Tile& rows = tile;
+#endif
+        store_sixteen<HIDDEN, HIDDEN>(expert_output, rows, first_slot, first_column(tile.column, warp), pair_of(sums[0], sums[1]),
                                       pair_of(sums[2], sums[3]));
     }
 };
@@ -55,7 +74,7 @@ struct DownGemm {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_codes_wgmma(const __grid_constant__ TensorMap down_map, SCALES_PARAMETER ZEROS_PARAMETER
                          const __grid_constant__ TensorMap intermediate_map, const int* expert_offsets, u32* ticket,
-                         scalar_t* expert_output, const float* row_scales, const scalar_t* bias) {
-    DownGemm gemm = {intermediate_map, expert_output, bias};
+                         scalar_t* expert_output, const float* row_scales, const scalar_t* bias ROWS_PARAMETER) {
+    DownGemm gemm = {intermediate_map, expert_output, bias ROW_OF_SLOT};
     multiply_experts(gemm, CodedWeights{down_map, SCALES_MAP, ZEROS_MAP, row_scales, {}}, Schedule{expert_offsets, ticket});
 }

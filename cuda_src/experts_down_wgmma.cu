@@ -6,9 +6,10 @@
 //        expert_offsets   [NUM_EXPERTS + 1] i32
 //        ticket           u32                      0; counts the tiles that are taken after each cluster's first
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
+//        row_of_slot      [slots] i32             of plan_batch.cu; only with SCATTERS
 //        low_map          TensorMap of low [slots, LOW_RANK] SCALAR; only with LOW_RANK
 //        factor_map       the same as down_map, with LOW_RANK in the place of INTERMEDIATE; only with LOW_RANK
-// Writes expert_output    [slots, HIDDEN] SCALAR
+// Writes expert_output    [slots, HIDDEN] SCALAR; with SCATTERS [rows, HIDDEN], the rows of slots and no others
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
 // Maths  fp32 sums over ascending k, then over an adapter's; rounded to SCALAR.
@@ -22,6 +23,16 @@
 BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
+#ifndef SCATTERS
+#define SCATTERS 0
+#endif
+#if SCATTERS
+#define ROWS_PARAMETER , const int* row_of_slot
+#define ROW_OF_SLOT , row_of_slot
+#else
+#define ROWS_PARAMETER
+#define ROW_OF_SLOT
+#endif
 #include "common/store_pairs.cuh"
 
 struct DownGemm {
@@ -31,6 +42,9 @@ struct DownGemm {
     const TensorMap& token_map;
     scalar_t* expert_output;
     const scalar_t* bias;
+#if SCATTERS
+    const int* row_of_slot;
+#endif
 
     __device__ __forceinline__ void prefetch_rows(int, int) const {}
 
@@ -43,6 +57,9 @@ struct DownGemm {
 
     __device__ __forceinline__ void prefetch_inputs(const Tile& tile, u32, u32 part) const {
         if (HAS_BIAS) prefetch_bias(*this, tile.expert, part);
+#if SCATTERS
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(row_of_slot + tile.first_slot));
+#endif
     }
 
     // The weight row that is row 8 * eight + place of a part.
@@ -53,6 +70,16 @@ struct DownGemm {
 
     // Columns [part * BLOCK_N, ...) of rows slot and slot + 8.
     __device__ __forceinline__ void store(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
+#if SCATTERS
+        Tile of_rows = tile;
+        of_rows.first_slot = row_of_slot[tile.first_slot];  // neighbours among an expert's slots are neighbours as rows, too
+        store_rows(of_rows, slot, part, sums);
+#else
+        store_rows(tile, slot, part, sums);
+#endif
+    }
+
+    __device__ __forceinline__ void store_rows(const Tile& tile, int slot, u32 part, const float (&sums)[SUMS]) const {
         if constexpr (TRANSPOSED) {
             store_pairs<HIDDEN, HIDDEN, BLOCK_N / 8, 1>(expert_output, tile, slot, part * BLOCK_N, [&](int eight, int half) {
                 const float* columns = sums + 4 * eight + 2 * half;
@@ -110,7 +137,7 @@ struct DownGemm {
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
                    DENSE_ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output,
-                   const scalar_t* bias) {
-    DownGemm gemm = {intermediate_map, expert_output, bias};
+                   const scalar_t* bias ROWS_PARAMETER) {
+    DownGemm gemm = {intermediate_map, expert_output, bias ROW_OF_SLOT};
     multiply_experts(gemm, PlainWeights{down_map, DENSE_ADAPTER}, Schedule{expert_offsets, ticket});
 }

@@ -10,7 +10,7 @@
 //        bias          [NUM_EXPERTS, rows of gate_up_proj] SCALAR   only with HAS_BIAS
 //        factor        [NUM_EXPERTS, rows of gate_up_proj, LOW_RANK] SCALAR, TRANSPOSED: [NUM_EXPERTS, LOW_RANK, rows]; and
 //        low           [slots, LOW_RANK] SCALAR, written by the grid before this one: of an adapter, only with LOW_RANK
-//        top_k_index   [T * TOP_K] INDEX           only with INLINE_PAIRS
+//        top_k_index   [T * TOP_K] INDEX           only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        chunks        [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes intermediate  [slots, INTERMEDIATE] SCALAR   rows in slot order (common/expert_plan.cuh)
 //        gate_up       [slots, rows of gate_up_proj] SCALAR   what the activation is applied to, in the order of the
@@ -103,7 +103,7 @@ experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __re
            int* __restrict__ slot_of_pair, scalar_t* __restrict__ intermediate, u64 num_pairs,
            const scalar_t* __restrict__ bias, scalar_t* __restrict__ gate_up, const scalar_t* __restrict__ factor,
            const scalar_t* low, const unsigned char* __restrict__ scales, const unsigned char* __restrict__ zeros,
-           const float* __restrict__ row_scales) {
+           const float* __restrict__ row_scales, const EXPERT_MAP* expert_map) {
     UpGemm gemm = {{}, hidden_states, gate_up_proj, bias, intermediate, gate_up, factor, low, scales, zeros, row_scales};
 #if !INLINE_PAIRS && !TRANSPOSED
     prefetch_first_tile(gemm);
@@ -116,7 +116,7 @@ experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __re
 #endif
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
-    Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, blockIdx.x == 0 ? slot_of_pair : nullptr);
+    Plan plan = make_small_plan({top_k_index, (u32)num_pairs, expert_map}, small_plan, blockIdx.x == 0 ? slot_of_pair : nullptr);
 #else
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};
 #endif

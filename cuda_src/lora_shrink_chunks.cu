@@ -3,7 +3,7 @@
 //
 // Reads  rows         [T, DEPTH] SCALAR, by token; not GATHERED: [slots, DEPTH] SCALAR in slot order, written by the grid before
 //        factor       [NUM_EXPERTS, RANK, DEPTH] SCALAR; TRANSPOSED: [NUM_EXPERTS, DEPTH, RANK]
-//        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS
+//        top_k_index  [T * TOP_K] INDEX           only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        chunks       [..] Chunk, pair_of_slot [T * TOP_K] i32, num_chunks i32   of plan_experts.cu; without INLINE_PAIRS
 // Writes low          [slots, RANK] SCALAR   rows in slot order
 // Grid   (PIECES * most chunks, RANK / 16). A block owns up to PIECE slots of a chunk and 16 columns; one that has no slots ends
@@ -62,12 +62,12 @@ __device__ __forceinline__ void load_columns(Step& step, const scalar_t* factor,
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 lora_shrink_chunks(const scalar_t* rows, const scalar_t* factor, const INDEX* top_k_index, const Chunk* chunks,
-                   const int* pair_of_slot, const int* num_chunks, scalar_t* low, u64 num_pairs) {
+                   const int* pair_of_slot, const int* num_chunks, scalar_t* low, u64 num_pairs, const EXPERT_MAP* expert_map) {
     if (GATHERED) wait_for_previous_grid();
     release_next_grid();
 #if INLINE_PAIRS
     __shared__ SmallPlan small_plan;
-    Plan plan = make_small_plan(top_k_index, (u32)num_pairs, small_plan, nullptr);
+    Plan plan = make_small_plan({top_k_index, (u32)num_pairs, expert_map}, small_plan, nullptr);
 #else
     if (!GATHERED) empty_l1();
     Plan plan = {chunks, pair_of_slot, (u32)*num_chunks};

@@ -2,20 +2,21 @@
 // of experts_up_codes_wgmma.cu. NARROWED: bf16 rows become fp16 ones and a power of two each.
 //
 // Reads  hidden_states [T, COLS] SCALAR
-//        slot_of_pair  [T, TOP_K] i32     row of each pair; -1: masked, no row. The grid before this one may have written both
+//        slot_of_pair  [T, TOP_K] i32     row of each pair; -1: masked, no row. The grid before this one may have written all of these
+//        BY_SLOT, as rows of a batch are no pairs: token_of_slot [slots] i32 and num_slots i32, how many of these there are
 // Writes rows          [slots, COLS] SCALAR; NARROWED: fp16, hidden state / factor
 //        factors       [slots] fp32       NARROWED: a power of two that puts the largest magnitude of the row into [2^14, 2^15)
-// Grid   T blocks, each a token.
+// Grid   T blocks, each a token, which is read once whatever its slots; BY_SLOT one for each slot that there may be.
 // Needs  COLS % 8 == 0, pointers aligned to 16 bytes.
 // Maths  Exact, but NARROWED for what is below 2^-31 of the row's largest magnitude: that is rounded, by at most 2^-39 of it.
 //        Infinities and NaN stay what they are; a row without a magnitude of 2^-111 has the factor of one that has it.
 // Why    The tiles of quantised weights take token rows where they are neighbours (common/coded_tiles.cuh), and multiply fp16 where
 //        a weight is a code times a scale, which has too many bits for bf16 and almost none too many for fp16. Beside gather.cu
-//        this narrows: a block reads its token once, keeps it in registers, and writes it TOP_K times.
+//        this narrows: a block reads its token once, keeps it in registers, and writes it to each slot.
 #include "common/async_copy.cuh"
 
-#if !defined(SCALAR) || !defined(COLS) || !defined(TOP_K) || !defined(NARROWED) || !defined(BLOCK_THREADS)
-#error "define SCALAR, COLS, TOP_K, NARROWED and BLOCK_THREADS"
+#if !defined(SCALAR) || !defined(COLS) || !defined(BY_SLOT) || !defined(TOP_K) || !defined(NARROWED) || !defined(BLOCK_THREADS)
+#error "define SCALAR, COLS, BY_SLOT, TOP_K, NARROWED and BLOCK_THREADS"
 #endif
 #include "common/warp.cuh"
 
@@ -44,10 +45,12 @@ __device__ __forceinline__ u32 largest_exponent(const Pack<SCALAR, 8> (&packs)[P
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-operand_rows(const SCALAR* hidden_states, const int* slot_of_pair, operand_t* rows, float* factors) {
+operand_rows(const SCALAR* hidden_states, const int* slot_of_pair, const int* token_of_slot, const int* num_slots, operand_t* rows,
+             float* factors) {
     wait_for_previous_grid();
     release_next_grid();
-    u64 token = blockIdx.x;
+    if (BY_SLOT && (int)blockIdx.x >= *num_slots) return;
+    u64 token = BY_SLOT ? token_of_slot[blockIdx.x] : blockIdx.x;
     Pack<SCALAR, 8> packs[PACKS] = {};
 #pragma unroll
     for (int i = 0; i < PACKS; i++) {
@@ -67,8 +70,8 @@ operand_rows(const SCALAR* hidden_states, const int* slot_of_pair, operand_t* ro
             outputs[i] = *reinterpret_cast<Pack<operand_t, 8>*>(&packs[i]);
         }
     }
-    for (int k = 0; k < TOP_K; k++) {
-        int slot = slot_of_pair[token * TOP_K + k];
+    for (int k = 0; k < (BY_SLOT ? 1 : TOP_K); k++) {
+        int slot = BY_SLOT ? blockIdx.x : slot_of_pair[token * TOP_K + k];
         if (slot < 0) continue;
         if (NARROWED && threadIdx.x == 0) factors[slot] = __uint_as_float((exponent - 14) << 23);
 #pragma unroll

@@ -1,6 +1,7 @@
 // plan_experts: the plan of common/expert_plan.cuh for more pairs than a block of the GEMMs plans for itself.
 //
 // Reads  top_k_index  [P] INDEX        P = T * TOP_K pairs; an index outside [0, NUM_EXPERTS) is masked
+//        expert_map   [GLOBAL_EXPERTS] EXPERT_MAP   of common/pairs.cuh; only with HAS_EXPERT_MAP
 // Writes chunks       [..] Chunk       by expert, then slot; at most min(P, NUM_EXPERTS + P / TOKENS) of them
 //        pair_of_slot [P] i32          slots past the number of kept pairs stay as they are
 //        slot_of_pair [P] i32          -1: masked
@@ -19,7 +20,7 @@
 #include "common/expert_plan.cuh"
 #include "common/warp.cuh"
 #define BLOCK_THREADS (WARPS * 32)
-#define FEWER_REGISTERS (__CUDA_ARCH__ >= 1000)  // ptxas spills there what it unrolls by its own choice
+#define FEWER_REGISTERS (__CUDA_ARCH__ >= 1000 || HAS_EXPERT_MAP)  // ptxas spills there what it unrolls by its own choice
 static_assert(NUM_EXPERTS <= BLOCK_THREADS && BLOCK_THREADS * PAIRS_PER_LANE <= 65536, "a thread owns an expert; pairs fit 16 bits");
 
 // The sum of value over the threads before this one.
@@ -41,7 +42,7 @@ __device__ __forceinline__ u32 block_exclusive_sum(u32 value, u32* warp_sums, u3
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restrict__ pair_of_slot,
-             int* __restrict__ slot_of_pair, int* __restrict__ num_chunks, u64 num_pairs) {
+             int* __restrict__ slot_of_pair, int* __restrict__ num_chunks, u64 num_pairs, const EXPERT_MAP* expert_map) {
     extern __shared__ u32 counters[];
     // Counts, and later the next slot of each warp and expert.
     u32(*counts)[NUM_EXPERTS] = reinterpret_cast<u32(*)[NUM_EXPERTS]>(counters);
@@ -53,11 +54,14 @@ plan_experts(const INDEX* top_k_index, Chunk* __restrict__ chunks, int* __restri
     wait_for_previous_grid();
     release_next_grid();
 
-    // A warp's pairs, 32 at a time; all loads are in flight together.
+    // A warp's pairs, 32 at a time; all loads are in flight together, and then all of the map.
+    Routing routing = {top_k_index, (u32)num_pairs, expert_map};
     u32 first = warp * PAIRS_PER_LANE * 32 + lane;
     int experts[PAIRS_PER_LANE];
 #pragma unroll
-    for (int i = 0; i < PAIRS_PER_LANE; i++) experts[i] = expert_of(top_k_index, first + i * 32, (u32)num_pairs);
+    for (int i = 0; i < PAIRS_PER_LANE; i++) experts[i] = routing.chosen(first + i * 32);
+#pragma unroll
+    for (int i = 0; i < PAIRS_PER_LANE; i++) experts[i] = routing.local(experts[i]);
 #pragma unroll
     for (int i = 0; i < PAIRS_PER_LANE; i++) {
         if (experts[i] >= 0) atomicAdd(&counts[warp][experts[i]], 1u);

@@ -6,21 +6,16 @@
 // Writes router_logits [T, E] SCALAR
 // Grid   (E, ceil(T / WARPS)); one warp owns one logit.
 // Needs  HIDDEN % VEC == 0, pointers aligned to VEC elements, HIDDEN <= 4096: a lane keeps its part of both rows in registers.
-// Maths  fp32, rounded to SCALAR where transformers rounds: after the norm, after each of the two products, and the logit.
+// Maths  common/router_input.cuh; each lane sums its packs' products in ascending order, then the lanes are added; rounded.
 // Source transformers Gemma4TextRouter
 // Why    For few tokens: every warp reads its token anew, which is cheaper than a launch for each step.
 #include "common/async_copy.cuh"
-#include "common/warp.cuh"
 
 #if !defined(SCALAR) || !defined(HIDDEN) || !defined(VEC) || !defined(EPS) || !defined(ROOT) || !defined(WARPS)
 #error "define SCALAR, HIDDEN, VEC, EPS, ROOT (HIDDEN^-0.5) and WARPS"
 #endif
-#define PACKS (HIDDEN / VEC)
+#include "common/router_input.cuh"
 #define PACKS_PER_LANE ((PACKS + 31) / 32)
-
-typedef Pack<SCALAR, VEC> pack_t;
-
-__device__ __forceinline__ float rounded(float value) { return to_float(from_float<SCALAR>(value)); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 router_logits(const SCALAR* hidden_states, const SCALAR* scale, const SCALAR* projection, SCALAR* __restrict__ router_logits,
@@ -45,10 +40,9 @@ router_logits(const SCALAR* hidden_states, const SCALAR* scale, const SCALAR* pr
 #pragma unroll
     for (int i = 0; i < PACKS_PER_LANE; i++) {
         if (i * 32 + lane >= PACKS) break;
-#pragma unroll
-        for (int v = 0; v < VEC; v++) squares = fma_rn(to_float(states[i].values[v]), to_float(states[i].values[v]), squares);
+        add_squares(squares, states[i]);
     }
-    float norm = rsqrtf(warp_sum(squares) / HIDDEN + EPS);
+    float norm = norm_of(squares);
 
     float logit = 0.0f;
 #pragma unroll
@@ -58,9 +52,7 @@ router_logits(const SCALAR* hidden_states, const SCALAR* scale, const SCALAR* pr
         pack_t scales = load_pack<SCALAR, VEC>(scale + pack * VEC);
 #pragma unroll
         for (int v = 0; v < VEC; v++) {
-            float normed = rounded(mul_rn(to_float(states[i].values[v]), norm));
-            float input = rounded(mul_rn(rounded(mul_rn(normed, to_float(scales.values[v]))), ROOT));
-            logit = fma_rn(input, to_float(weights[i].values[v]), logit);
+            logit = fma_rn(router_input(states[i].values[v], norm, scales.values[v]), to_float(weights[i].values[v]), logit);
         }
     }
     logit = warp_sum(logit);

@@ -2,6 +2,7 @@
 //
 // Reads  top_k_index    [P] INDEX         P = T * TOP_K pairs; an index outside [0, NUM_EXPERTS) is masked
 //        top_k_weights  [P] fp32          only with HAS_WEIGHTS
+//        expert_map     [GLOBAL_EXPERTS] EXPERT_MAP   of common/pairs.cuh; only with HAS_EXPERT_MAP
 // Writes expert_offsets [NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of pairs kept
 //        token_of_slot  [P] i32           token of each slot; slots past the last offset stay as they are
 //        slot_of_pair   [P] i32           slot of each pair; -1: masked
@@ -25,24 +26,24 @@
 #define PAIRS_PER_WARP (PAIRS_PER_BLOCK / WARPS)
 
 // counts[warp][expert] of this block's pairs.
-__device__ __forceinline__ void count_pairs(const INDEX* top_k_index, u32 num_pairs, int (*counts)[NUM_EXPERTS]) {
+__device__ __forceinline__ void count_pairs(const Routing& routing, int (*counts)[NUM_EXPERTS]) {
     for (int i = threadIdx.x; i < WARPS * NUM_EXPERTS; i += BLOCK_THREADS) (&counts[0][0])[i] = 0;
     __syncthreads();
     u32 warp = threadIdx.x / 32;
     u32 first = blockIdx.x * PAIRS_PER_BLOCK + warp * PAIRS_PER_WARP;
     for (u32 pair = first + threadIdx.x % 32; pair < first + PAIRS_PER_WARP; pair += 32) {
-        int expert = expert_of(top_k_index, pair, num_pairs);
+        int expert = routing.expert_of(pair);
         if (expert >= 0) atomicAdd(&counts[warp][expert], 1);
     }
     __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-count_by_expert(const INDEX* top_k_index, int* __restrict__ block_counts, u64 num_pairs) {
+count_by_expert(const INDEX* top_k_index, int* __restrict__ block_counts, u64 num_pairs, const EXPERT_MAP* expert_map) {
     __shared__ int counts[WARPS][NUM_EXPERTS];
     wait_for_previous_grid();
     release_next_grid();
-    count_pairs(top_k_index, num_pairs, counts);
+    count_pairs({top_k_index, (u32)num_pairs, expert_map}, counts);
     for (int expert = threadIdx.x; expert < NUM_EXPERTS; expert += BLOCK_THREADS) {
         int total = 0;
         for (int warp = 0; warp < WARPS; warp++) total += counts[warp][expert];
@@ -52,11 +53,13 @@ count_by_expert(const INDEX* top_k_index, int* __restrict__ block_counts, u64 nu
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
 sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, int* expert_offsets, int* token_of_slot,
-               int* slot_of_pair, u32* tickets, u64 num_pairs, const float* __restrict__ top_k_weights, float* weight_of_slot) {
+               int* slot_of_pair, u32* tickets, u64 num_pairs, const float* __restrict__ top_k_weights, float* weight_of_slot,
+               const EXPERT_MAP* expert_map) {
     __shared__ int counts[WARPS][NUM_EXPERTS];  // then the next slot of each warp and expert
     __shared__ int offsets[NUM_EXPERTS];        // pairs of each expert, then of all lower ones
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    count_pairs(top_k_index, num_pairs, counts);
+    Routing routing = {top_k_index, (u32)num_pairs, expert_map};
+    count_pairs(routing, counts);
     wait_for_previous_grid();
     release_next_grid();
     if (blockIdx.x == 0 && threadIdx.x < TICKETS) tickets[threadIdx.x] = 0;
@@ -90,7 +93,7 @@ sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, i
     u32 first = blockIdx.x * PAIRS_PER_BLOCK + warp * PAIRS_PER_WARP;
     for (u32 base = first; base < first + PAIRS_PER_WARP && base < num_pairs; base += 32) {
         u32 pair = base + lane;
-        int expert = expert_of(top_k_index, pair, num_pairs);
+        int expert = routing.expert_of(pair);
         u32 same = __match_any_sync(FULL_WARP, expert);
         u32 earlier = same & ((1u << lane) - 1);
         int slot = expert >= 0 ? offsets[expert] + counts[warp][expert] + __popc(earlier) : -1;

@@ -9,6 +9,7 @@ from cupymoe.experts import MoEExperts
 from cupymoe.explain import Explanation, explain
 from cupymoe.functional import (
     apply_moe_activation,
+    batched_experts,
     fused_experts,
     gelu_tanh_and_mul,
     lora_experts,
@@ -44,6 +45,7 @@ __all__ = [
     "apply_moe_activation",
     "as_cupy",
     "as_torch",
+    "batched_experts",
     "explain",
     "fused_experts",
     "gelu_tanh_and_mul",

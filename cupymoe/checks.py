@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import check_name
+from cupymoe.backends import NUMERICS, check_name
 from cupymoe.customisation import is_wrapper
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.lora import LowRank
@@ -116,18 +116,11 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a_first < b_end and b_first < a_end
 
 
-def check_settings(expert_map: object, numerics: str, keep: str) -> None:
+def check_settings(numerics: str, keep: str) -> None:
     """What a call of the experts asks for is served, or refused by name."""
-    if expert_map is None and numerics == "fast" and (keep == "gate_up" or keep == "input"):
-        return  # what most calls ask for, at a tenth of what the loop costs
-    if expert_map is not None:
-        raise ValueError(
-            "expert_map is not served yet: give top_k_index in local experts, with -1 for those of other devices"
-        )
-    if numerics == "invariant":
-        raise ValueError("numerics='invariant' is not served yet: numerics='fast' is")
-    if numerics != "fast":
-        raise ValueError(f"numerics must be 'fast' or 'invariant', got {numerics!r}")
+    if numerics == "fast" and (keep == "gate_up" or keep == "input"):
+        return  # what most calls ask for, at a tenth of what the checks cost
+    check_numerics(numerics)
     check_keep(keep)
 
 
@@ -135,6 +128,12 @@ def check_module(name: str, module: object) -> None:
     """It is a module of torch."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+
+
+def check_numerics(numerics: object) -> None:
+    """What is asked of the bits of an output is one of the two that can be."""
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics must be 'fast' or 'invariant', got {numerics!r}")
 
 
 def check_keep(keep: object) -> None:
@@ -149,6 +148,32 @@ def check_global_num_experts(given: int, num_experts: int) -> None:
         raise TypeError(f"global_num_experts must be an integer or None, got {given!r}")
     if given < num_experts:
         raise ValueError(f"global_num_experts must be at least the {num_experts} experts that are here, got {given}")
+
+
+def check_expert_map(
+    expert_map: torch.Tensor | None,
+    global_num_experts: int | None,
+    num_experts: int,
+    hidden_states: torch.Tensor,
+) -> int | None:
+    """How many experts there are in all, by ``global_num_experts`` or the map, which agree; None: neither is given."""
+    if global_num_experts is not None:
+        check_global_num_experts(global_num_experts, num_experts)
+    if expert_map is None:
+        return global_num_experts
+    given = describe("expert_map", expert_map)
+    _check_plain("expert_map", given)
+    check_shape("expert_map", given, (global_num_experts,))
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expert_map must be int32 or int64, got {given.dtype}")
+    check_same("expert_map", given, "hidden_states", describe("hidden_states", hidden_states), dtype=False)
+    count = given.shape[0]
+    if count < num_experts:
+        raise ValueError(
+            f"expert_map must have an entry for each of all experts, at least the {num_experts} that are here, got "
+            f"{count}"
+        )
+    return count
 
 
 def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
@@ -276,6 +301,70 @@ def check_quantized_experts(
             _check_transposed(name, weight)
 
 
+def check_batch(
+    hidden_states: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    activation: MoEActivation,
+) -> None:
+    """The arguments of a call of the experts on a batch of rows for each; a kind that has passed is only looked up."""
+    dtype = describe("hidden_states", hidden_states).dtype
+    weights = _as_plain("gate_up_proj", gate_up_proj, dtype), _as_plain("down_proj", down_proj, dtype)
+    tensors = (hidden_states, expert_num_tokens, *weights)
+    if not _passed(_check_kind_of_batch, activation, tensors=tensors):
+        names = ("hidden_states", "expert_num_tokens", "gate_up_proj", "down_proj")
+        _check_described_batch(activation, *map(describe, names, tensors))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
+            _check_transposed(name, weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_kind_of_batch(activation: MoEActivation, *attributes: tuple[Any, ...]) -> None:
+    _check_described_batch(activation, *(Description(*each) for each in attributes))
+
+
+def _check_described_batch(
+    activation: MoEActivation,
+    hidden_states: Description,
+    expert_num_tokens: Description,
+    gate_up_proj: Description,
+    down_proj: Description,
+) -> None:
+    for name, given in (
+        ("hidden_states", hidden_states),
+        ("expert_num_tokens", expert_num_tokens),
+        ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj),
+    ):
+        _check_plain(name, given)
+    check_shape("hidden_states", hidden_states, (None, None, None))
+    _check_floating("hidden_states", hidden_states)
+    num_experts, _, hidden_size = hidden_states.shape
+    check_shape("expert_num_tokens", expert_num_tokens, (num_experts,))
+    if expert_num_tokens.dtype != torch.int32:
+        raise TypeError(f"expert_num_tokens must be int32, got {expert_num_tokens.dtype}")
+    check_same("expert_num_tokens", expert_num_tokens, "hidden_states", hidden_states, dtype=False)
+    _check_weights(activation, hidden_states, num_experts, hidden_size, gate_up_proj, down_proj)
+
+
+def _check_weights(
+    activation: MoEActivation,
+    hidden_states: Description,
+    num_experts: int | None,
+    hidden_size: int,
+    gate_up_proj: Description,
+    down_proj: Description,
+) -> None:
+    """``[E, 2I, H]`` and ``[E, H, I]``, by ``down_proj`` where ``num_experts`` is None."""
+    check_shape("down_proj", down_proj, (num_experts, hidden_size, None))
+    num_experts, _, intermediate_size = down_proj.shape
+    check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+
+
 def _as_plain(name: str, weight: Weight, dtype: torch.dtype) -> torch.Tensor | _AsPlain:
     if isinstance(weight, QuantizedWeight):
         weight.check(name)
@@ -339,11 +428,7 @@ def _check_described(
     check_shape("hidden_states", hidden_states, (None, None))
     _check_floating("hidden_states", hidden_states)
     num_tokens, hidden_size = hidden_states.shape
-    check_shape("down_proj", down_proj, (None, hidden_size, None))
-    num_experts, _, intermediate_size = down_proj.shape
-    check_shape("gate_up_proj", gate_up_proj, (num_experts, activation.input_size(intermediate_size), hidden_size))
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        check_same(name, weight, "hidden_states", hidden_states, dtype=True)
+    _check_weights(activation, hidden_states, None, hidden_size, gate_up_proj, down_proj)
     for name, bias, weight_name, weight in (
         ("gate_up_bias", gate_up_bias, "gate_up_proj", gate_up_proj),
         ("down_bias", down_bias, "down_proj", down_proj),

@@ -15,7 +15,7 @@ import torch
 
 import cupymoe
 from cupymoe import reports, verification
-from cupymoe.backends import DIRECTIONS, ExpertsCall, registry, serving
+from cupymoe.backends import DIRECTIONS, INVARIANT, ExpertsCall, registry, serving
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.checkpoint.files import on_disk
 from cupymoe.config import Gemma4MoEConfig
@@ -126,6 +126,9 @@ def info() -> None:
             call = calls["bfloat16"]._replace(num_tokens=tokens)
             taken = serving(call, direction)
             click.echo(f"  {tokens:5} tokens, {direction:8} {taken.name}: {taken.way(call, direction)}")
+    call = calls["bfloat16"]._replace(numerics=INVARIANT)
+    taken = serving(call)
+    click.echo(f"  any, numerics='invariant' {taken.name}: {taken.way(call)}")
     click.echo("\nquantised weights, both in one format (bfloat16)")
     click.echo(f"  {'format':16}{''.join(name.ljust(10) for name in registry())}".rstrip())
     for format in FORMATS:
@@ -226,7 +229,8 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
     """Find out from outside which function an implementation of the experts computes.
 
     TARGET is `cupymoe`, `transformers:NAME` (an implementation registered in transformers' ExpertsInterface, such as
-    eager or grouped_mm, run on Gemma4TextExperts), or `package.module:function`, which is called as
+    eager or grouped_mm, run on Gemma4TextExperts), `vllm` or `sglang` (what its Gemma 4 asks its kernels for, and what
+    they compute here), or `package.module:function`, which is called as
 
     \b
     function(hidden_states  [T, H],

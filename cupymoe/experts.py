@@ -9,7 +9,7 @@ from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
-from cupymoe.checks import check_keep
+from cupymoe.checks import check_keep, check_numerics
 from cupymoe.config import check_size
 from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts
@@ -75,13 +75,16 @@ class MoEExperts(nn.Module):
             :func:`cupymoe.explain` need to know it.
         backend: who computes; see :func:`cupymoe.fused_experts`.
         keep: what a call keeps for its gradients; see :func:`cupymoe.fused_experts`.
+        numerics: ``"fast"``, or ``"invariant"``: the same bits for a token in every call; see
+            :func:`cupymoe.fused_experts`.
         dtype: bfloat16, float16, float32 or float64; None: torch's default.
         device: of the parameters; None: torch's default.
 
     Raises:
         TypeError: ``activation`` is neither a member nor a string, or ``bias`` or ``transposed`` is no bool.
         ValueError: a size is not a positive integer, ``top_k`` is more than ``num_experts``, ``dtype`` is none of the
-            four, ``keep`` neither ``"gate_up"`` nor ``"input"``, or there is no such activation or backend.
+            four, ``keep`` neither ``"gate_up"`` nor ``"input"``, ``numerics`` neither ``"fast"`` nor ``"invariant"``,
+            or there is no such activation or backend.
     """
 
     gate_up_proj: nn.Parameter | QuantizedWeight
@@ -106,6 +109,7 @@ class MoEExperts(nn.Module):
         top_k: int | None = None,
         backend: str = "auto",
         keep: str = "gate_up",
+        numerics: str = "fast",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -124,10 +128,12 @@ class MoEExperts(nn.Module):
             raise ValueError(f"dtype must be one of {[*DTYPES]} or None, got {dtype}")
         check_name(backend)
         check_keep(keep)
+        check_numerics(numerics)
         self.activation = activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
         self.top_k = top_k
         self.backend = backend
         self.keep = keep
+        self.numerics = numerics
         self.has_bias = bias
         self.is_transposed = transposed
         """Transformers' name: PEFT asks for it."""
@@ -221,5 +227,6 @@ class MoEExperts(nn.Module):
             backend=self.backend,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            numerics=self.numerics,
             keep=self.keep,
         )

@@ -10,7 +10,7 @@ from torch import nn
 
 from cupymoe.backends import DIRECTIONS, Direction, ExpertsCall, registry, serving
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, sizes_of
+from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, numerics_of, sizes_of
 from cupymoe.weights.format import join_formats
 from cupymoe.weights.quantized import QuantizedWeight, Weight
 
@@ -101,12 +101,12 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
     """The backend that is asked for, and what the backends are asked about."""
     if isinstance(experts, MoEExperts):
         gate_up_proj, down_proj, gate_up_bias, _ = experts.projections()
-        name, activation = experts.backend, experts.activation
+        name, activation, numerics = experts.backend, experts.activation, experts.numerics
     else:
         from cupymoe.integrations.transformers import served
 
         gate_up_proj, down_proj, gate_up_bias, _, activation = served(experts)
-        name = "auto"
+        name, numerics = "auto", numerics_of(experts)
     num_experts, hidden_size, intermediate_size = sizes_of(experts)
     weights = gate_up_proj, down_proj
     gate_up_format, down_format = (each.format if isinstance(each, QuantizedWeight) else None for each in weights)
@@ -126,6 +126,7 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
         down_transposed=_is_transposed(down_proj),
         has_bias=gate_up_bias is not None,
         weight_format=join_formats(gate_up_format, down_format),
+        numerics=numerics,
     )
 
 

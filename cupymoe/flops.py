@@ -1,8 +1,9 @@
 """FLOPs of the ops for ``torch.utils.flop_counter.FlopCounterMode``, which counts an op without a formula as none.
 
 Counted are the products of matrices, two FLOPs for a multiplication and addition, as torch's own formulas do. A formula
-sees shapes alone, so masked (token, k) pairs count as every other, and so does every pair of ``[T, K]`` indices. A
-backward counts the products that the wanted gradients need, and not what an op computes a second time.
+sees shapes alone, so masked (token, k) pairs count as every other, and so does every pair of ``[T, K]`` indices, and
+every row of a batch. A backward counts the products that the wanted gradients need, and not what an op computes a
+second time.
 """
 
 from __future__ import annotations
@@ -61,16 +62,36 @@ def _router_logits_backward(
 def _projections(arguments: Sequence[Any]) -> tuple[_Projection, _Projection]:
     """Of the forward's arguments. The sizes are not those of the weights, which may be packed codes."""
     hidden_states, gate_up_proj, _, index, _, gate_up_a, _, down_a, *others = arguments
-    pairs, hidden_size, (num_experts, width, _) = index[0] * index[1], hidden_states[1], gate_up_proj
+    return _projections_of(index[0] * index[1], hidden_states[1], gate_up_proj, others, gate_up_a, down_a)
+
+
+def _projections_of(
+    rows: int,
+    hidden_size: int,
+    gate_up_proj: Shape,
+    others: Sequence[Any],
+    gate_up_a: Shape | None = None,
+    down_a: Shape | None = None,
+) -> tuple[_Projection, _Projection]:
+    """Of an op whose first string is the activation."""
+    num_experts, width, _ = gate_up_proj
     activation = member_of(next(each for each in others if isinstance(each, str)))
     return (
-        _Projection(pairs, (num_experts, width, hidden_size), gate_up_a),
-        _Projection(pairs, (num_experts, hidden_size, activation.output_size(width)), down_a),
+        _Projection(rows, (num_experts, width, hidden_size), gate_up_a),
+        _Projection(rows, (num_experts, hidden_size, activation.output_size(width)), down_a),
     )
 
 
 def _fused_experts(*arguments: Any, **_: Any) -> int:
     return sum(projection.forward() for projection in _projections(arguments))
+
+
+def _batched_experts(
+    hidden_states: Shape, expert_num_tokens: Shape, gate_up_proj: Shape, *others: Any, **_: Any
+) -> int:
+    num_experts, max_tokens, hidden_size = hidden_states
+    projections = _projections_of(num_experts * max_tokens, hidden_size, gate_up_proj, others)
+    return sum(projection.forward() for projection in projections)
 
 
 def _fused_experts_backward(grad: Shape, *arguments: Any, **__: Any) -> int:
@@ -88,6 +109,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "fused_experts_keeping": _fused_experts,
     "fused_experts_out": _fused_experts,
     "fused_experts_backward": _fused_experts_backward,
+    "batched_experts": _batched_experts,
+    "batched_experts_out": _batched_experts,
 }
 """By op, from the shapes of its arguments. The ops without one multiply no matrices."""
 

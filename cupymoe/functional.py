@@ -8,11 +8,14 @@ import torch
 
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
+from cupymoe.backends import BatchTensors
 from cupymoe.checks import (
     check_activation_input,
     check_adapter,
+    check_batch,
+    check_expert_map,
     check_experts,
-    check_global_num_experts,
+    check_numerics,
     check_out,
     check_quantized_experts,
     check_same,
@@ -104,6 +107,7 @@ def route(
     *,
     per_expert_scale: torch.Tensor | None = None,
     renormalize: bool = True,
+    numerics: str = "fast",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top k experts of each token and their weights, as transformers' ``Gemma4TextRouter``.
 
@@ -117,6 +121,8 @@ def route(
         per_expert_scale: ``[E]``, of a dtype that ``router_logits`` may have, same device, or None. Copied once if it
             is not contiguous.
         renormalize: whether the chosen weights are divided by their sum.
+        numerics: ``"fast"``; or ``"invariant"``: the bits of a token's weights depend on its logits and the scales
+            alone, as they do on CUDA anyway.
 
     Returns:
         ``(top_k_weights, top_k_index)``: float32 and int64, ``[T, top_k]``. The weights are differentiable with respect
@@ -142,7 +148,9 @@ def route(
         check_shape("per_expert_scale", scale, (num_experts,))
         check_served_by_kernel("per_expert_scale", scale)
         check_same("per_expert_scale", scale, "router_logits", logits, dtype=False)
-    weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, renormalize)
+    check_numerics(numerics)
+    settings = renormalize, numerics
+    weights, index = ops.dispatch(torch.ops.cupymoe.route.default, router_logits, top_k, per_expert_scale, *settings)
     return weights, index
 
 
@@ -191,10 +199,16 @@ def fused_experts(
         down_bias: ``[E, H]``, added to ``down[e] @ act(...)``, before that is weighted; as ``gate_up_bias``.
         out: ``[T, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written and returned.
             None: a new tensor.
-        expert_map: which of all experts are here. Not served yet.
+        expert_map: ``[global experts]`` int32 or int64: ``top_k_index`` then chooses from all experts, and this says
+            which of those here each of them is; one outside ``[0, E)``, -1 say, is not here, which masks its pairs. The
+            kernels of ``fused`` read it with the indices, without a launch of its own, so its values may change between
+            the replays of a CUDA graph. Copied once if it is not contiguous. None: indices are of those here.
         global_num_experts: how many experts ``top_k_index`` chooses from where only E of them are here, and most pairs
-            are masked; None: E. It changes no result, only what the kernels are chosen for.
-        numerics: ``"fast"``; ``"invariant"`` is not served yet.
+            are masked; None: as many as ``expert_map`` has, or E. It changes no result, only what the kernels are
+            chosen for.
+        numerics: ``"fast"``; or ``"invariant"``: the bits of a token's output depend on its hidden state, its experts
+            and their weights, and on nothing else, such as how many other tokens there are (docs/invariance.md).
+            Gradients are computed as with ``"fast"``.
         keep: what a call that will be differentiated keeps for it beside its arguments: ``"gate_up"``, what the
             activation is applied to, ``[T * K, 2I]`` in the dtype of ``hidden_states``; or ``"input"``, nothing, and
             the backward computes gate_up again. Off CUDA, in other dtypes than bfloat16 and float16, where ``simt``
@@ -212,7 +226,7 @@ def fused_experts(
         RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
     member = _member(activation)
-    check_settings(expert_map, numerics, keep)
+    check_settings(numerics, keep)
     if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
         return _quantized_experts(
             hidden_states,
@@ -225,7 +239,9 @@ def fused_experts(
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             out=out,
+            expert_map=expert_map,
             global_num_experts=global_num_experts,
+            numerics=numerics,
             keep=keep,
         )
     check_experts(
@@ -239,39 +255,93 @@ def fused_experts(
         activation=member,
         backend=backend,
     )
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
         top_k_weights = top_k_weights.to(work)
     if out is not None:
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
         biases = (gate_up_bias, down_bias)
-        check_out(out, *tensors, *(bias for bias in biases if bias is not None))
+        check_out(out, *tensors, *(each for each in (*biases, expert_map) if each is not None))
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
-        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, _NO_MAP, *settings, out)
+        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, expert_map, *settings, out)
         return out
     if torch.is_grad_enabled() and _may_keep_gate_up(
         keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
     ):
         settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
         tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, _NO_MAP, *settings)
+        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, expert_map, *settings)
     # Each None by itself: to unpack tuples of them would take 0.2 us.
     output: torch.Tensor = ops.dispatch(
         torch.ops.cupymoe.fused_experts.default,
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights,
-        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, None,
+        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, expert_map,
         member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
     )  # fmt: skip
     return output
 
 
+def batched_experts(
+    hidden_states: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
+    *,
+    activation: MoEActivation | str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``output[e, j] = down[e] @ act(gate_up[e] @ x[e, j])`` of the first ``expert_num_tokens[e]`` rows of each expert.
+
+    The rows lie by expert already, as some exchanges between devices leave them (DeepEP's low latency): nothing is
+    gathered, weighted or summed. Nothing waits for the GPU to say how many rows there are, and the numbers may change
+    between the replays of a CUDA graph. Other rows are neither read nor written.
+
+    Args:
+        hidden_states: ``[E, max_tokens, H]`` floating; copied once, all rows, if it is not contiguous. What the kernels
+            are chosen for is that all of them count.
+        expert_num_tokens: ``[E]`` int32, on the same device; taken as 0 where negative, and as ``max_tokens`` where
+            more. Copied once if it is not contiguous.
+        gate_up_proj: as of :func:`fused_experts`, quantised or not.
+        down_proj: the same.
+        activation: a member of the contract, or a spelling that :meth:`MoEActivation.from_str` knows.
+        out: ``[E, max_tokens, H]``, dtype and device of ``hidden_states``, contiguous, its memory no input's: written
+            and returned, its other rows left as they are. None: a new tensor, whose other rows are undefined.
+
+    Returns:
+        ``[E, max_tokens, H]``, dtype and device of ``hidden_states``. Differentiable with respect to ``hidden_states``
+        and both weights: a call that will be differentiated is one of :func:`fused_experts`, whose rows each chose one
+        expert, and gradients of other rows are zeros, whatever theirs of the output are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
+    """
+    member = _member(activation)
+    check_batch(hidden_states, expert_num_tokens, gate_up_proj, down_proj, member)
+    gate_up, *of_gate_up = _buffers(gate_up_proj)
+    down, *of_down = _buffers(down_proj)
+    weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
+    batch = BatchTensors(hidden_states, expert_num_tokens, gate_up, down, *of_gate_up, *of_down)
+    if out is not None:
+        check_out(out, *(each for each in batch if each is not None))
+        torch.ops.cupymoe.batched_experts_out(*batch, member.value, weight_format, out)
+        return out
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, gate_up, down)):
+        rows, _, _, index, weights, *_ = batch.as_routed()
+        output = fused_experts(rows, gate_up_proj, down_proj, index, weights, activation=member)
+        return output.view(hidden_states.shape)
+    computed: torch.Tensor = ops.dispatch(
+        torch.ops.cupymoe.batched_experts.default, *batch, member.value, weight_format
+    )
+    return computed
+
+
 # Of the op's arguments: the factors of both adapters, and what these are multiplied with; scales, zeros and row_scales
-# of both weights; and the map of experts.
+# of both weights.
 _NO_ADAPTERS = (None,) * 4
 _UNSCALED = (1.0, 1.0)
 _UNQUANTISED = (None,) * 6
-_NO_MAP = None
 
 
 _KEPT_DTYPES = (torch.bfloat16, torch.float16)
@@ -314,7 +384,9 @@ def _quantized_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None,
     global_num_experts: int | None,
+    numerics: str,
     keep: str,
 ) -> torch.Tensor:
     """:func:`fused_experts` and :func:`lora_experts` where at least one weight is quantised."""
@@ -323,8 +395,8 @@ def _quantized_experts(
         hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *biases,
         activation=activation, backend=backend,
     )  # fmt: skip
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
     gate_up_codes, *of_gate_up = _buffers(gate_up_proj)
     down_codes, *of_down = _buffers(down_proj)
@@ -332,10 +404,10 @@ def _quantized_experts(
     tensors = hidden_states, gate_up_codes, down_codes, top_k_index, weights
     quantised = (*of_gate_up, *of_down)
     weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
-    settings = (activation.value, *scalings, weight_format, "fast", global_num_experts, backend)
-    arguments = (*tensors, *adapters, *biases, *quantised, _NO_MAP, *settings)
+    settings = (activation.value, *scalings, weight_format, numerics, global_num_experts, backend)
+    arguments = (*tensors, *adapters, *biases, *quantised, expert_map, *settings)
     if out is not None:
-        check_out(out, *tensors, *(each for each in (*biases, *quantised) if each is not None))
+        check_out(out, *tensors, *(each for each in (*biases, *quantised, expert_map) if each is not None))
         torch.ops.cupymoe.fused_experts_out(*arguments, out)
         return out
     if torch.is_grad_enabled() and _may_keep_gate_up(keep, backend, *tensors[:3], weights, *adapters, *biases):
@@ -410,7 +482,7 @@ def lora_experts(
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
     """
     member = _member(activation)
-    check_settings(expert_map, numerics, keep)
+    check_settings(numerics, keep)
     if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
         return _quantized_experts(
             hidden_states,
@@ -423,18 +495,20 @@ def lora_experts(
             down_adapter=down_adapter,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            expert_map=expert_map,
             global_num_experts=global_num_experts,
+            numerics=numerics,
             keep=keep,
         )
     experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     check_experts(*experts, gate_up_bias, down_bias, activation=member, backend="auto")
-    if global_num_experts is not None:
-        check_global_num_experts(global_num_experts, down_proj.shape[0])
+    if expert_map is not None or global_num_experts is not None:
+        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
     adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
     weights = top_k_weights.to(work_dtype(hidden_states.dtype))
     settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
     biases = (gate_up_bias, down_bias)
-    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, _NO_MAP, *settings)
+    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, expert_map, *settings)
     if torch.is_grad_enabled() and _may_keep_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
         return _differentiated(*arguments)
     output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)

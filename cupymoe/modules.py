@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from cupymoe import ops, reference
+from cupymoe.backends import INVARIANT
+from cupymoe.checks import check_numerics
 from cupymoe.config import Gemma4MoEConfig
-from cupymoe.customisation import as_written, has_hooks, is_wrapper, runs_as
+from cupymoe.customisation import as_written, has_hooks, is_wrapper, path_of, runs_as
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import route
 from cupymoe.parameters import check_plain, check_writable
@@ -64,18 +66,31 @@ class Gemma4Router(nn.Module):
     on CUDA, but for the order of their sums.
 
     Parameters: ``proj.weight`` [E, H], ``scale`` [H], ``per_expert_scale`` [E].
+
+    Args:
+        config: sizes.
+        numerics: ``"fast"``; or ``"invariant"``: the bits of a token's logits, weights and choices depend on its hidden
+            state and the parameters alone, and not on how many other tokens there are (docs/invariance.md). On CUDA the
+            logits are then those of few tokens, for any number of them.
+
+    Raises:
+        ValueError: ``numerics`` is neither.
     """
 
-    def __init__(self, config: Gemma4MoEConfig) -> None:
+    def __init__(self, config: Gemma4MoEConfig, *, numerics: str = "fast") -> None:
         super().__init__()
+        check_numerics(numerics)
         self.config = config
+        self.numerics = numerics
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
     @classmethod
-    def from_transformers(cls, router: Any) -> Gemma4Router:
+    def from_transformers(cls, router: Any, *, numerics: str = "fast") -> Gemma4Router:
         """A router that shares a ``Gemma4TextRouter``'s parameters and ``proj``, adapters and all; nothing is copied.
+
+        ``numerics`` is as of this class.
 
         Raises:
             AttributeError: the router has no config, or one that lacks a size.
@@ -84,12 +99,12 @@ class Gemma4Router(nn.Module):
         """
         from cupymoe.integrations.gemma4 import router_config
 
-        return cls._sharing(router, router_config("router", router))
+        return cls._sharing(router, router_config("router", router), numerics)
 
     @classmethod
-    def _sharing(cls, router: Any, config: Gemma4MoEConfig) -> Gemma4Router:
+    def _sharing(cls, router: Any, config: Gemma4MoEConfig, numerics: str) -> Gemma4Router:
         with torch.device("meta"):
-            ours = cls(config)
+            ours = cls(config, numerics=numerics)
         ours.proj, ours.scale, ours.per_expert_scale = router.proj, router.scale, router.per_expert_scale
         ours.training = router.training
         return ours
@@ -118,8 +133,14 @@ class Gemma4Router(nn.Module):
             projection = self.proj.weight
             self._check_device("proj.weight", projection, hidden_states)
             flat = hidden_states.reshape(-1, size)
-            logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, self._eps)
+            settings = self._eps, self.numerics
+            logits = ops.dispatch(torch.ops.cupymoe.router_logits.default, flat, scale, projection, *settings)
             logits = logits.reshape(*hidden_states.shape[:-1], projection.shape[0])
+        elif self.numerics == INVARIANT:
+            raise ValueError(
+                f"{path_of(self)}: numerics='invariant' wants logits that are one product with proj.weight, of hidden "
+                "states in its dtype: no adapter, hook or bias of proj, no autocast, and no norm but the router's own"
+            )
         else:
             states = self._router_input(hidden_states)
             if self._is_linear(hidden_states) and states.dtype != self.proj.weight.dtype:
@@ -180,7 +201,8 @@ class Gemma4Router(nn.Module):
         return self.logits(hidden_states)
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return route(logits, self.config.top_k_experts, per_expert_scale=self.per_expert_scale)
+        top_k, scale = self.config.top_k_experts, self.per_expert_scale
+        return route(logits, top_k, per_expert_scale=scale, numerics=self.numerics)
 
 
 _ROUTER_METHODS = as_written("cupymoe", Gemma4Router, "forward")
@@ -195,14 +217,19 @@ class Gemma4Experts(MoEExperts):
         config: sizes and activation.
         backend: who computes; see :func:`cupymoe.fused_experts`.
         keep: what a call keeps for its gradients; see :func:`cupymoe.fused_experts`.
+        numerics: ``"fast"``, or ``"invariant"``: the same bits for a token in every call; see
+            :func:`cupymoe.fused_experts`.
 
     Raises:
-        ValueError: there is no such backend, or ``keep`` is neither ``"gate_up"`` nor ``"input"``.
+        ValueError: there is no such backend, ``keep`` is neither ``"gate_up"`` nor ``"input"``, or ``numerics`` neither
+            ``"fast"`` nor ``"invariant"``.
     """
 
     _ungated_name = "gate_up_proj"  # [E, I, H]: Gemma 4's names do not depend on the activation
 
-    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up") -> None:
+    def __init__(
+        self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up", numerics: str = "fast"
+    ) -> None:
         super().__init__(
             config.num_experts,
             config.hidden_size,
@@ -211,6 +238,7 @@ class Gemma4Experts(MoEExperts):
             top_k=config.top_k_experts,
             backend=backend,
             keep=keep,
+            numerics=numerics,
         )
         self.config = config
 
@@ -219,21 +247,26 @@ class Gemma4MoE(nn.Module):
     """Router and experts together.
 
     Parameters: ``router.*`` and ``experts.*`` as above; these are the keys of a Gemma 4 decoder layer's state_dict, and
-    :meth:`load_decoder_layer` takes them out of one. Arguments and errors are as of :class:`Gemma4Experts`.
+    :meth:`load_decoder_layer` takes them out of one. Arguments and errors are as of :class:`Gemma4Experts`; with
+    ``numerics="invariant"`` a token's choice of experts has the same bits in every call, too.
     """
 
-    def __init__(self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up") -> None:
+    def __init__(
+        self, config: Gemma4MoEConfig, backend: str = "auto", *, keep: str = "gate_up", numerics: str = "fast"
+    ) -> None:
         super().__init__()
         self.config = config
-        self.router = Gemma4Router(config)
-        self.experts = Gemma4Experts(config, backend, keep=keep)
+        self.router = Gemma4Router(config, numerics=numerics)
+        self.experts = Gemma4Experts(config, backend, keep=keep, numerics=numerics)
 
     @classmethod
-    def from_transformers(cls, decoder_layer: Any, backend: str = "auto", *, keep: str = "gate_up") -> Gemma4MoE:
+    def from_transformers(
+        cls, decoder_layer: Any, backend: str = "auto", *, keep: str = "gate_up", numerics: str = "fast"
+    ) -> Gemma4MoE:
         """A module that shares the parameters of a ``Gemma4TextDecoderLayer`` with experts; nothing is copied.
 
-        The activation is the experts' own ``act_fn``, the sizes are those of the parameters. ``backend`` and ``keep``
-        are as of :class:`Gemma4Experts`.
+        The activation is the experts' own ``act_fn``, the sizes are those of the parameters. ``backend``, ``keep`` and
+        ``numerics`` are as of this class.
 
         Raises:
             ValueError: the layer has no mixture of experts, or an activation that no member means; its router or its
@@ -263,8 +296,8 @@ class Gemma4MoE(nn.Module):
         if activation is not config.activation:
             config = replace(config, hidden_activation=activation.value)
         with torch.device("meta"):
-            module = cls(config, backend, keep=keep)
-        module.router = Gemma4Router._sharing(router, config)
+            module = cls(config, backend, keep=keep, numerics=numerics)
+        module.router = Gemma4Router._sharing(router, config, numerics)
         module.experts.gate_up_proj = experts.gate_up_proj
         module.experts.down_proj = experts.down_proj
         # Not train(), which would reach into what is shared.

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cupymoe.backends import INVARIANT
 from cupymoe.backends.fused import plans_at_once, stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, sizes_of
+from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, numerics_of, sizes_of
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.expert_stream import regime
-from cupymoe.kernels.expert_tiles import cut
+from cupymoe.kernels.expert_tiles import cut, few_pairs
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
@@ -40,20 +41,23 @@ def _way(
     training: bool,
     arch: Arch,
     weight_format: str,
+    numerics: str,
 ) -> tuple[Any, ...]:
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens: without and with
     an adapter, and of gradients."""
     load = Load.of(num_tokens, top_k, num_experts)
     sort = block_of(load.num_pairs, num_experts)
-    by_tiles = *cut(load, intermediate_size), sort
+    is_invariant = numerics == INVARIANT
+    by_tiles = *cut(load, intermediate_size), sort, few_pairs(load) if is_invariant else 0
     ways: list[tuple[Any, ...]]
-    if takes_tiles(load, hidden_size, arch, weight_format):
+    if takes_tiles(load, hidden_size, arch, weight_format, is_invariant=is_invariant):
         ways = [by_tiles]
-    elif stream_reason(load, arch, weight_format) is not None:
+    elif stream_reason(load, arch, weight_format) is not None or (is_invariant and arch.wgmma):
         ways = [(sort,)]  # another backend's, which sorts too
     else:
         planned: Any = pairs_per_lane(load.num_pairs) if plans_at_once(load, arch) else sort
-        regime_of = partial(regime, load, intermediate_size, arch, has_codes=weight_format != PLAIN)
+        settings = {"has_codes": weight_format != PLAIN, "is_invariant": is_invariant}
+        regime_of = partial(regime, load, intermediate_size, arch, **settings)
         regimes = regime_of(has_adapter=False), regime_of(has_adapter=True)
         ways = [(each, None if each.inline_pairs else planned) for each in regimes]
     if training:
@@ -69,10 +73,11 @@ def one_of_each_way(
     training: bool = False,
     arch: Arch = HOPPER,
     weight_format: str = PLAIN,
+    numerics: str = "fast",
 ) -> tuple[int, ...]:
     """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
     too."""
-    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch, weight_format
+    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch, weight_format, numerics
     counts: list[int] = []
 
     def stretch(num_tokens: int) -> tuple[Any, ...]:
@@ -155,7 +160,8 @@ def warmup(
         with _shards_as_tensors(each.module):
             arch = Arch.of(each.device) if each.device.type == "cuda" else HOPPER
             sizes, weight_format = _sizes(each.module), _weight_format(each.module)
-            for count in counts or one_of_each_way(*sizes, training, arch, weight_format):
+            numerics = _numerics(each.module)
+            for count in counts or one_of_each_way(*sizes, training, arch, weight_format, numerics):
                 _call(each, count, dtype_beside)
                 if training:
                     _call(each, count, dtype_beside, differentiates=True)
@@ -336,6 +342,11 @@ def _weight_format(part: Any) -> str:
     )
 
 
+def _numerics(part: Any) -> str:
+    own: str | None = getattr(part, "numerics", None)
+    return numerics_of(part) if own is None else own
+
+
 def _kind(each: _Part) -> tuple[Any, ...]:
     """Parts of one kind need the same kernels."""
     part, caller = each.module, each.caller
@@ -358,7 +369,11 @@ def _kind(each: _Part) -> tuple[Any, ...]:
         for name, module in caller.named_modules()
         if isinstance(module, QuantizedWeight)
     )
-    return (type(part), type(caller), each.device, _sizes(part), settings, hooked, *parameters, *weights)
+    return (
+        *(type(part), type(caller), each.device, _sizes(part), _numerics(part), settings, hooked),
+        *parameters,
+        *weights,
+    )
 
 
 def _call(each: _Part, num_tokens: int, dtype_beside: torch.dtype, *, differentiates: bool = False) -> None:

@@ -2,7 +2,8 @@
 """cupymoe beside its peers on this machine's GPU: prints tables, writes JSON reports. Sizes are Gemma 4 26B-A4B's.
 
 ``experts``, ``decode`` and ``prefill``: the whole call for each number of tokens, against peers and the floor. Peers
-are transformers and, where they are installed, vLLM, SGLang and SonicMoE.
+are transformers and, where they are installed, vLLM, SGLang and SonicMoE. ``decode`` also times calls with invariant
+numerics, and compares their bits.
 ``sweep``: times, over a fine range of tokens and of every way to compute a call.
 ``stages``: each kernel's bytes per second against a device copy. ``host``: what an eager call costs at one token, and
 how long the calls of a training step take to return.
@@ -10,6 +11,7 @@ how long the calls of a training step take to return.
 ``models``: the whole call at the sizes of other models, against transformers and a floor.
 ``portable``: the whole call by other cards' builds of the kernels, beside this card's own.
 ``quantised``: the whole call on quantised weights, beside bf16 weights and the floor of their bytes.
+``batched``: rows that lie by expert, beside both projections alone and ``torch.bmm``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_batched import TOKENS as BATCHED_TOKENS
+from bench_batched import measure_batched
 from bench_experts import Bench
 from bench_lora import measure_lora
 from bench_models import MODELS, measure_models, report_name
@@ -38,6 +42,7 @@ from bench_timing import free_memory
 from bench_training import measure_host, measure_training
 from readme_table import (
     Report,
+    batched_table,
     experts_table,
     first_call_table,
     heading,
@@ -113,6 +118,7 @@ REGIMES = (
     "models",
     "portable",
     "quantised",
+    "batched",
 )
 EXPERTS_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 # Generation: where reading the hit experts' weights once is the floor.
@@ -130,7 +136,8 @@ SWEEP_TOKENS = tuple(sorted({*(2**i for i in range(16)), *(3 * 2**i for i in ran
     "--tokens",
     callback=parse_tokens,
     help="Numbers of tokens of the experts regime (else 1 to 16384), of the models regime (else 1 to 8192) and of the "
-    "portable and quantised regimes (else 1 to 4096, 1 to 16384). The report holds these rows and no others.",
+    "portable, quantised and batched regimes (else 1 to 4096, 1 to 16384, 1 to 256 of an expert). The report holds "
+    "these rows and no others.",
 )
 @click.option(
     "--models",
@@ -248,6 +255,11 @@ def main(
         tables.append(quantised_table(report))
         del bench
         free_memory()
+    if regime == "batched":
+        bench = Bench(config, device, imported, installed=False)
+        tables.append(batched_table(keep("batched", measure_batched(bench, tokens or BATCHED_TOKENS), bench.failures)))
+        del bench
+        free_memory()
     if regime == "models":
         chosen, counts = models or tuple(MODELS), tokens or MODELS_TOKENS
         found, failed = measure_models(chosen, counts, device)
@@ -255,7 +267,8 @@ def main(
     if regime in ("experts", "decode", "prefill", "sweep", "all"):
         bench = Bench(config, device, imported, installed)
         if regime == "decode":
-            report = keep("decode", bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS), bench.failures)
+            found = bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS, invariant=True)
+            report = keep("decode", found, bench.failures)
             tables.append(skewed_table(report))
         elif regime == "prefill":
             found = {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}

@@ -7,6 +7,7 @@ from typing import Any
 import click
 import torch
 from bench_adapters import installed_contenders, reason
+from bench_invariance import NAME, bits_equal, invariant_contender
 from bench_peers import (
     LAYERS,
     PEER_ERROR_LIMIT,
@@ -116,11 +117,20 @@ class Bench:
                 errors[name] = error
         return graphs, errors
 
-    def experts_row(self, tokens: int, ceilings: Ceilings, routing: str | None = None) -> dict[str, Any]:
-        """One of the ``"rows"`` of ``experts.json``, or of ``"skewed"``."""
+    def experts_row(
+        self, tokens: int, ceilings: Ceilings, routing: str | None = None, invariant: bool = False
+    ) -> dict[str, Any]:
+        """One of the ``"rows"`` of ``experts.json``, or of ``"skewed"``; with ``invariant`` numerics too."""
         cases = make_cases(self.config, self.layers, tokens, routing)
         oracles = [Oracle.of(self.config, case) for case in cases]
-        return self.timed_row(cases, self.contenders(cases), ceilings, oracles)
+        contenders = self.contenders(cases)
+        if not invariant:
+            return self.timed_row(cases, contenders, ceilings, oracles)
+        row = self.timed_row(cases, {**contenders, **invariant_contender(self.config)}, ceilings, oracles)
+        row["bits_equal"] = all(bits_equal(self.config, case) for case in cases[: len(self.layers)])
+        if not row["bits_equal"]:
+            self.failures.append(f"{NAME} gave a token other bits at T={tokens} than in a larger call")
+        return row
 
     def timed_row(
         self,
@@ -149,12 +159,13 @@ class Bench:
         click.echo(f"ceilings: raw read {found.read_tbs} TB/s, bf16 product {found.bf16_tflops} TFLOP/s")
         return found
 
-    def experts(self, tokens: tuple[int, ...], skewed: tuple[int, ...] = ()) -> dict[str, Any]:
-        """What ``experts.json`` holds beside the heading; ``skewed`` counts are measured with each skewed routing."""
+    def experts(self, tokens: tuple[int, ...], skewed: tuple[int, ...] = (), invariant: bool = False) -> dict[str, Any]:
+        """What ``experts.json`` holds beside the heading; ``skewed`` counts are measured with each skewed routing,
+        ``invariant`` numerics without one."""
         ceilings = self.ceilings()
         rows = []
         for count in tokens:
-            rows.append(self.experts_row(count, ceilings))
+            rows.append(self.experts_row(count, ceilings, invariant=invariant))
             echo_row(rows[-1])
         skewed_rows = []
         for count in skewed:

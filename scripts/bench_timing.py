@@ -31,6 +31,8 @@ class Captured(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     outputs: list[Any]
+    made: Sequence[Call]
+    """The calls themselves: a replay reads what they hold, such as indices that were converted for them."""
 
     @property
     def calls(self) -> int:
@@ -54,7 +56,7 @@ def capture(calls: Sequence[Call]) -> Captured:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         outputs = [call() for call in calls]
-    return Captured(graph, outputs)
+    return Captured(graph, outputs, calls)
 
 
 def time_in_turn(

@@ -11,6 +11,7 @@ DEQUANTIZE = ("tests/kernels/test_dequantize.py::test_the_bits_are_torchs",)
 COMBINE = ("tests/kernels/test_combine.py",)
 ROUTE = ("tests/kernels/test_route.py",)
 LOGITS = ("tests/kernels/test_router_logits.py",)
+MANY_LOGITS = ("tests/kernels/test_router_logits_many.py",)
 SORT = ("tests/kernels/test_sort_by_expert.py",)
 LINEAR = ("tests/kernels/test_grouped_linear.py",)
 OUTER = ("tests/kernels/test_grouped_outer.py",)
@@ -27,6 +28,9 @@ EXPERTS = (
 )
 KINDS = ("tests/kernels/test_experts_stream.py::test_every_kind_of_experts",)
 QUANTISED = ("tests/kernels/test_experts_stream_quantised.py",)
+MAPS = ("tests/test_expert_map.py::test_parts_sum_to_the_whole_in_every_backend",)
+PLAN_BATCH = ("tests/kernels/test_plan_batch.py",)
+BATCHES = ("tests/test_batched_experts.py::test_counted_rows_and_no_others",)
 PORTABLE = ("tests/kernels/test_experts_portable.py::test_every_regime",)
 STREAMED_ADAPTERS = (
     "tests/kernels/test_experts_stream_adapters.py::test_every_kind_of_experts",
@@ -44,6 +48,8 @@ GRADIENTS = ("tests/test_experts_backward.py::test_experts_of_any_number_of_slot
 TRAINING = ("tests/test_experts_backward.py::test_the_training_forward_has_the_bits_of_inference",)
 KEPT = ("tests/test_experts_backward.py::test_what_is_kept",)
 PARAMETERS = ("tests/test_module_states.py::test_the_next_call_sees_new_parameters",)
+INVARIANT = ("tests/test_invariance.py::test_every_token_at_every_number_of_tokens_up_to_512",)
+INVARIANT_STREAM = ("tests/test_invariance.py::test_other_cards",)
 BITS = ("tests/test_experts_runtime.py::test_same_bits_whatever_the_memory_held",)
 STREAMS = (
     "tests/test_experts_runtime.py::test_runs_on_the_current_stream",
@@ -203,8 +209,29 @@ MUTATIONS = (
     cuda(
         "half of a sum", "common/warp.cuh", "int offset = 16; offset;", "int offset = 8; offset;", ROUTE, source="route"
     ),
-    cuda("wrong scale", "router_logits.cu", "scales.values[v]))), ROOT)", "scales.values[v]))), 2 * ROOT)", LOGITS),
-    cuda("the sign of epsilon", "router_logits.cu", "/ HIDDEN + EPS", "/ HIDDEN - EPS", LOGITS),
+    cuda(
+        "wrong scale",
+        "common/router_input.cuh",
+        "to_float(scale))), ROOT)",
+        "to_float(scale))), 2 * ROOT)",
+        LOGITS,
+        source="router_logits",
+    ),
+    cuda(
+        "the sign of epsilon",
+        "common/router_input.cuh",
+        "/ HIDDEN + EPS",
+        "/ HIDDEN - EPS",
+        LOGITS,
+        source="router_logits",
+    ),
+    cuda(
+        "another lane's logit",
+        "router_logits_many.cu",
+        "if (lane == t * EXPERTS + e) own",
+        "if (lane == e * TOKENS + t) own",
+        MANY_LOGITS,
+    ),
     cuda(
         "a lane counts itself",
         "sort_by_expert.cu",
@@ -222,10 +249,19 @@ MUTATIONS = (
     cuda(
         "expert E taken for valid",
         "common/pairs.cuh",
-        "expert < NUM_EXPERTS ?",
-        "expert <= NUM_EXPERTS ?",
+        "expert < GLOBAL_EXPERTS ?",
+        "expert <= GLOBAL_EXPERTS ?",
         SORT,
         source="sort_by_expert",
+    ),
+    cuda(
+        "an expert that the map puts past those here taken for valid",
+        "common/pairs.cuh",
+        "expert < NUM_EXPERTS ?",
+        "expert <= NUM_EXPERTS ?",
+        MAPS,
+        source="sort_by_expert",
+        defines=("HAS_EXPERT_MAP=1",),
     ),
     cuda(
         "int64 ids cut to 32 bits",
@@ -478,6 +514,28 @@ MUTATIONS = (
         "block_exclusive_sum((count + TOKENS - 1) / TOKENS,",
         "block_exclusive_sum(count / TOKENS,",
         EXPERTS,
+    ),
+    cuda(
+        "the first slot of the next expert",
+        "plan_batch.cu",
+        "lower < expert; lower += 32",
+        "lower <= expert; lower += 32",
+        PLAN_BATCH,
+    ),
+    cuda(
+        "more rows than there is room for",
+        "plan_batch.cu",
+        "min(max(expert_num_tokens[expert], 0), max_tokens)",
+        "max(expert_num_tokens[expert], 0)",
+        PLAN_BATCH,
+    ),
+    cuda(
+        "rows of a batch stored in slot order",
+        "experts_down_wgmma.cu",
+        "of_rows.first_slot = row_of_slot[tile.first_slot];",
+        "of_rows.first_slot = tile.first_slot;",
+        BATCHES,
+        defines=("SCATTERS=1",),
     ),
     cuda(
         "the last, unfilled chunk of sorted pairs forgotten",
@@ -857,5 +915,19 @@ MUTATIONS = (
         "torch.where(slots < self.offsets[first], output, product)",
         "torch.where(slots <= self.offsets[first], output, product)",
         QUANTISED,
+    ),
+    launcher(
+        "few tokens streamed although their bits are to be those of many",
+        "backends/fused.py",
+        "prefers = is_invariant or prefers_tiles",
+        "prefers = prefers_tiles",
+        INVARIANT,
+    ),
+    launcher(
+        "a regime that splits k for bits that may not depend on the load",
+        "kernels/expert_stream.py",
+        "return planned[-1]",
+        "return planned[bisect.bisect_left(bounds, pairs)]",
+        INVARIANT_STREAM,
     ),
 )

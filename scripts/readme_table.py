@@ -90,6 +90,8 @@ def rows_table(report: Report) -> str:
         "build": portable_table,
         "format": quantised_table,
     }
+    if "vllm_triton" in report["rows"][0].get("ms", {}):
+        return vllm_table(report)
     return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
@@ -297,6 +299,25 @@ def quantised_table(report: Report) -> str:
     return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
 
 
+def batched_table(report: Report) -> str:
+    """The table of ``batched.json``: medians in microseconds, and those of both projections alone and of ``torch.bmm``
+    over them."""
+    rows = []
+    for row in report["rows"]:
+        ours, gemms, bmm = (row["ms"][name]["p50"] for name in ("cupymoe", "gemms", "bmm"))
+        rows.append(
+            [
+                str(row["tokens_per_expert"]),
+                str(row["max_tokens"]),
+                f"{microseconds(ours)} ({ours / gemms:.3f} x gemms)",
+                microseconds(gemms),
+                f"{microseconds(bmm)} ({bmm / ours:.2f}x)",
+                f"{row['error']['cupymoe']:.5f}",
+            ]
+        )
+    return markdown(["tokens an expert", "room for", "us", "gemms us", "bmm us", "error"], rows)
+
+
 def model_table(report: Report) -> str:
     """The table of ``model.json``: medians in milliseconds, a token where decoding, and the peer's over each."""
     names = list(report["cells"][0]["ms"])
@@ -351,6 +372,16 @@ def finetune_table(report: Report) -> str:
         )
     columns = [f"{name} {what}" for what in ("tokens/s", "peak GB", "loss") for name in (peer, ours)]
     return markdown([f"LoRA, {report['layers']} layers", *columns, "difference of noise"], rows)
+
+
+def vllm_table(report: Report) -> str:
+    """The table of ``vllm.json``: medians in microseconds, theirs over ours, and the errors of both."""
+    rows = []
+    for row in report["rows"]:
+        ours, theirs = (row["ms"][name]["p50"] for name in ("cupymoe", "vllm_triton"))
+        errors = [f"{row['error'][name]:.5f}" for name in ("cupymoe", "vllm_triton")]
+        rows.append([str(row["tokens"]), microseconds(ours), f"{microseconds(theirs)} ({theirs / ours:.2f}x)", *errors])
+    return markdown(["tokens", "cupymoe us", "vLLM's Triton us", "error cupymoe", "error vLLM's"], rows)
 
 
 def stale_reports(benchmarks: Path) -> list[str]:

@@ -27,6 +27,7 @@ from cupymoe import (
     LowRank,
     MoEActivation,
     QuantizedWeight,
+    batched_experts,
     fused_experts,
     lora_experts,
     moe_activation,
@@ -50,6 +51,7 @@ from cupymoe.kernels.lora_outer import lora_outer
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.pack_adapter import Copy, pack_adapter
 from cupymoe.kernels.router_logits import router_logits
+from cupymoe.kernels.router_logits_many import router_logits_many
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.ops import experts_call
 from cupymoe.verification.result import relative_error
@@ -105,12 +107,13 @@ def run_activations() -> None:
 
 
 def run_routing() -> None:
-    """router_logits.cu and route.cu."""
+    """router_logits.cu, router_logits_many.cu and route.cu."""
     for dtype in SCALARS:
         states, scale, projection = (
             torch.randn(shape).to(dtype).cuda() for shape in ((9, HIDDEN_SIZE), (HIDDEN_SIZE,), (33, HIDDEN_SIZE))
         )
-        route(router_logits(states, scale, projection, 1e-6), 8, per_expert_scale=scale[:33].contiguous())
+        for compute in (router_logits, router_logits_many):
+            route(compute(states, scale, projection, 1e-6), 8, per_expert_scale=scale[:33].contiguous())
 
 
 def masked_routing(tokens: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,13 +137,14 @@ def run_experts(
     """The fused backend, with masked pairs and an expert without tokens; the results are checked too."""
     weights = expert_weights(num_experts, hidden_size, intermediate_size, dtype)
     cuda_weights = [weight.cuda() for weight in weights]
-    for tokens in counts:
+    # The tiles of few tokens, where there are tiles.
+    invariant = [(1, "invariant")] if hidden_size % 16 == 0 else []
+    for tokens, numerics in [*((tokens, "fast") for tokens in counts), *invariant]:
         states = torch.randn(tokens, hidden_size).to(dtype)
         routed = masked_routing(tokens, num_experts)
         arguments = [tensor.cuda() for tensor in (states, *routed)]
-        output = fused_experts(
-            arguments[0], *cuda_weights, *arguments[1:], activation=MoEActivation.GELU_TANH, backend="fused"
-        )
+        settings = {"activation": MoEActivation.GELU_TANH, "backend": "fused", "numerics": numerics}
+        output = fused_experts(arguments[0], *cuda_weights, *arguments[1:], **settings)
         truth = reference.experts(
             states.double(), *(weight.double() for weight in weights), *routed, MoEActivation.GELU_TANH
         )
@@ -391,6 +395,39 @@ def run_quantised(name: str) -> None:
         assert error < 0.01, f"{name}, {tokens} tokens: relative error {error:.4f}"
 
 
+def run_batches() -> None:
+    """Rows that lie by expert: the weight stream and both cuts of the tiles, also of codes; counts of every kind."""
+    counts = torch.tensor([0, 1, 63, 64, 65, 400, -3, 17], dtype=torch.int32)
+    plain = expert_weights(len(counts), 192, 128, torch.bfloat16)
+    codes = [random_weight("int4_g32", *weight.shape) for weight in plain]
+    for weights, room in product((plain, codes), (3, 100, 380)):
+        doubles = [w.double() if isinstance(w, torch.Tensor) else w.dequantize().cpu() for w in weights]
+        states, out = (torch.randn(len(counts), room, 192).bfloat16() for _ in range(2))
+        output, on_gpu = out.cuda(), [weight.cuda() for weight in weights]
+        batched_experts(states.cuda(), counts.cuda(), *on_gpu, activation=MoEActivation.GELU_TANH, out=output)
+        for expert, count in enumerate(counts.clamp(0, room).tolist()):
+            index, routing = torch.full((count, 1), expert), torch.ones(count, 1)
+            rows, of_expert = states[expert, :count].double(), output[expert].cpu()
+            truth = reference.experts(rows, *doubles, index, routing, MoEActivation.GELU_TANH)
+            assert torch.equal(of_expert[count:], out[expert, count:]), "a row that does not count was written"
+            assert not count or relative_error(of_expert[:count], truth) < 0.01, f"{count} of {room} rows are wrong"
+
+
+def run_mapped_experts() -> None:
+    """Indices of all experts: every block plans for itself, one plans for all, a sort in one launch and in two."""
+    expert_map = torch.randperm(128).sub(64).to(torch.int32)  # half of them are not here
+    weights = expert_weights(64, HIDDEN_SIZE, 48, torch.bfloat16)
+    for tokens in (1, 100, 700, 3000):
+        states, (index, routing) = torch.randn(tokens, HIDDEN_SIZE).bfloat16(), masked_routing(tokens, 128)
+        given = [tensor.cuda() for tensor in (states, *weights, index, routing)]
+        output = fused_experts(*given, activation=MoEActivation.GELU_TANH, expert_map=expert_map.cuda())
+        local = torch.where(index < 128, expert_map[index.clamp(max=127)], -1)
+        doubles = (weight.double() for weight in weights)
+        truth = reference.experts(states.double(), *doubles, local, routing, MoEActivation.GELU_TANH)
+        error = relative_error(output.cpu(), truth)
+        assert error < 0.01, f"{tokens} tokens: relative error {error:.4f}"
+
+
 # What each tool watches, in parts that processes of their own run side by side.
 SUITE = (
     run_activations,
@@ -403,6 +440,8 @@ SUITE = (
     run_packed_factors,
     run_dequantized,
     *(partial(run_quantised, name) for name in QUANTISED),
+    run_batches,
+    run_mapped_experts,
     run_streamed_adapters,
     *(partial(run_build, name) for name in BUILDS),
     *(partial(run_experts, *case, *size) for case, size in product(CASES, SIZES)),

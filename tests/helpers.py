@@ -165,7 +165,7 @@ def every_value(dtype, device="cpu"):
 def poison_free_memory(byte=0xFF):
     """Fill the memory that torch's allocator hands out next; 0xFF is NaN in bf16, fp16 and fp32."""
     torch.cuda.empty_cache()
-    sizes = [512] * 1024 + [2**16] * 128 + [2**20] * 32 + [2**28] * 4
+    sizes = [512] * 1024 + [2**16] * 128 + [2**20] * 32 + [2**22] * 16 + [2**28] * 4
     blocks = [torch.full((size,), byte, dtype=torch.uint8, device="cuda") for size in sizes]
     torch.cuda.synchronize()
     del blocks

@@ -112,12 +112,6 @@ def test_out_is_refused_where_a_gradient_is_asked_for():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"expert_map": torch.arange(6)},
-            ValueError,
-            "expert_map is not served yet: give top_k_index in local",
-        ),
-        ({"numerics": "invariant"}, ValueError, "numerics='invariant' is not served yet: numerics='fast' is"),
         ({"numerics": "exact"}, ValueError, "numerics must be 'fast' or 'invariant', got 'exact'"),
         ({"keep": "output"}, ValueError, "keep must be 'gate_up' or 'input', got 'output'"),
         ({"keep": None}, ValueError, "keep must be 'gate_up' or 'input', got None"),

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from cupymoe import MoEActivation, flops, functional, fused_experts, lora_experts, reference
+from cupymoe import MoEActivation, batched_experts, flops, functional, fused_experts, lora_experts, reference
 from tests.helpers import random_biases, random_experts, run_python
 from tests.test_lora import random_case
 
@@ -101,10 +101,20 @@ def test_biases_are_no_products(trained):
     assert backward == {"gate_up_bias": 1, "down_bias": 0, "hidden_states": 3}[trained] * one
 
 
+def test_every_row_of_a_batch_counts():
+    case, counts = random_experts(3, 4, 16, 8, 2), torch.tensor([0, 5, 2, 9], dtype=torch.int32)
+    states = torch.randn(4, 5, 16)
+    expected = 2 * 4 * 5 * 3 * 16 * 8
+    for leaf, out in ((False, None), (False, torch.empty_like(states)), (True, None)):
+        states.requires_grad_(leaf)
+        call = counted(lambda out=out: batched_experts(states, counts, *case[1:3], activation="gelu_tanh", out=out))
+        assert call[0] == expected
+
+
 def test_router_logits():
     states, scale, projection = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 16), (16,), (7, 16)))
     assert_counts_agree(
-        lambda: torch.ops.cupymoe.router_logits(states, scale, projection, 1e-6),
+        lambda: torch.ops.cupymoe.router_logits(states, scale, projection, 1e-6, "fast"),
         lambda: linear(reference.router_input(states, scale, 1e-6), projection),
         [states, scale, projection],
     )
@@ -142,7 +152,7 @@ import cupymoe, torch
 from torch.utils.flop_counter import FlopCounterMode
 states, projection = torch.randn(5, 16), torch.randn(7, 16)
 with FlopCounterMode(display=False) as counter:
-    torch.ops.cupymoe.router_logits(states, torch.randn(16), projection, 1e-6)
+    torch.ops.cupymoe.router_logits(states, torch.randn(16), projection, 1e-6, "fast")
 print(counter.get_total_flops())
 """
     assert int(run_python(code)) == 2 * 5 * 16 * 7

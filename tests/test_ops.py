@@ -20,6 +20,7 @@ from cupymoe import (
     route,
 )
 from cupymoe import moe_activation as moe_activation_function
+from cupymoe.backends import NUMERICS
 from tests.helpers import (
     WITH_PARAMETERS,
     laid_out,
@@ -103,6 +104,7 @@ def test_every_op_is_checked_here(monkeypatch):
     test_opcheck_router_logits(cpu, torch.float32, requires_grad=False)
     test_opcheck_route(cpu, False, True, torch.float32, None)
     test_opcheck_experts(cpu, torch.float32, requires_grad=False, adapted=(True, True), as_gpt_oss=True)
+    test_opcheck_batched_experts(cpu, "plain")
     registered = {
         name.removeprefix("cupymoe::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
@@ -132,7 +134,8 @@ def test_opcheck_router_logits(device, dtype, requires_grad):
         torch.randn(shape, device=device, dtype=dtype, requires_grad=requires_grad)
         for shape in ((5, 16), (16,), (7, 16))
     )
-    opcheck("router_logits", states, scale, projection, 1e-6)
+    for numerics in NUMERICS:
+        opcheck("router_logits", states, scale, projection, 1e-6, numerics)
     tensors = [tensor.detach() for tensor in (states, scale, projection)]
     opcheck("router_logits_backward", torch.randn(5, 7, device=device, dtype=dtype), *tensors, 1e-6)
 
@@ -146,7 +149,8 @@ def test_opcheck_route(device, requires_grad, renormalize, dtype, scale_dtype):
     scale = None
     if scale_dtype is not None:
         scale = torch.randn(7, device=device, dtype=scale_dtype).requires_grad_(requires_grad)
-    opcheck("route", logits, 3, scale, renormalize)
+    for numerics in NUMERICS:
+        opcheck("route", logits, 3, scale, renormalize, numerics)
     index = torch.stack([torch.randperm(7, device=device)[:3] for _ in range(5)])
     detached = None if scale is None else scale.detach()
     opcheck("route_backward", torch.randn(5, 3, device=device), logits.detach(), index, detached, renormalize)
@@ -192,9 +196,41 @@ def test_opcheck_experts(device, dtype, requires_grad, adapted, as_gpt_oss):
             tensor.requires_grad_(requires_grad)
     opcheck("fused_experts", *tensors, *SETTINGS)
     opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+    opcheck("fused_experts", *tensors, *SETTINGS[:4], "invariant", *SETTINGS[5:])
     if not requires_grad:
         _, *kept = torch.ops.cupymoe.fused_experts_keeping(*tensors, *SETTINGS)
         opcheck("fused_experts_backward", grad, *tensors, *kept, *SETTINGS, needed)
+
+
+@slow_on_cuda
+def test_opcheck_experts_with_a_map(device):
+    case = random_experts(5, 4, 32, 24, 2, device=device)
+    expert_map = torch.tensor([1, -1, 0, 3, 2, 9], device=device)
+    tensors = (*case, *[None] * 4, *NO_BIASES, *UNQUANTISED, expert_map)
+    grad, needed = torch.randn_like(case.hidden_states), [True] * 4 + [False] * 6
+    opcheck("fused_experts_backward", grad, *tensors, *NOTHING_KEPT, *SETTINGS, needed)
+    opcheck("fused_experts_out", *tensors, *SETTINGS, torch.empty_like(case.hidden_states))
+    opcheck("fused_experts", *tensors, *SETTINGS)
+    for tensor in (*case[:3], case.top_k_weights):
+        tensor.requires_grad_()
+    opcheck("fused_experts", *tensors, *SETTINGS)
+    opcheck("fused_experts_keeping", *tensors, *SETTINGS)
+
+
+@slow_on_cuda
+@pytest.mark.parametrize("format", ["plain", "int4_g32"])
+def test_opcheck_batched_experts(device, format):
+    case = random_experts(5, 4, 64, 32, 2, device=device)
+    states = torch.randn(4, 3, 64, device=device)
+    counts = torch.tensor([3, 3, 3, 3], dtype=torch.int32, device=device)  # opcheck compares all that is returned
+    (gate_up, *of_gate_up), (down, *of_down) = (
+        random_weight(format, *weight.shape).to(device).tensors() if format != "plain" else (weight, None, None, None)
+        for weight in case[1:3]
+    )
+    weight_format = "plain" if format == "plain" else f"{format},{format}"
+    arguments = (states, counts, gate_up, down, *of_gate_up, *of_down, "gelu_tanh", weight_format)
+    opcheck("batched_experts", *arguments)
+    opcheck("batched_experts_out", *arguments, torch.zeros_like(states))
 
 
 @slow_on_cuda
@@ -269,7 +305,7 @@ def test_batched_gradients_of_activation(device, activation):
 def test_batched_gradients_of_router(device):
     states, scale, projection = (torch.randn(shape, device=device) for shape in ((2, 16), (16,), (7, 16)))
     assert_batched_gradients_are_each(
-        lambda *tensors: torch.ops.cupymoe.router_logits(*tensors, 1e-6), states, scale, projection
+        lambda *tensors: torch.ops.cupymoe.router_logits(*tensors, 1e-6, "fast"), states, scale, projection
     )
     assert_batched_gradients_are_each(
         lambda logits, scale: route(logits, 3, per_expert_scale=scale)[0],

@@ -17,8 +17,6 @@ for _axis, _value, _ in ROWS:
     AXES.setdefault(_axis, []).append(_value)
 NOT_SERVED = {value for _, value, state in ROWS if state == "not yet"}
 REFUSALS = {
-    "invariant": r"numerics='invariant' is not served yet",
-    "expert_map": r"expert_map is not served yet",
     "batched": r"hidden_states must have shape \[\*, \*\], got \[",
 }
 
@@ -74,7 +72,9 @@ def test_a_cell(device, values):
         case.top_k_index[::2, 0], case.top_k_index[1::3, 1] = -1, 6
         settings["global_num_experts"] = 12
     if cell["experts"] == "expert_map":
-        settings["expert_map"] = torch.arange(6, dtype=torch.int32, device=device)
+        case.top_k_index[::2, 0] = 6  # one that is not here
+        settings["expert_map"] = torch.tensor([5, 3, 1, 0, 2, 4, -1], device=device)
+    local_index = settings["expert_map"][case.top_k_index] if "expert_map" in settings else case.top_k_index
     if cell["numerics"] == "invariant":
         settings["numerics"] = "invariant"
     quantised = []
@@ -101,7 +101,7 @@ def test_a_cell(device, values):
         for tensor in (*tensors[:1], *(() if quantised else tensors[1:3]), *tensors[3:], *biases.values())
         if tensor.is_floating_point()
     ]
-    output, expected = call(*tensors, **biases), truth(tensors, biases)
+    output, expected = call(*tensors, **biases), truth([*tensors[:3], local_index, *tensors[4:]], biases)
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
     if cell["direction"] == "backward":
         grad = torch.randn_like(output)

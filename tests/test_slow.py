@@ -59,6 +59,12 @@ def said(*calls, name="auto"):
         ),
         ((9, 0), {"dtype": torch.float32, "aligned_weights": False}, "simt", f"padded), and {CAST}"),
         ((9, 0), {"num_experts": 1025}, "reference", "No change of dtype, alignment or padding would"),
+        (
+            (9, 0),
+            {"numerics": "invariant", "adapter_rank": 256},
+            "simt",
+            "To have it fast, ask for numerics='fast'.",
+        ),
         ((7, 5), {}, "reference", "No change of dtype, alignment or padding would"),
     ],
 )

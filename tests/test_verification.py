@@ -13,7 +13,7 @@ from cupymoe.backends.reference import ReferenceBackend
 from cupymoe.cli import main
 from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.jit import CompileError
-from cupymoe.verification import activations, compilation, experts, routing, transformers_peer
+from cupymoe.verification import activations, batched, compilation, experts, routing, transformers_peer
 from cupymoe.verification.experts import Errors
 from cupymoe.verification.result import SHAPES, Setting
 from cupymoe.warmup import NUM_TOKENS
@@ -239,11 +239,47 @@ def test_a_result_that_changes_with_many_tokens_alone_is_seen(monkeypatch):
     }
 
 
+BATCH = "a batch with room for 8 rows of each expert against float64"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [
+        (lambda out, counts: None, "pass"),
+        (lambda out, counts: out[int(counts.argmax()), 0].mul_(3), "fail"),
+        (lambda out, counts: out[int(counts.argmin()), -1].add_(1), "fail"),
+    ],
+    ids=["right", "a row wrong", "a row written that does not count"],
+)
+def test_a_batch_is_compared_and_other_rows_are_looked_at(monkeypatch, wrong, status):
+    right = batched.batched_experts
+
+    def faulty(states, counts, *weights, out, **settings):
+        right(states, counts, *weights, out=out, **settings)
+        wrong(out, counts)
+
+    monkeypatch.setattr(batched, "batched_experts", faulty)
+    assert outcomes(batched.checks(small("cpu")), "batch") == {BATCH: status}
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_token_whose_bits_depend_on_the_others_is_seen(monkeypatch, changes):
+    right = ReferenceBackend.forward
+
+    def forward(self, call, *arguments):
+        output = right(self, call, *arguments)
+        return output * 1.01 if changes and call.is_invariant() and call.num_tokens == 7 else output
+
+    monkeypatch.setattr(ReferenceBackend, "forward", forward)
+    name = "a token has the bits of any other call where numerics are invariant"
+    assert outcomes(experts.checks(small("cpu")), "invariant") == {name: "fail" if changes else "pass"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_pass_in_every_regime(dtype):
     with torch.inference_mode():
-        results = list(experts.checks(small("cuda", dtype)))
+        results = [*experts.checks(small("cuda", dtype)), *batched.checks(small("cuda", dtype))]
     assert [result for result in results if result.status == "fail"] == []
     assert len(outcomes(results, r"float64.*\(reference\)")) == len({1, 7, 64, *NUM_TOKENS})
     assert len(outcomes(results, "replay")) == 2

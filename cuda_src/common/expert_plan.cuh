@@ -1,5 +1,5 @@
 // Which tokens go to which expert: slots are the kept (token, k) pairs ordered by expert, then by pair, and a chunk is up
-// to TOKENS neighbouring slots of one expert. A masked pair (index outside [0, NUM_EXPERTS)) has no slot.
+// to TOKENS neighbouring slots of one expert. A masked pair (its expert is not one of the NUM_EXPERTS here) has no slot.
 #pragma once
 #include "pairs.cuh"
 
@@ -25,9 +25,9 @@ struct SmallPlan {
     int pair_of_slot[INLINE_PAIRS];
 };
 
-__device__ __forceinline__ Plan make_small_plan(const INDEX* top_k_index, u32 num_pairs, SmallPlan& plan, int* slot_of_pair) {
-    u32 pair = threadIdx.x;
-    int expert = expert_of(top_k_index, pair, num_pairs);
+__device__ __forceinline__ Plan make_small_plan(const Routing& routing, SmallPlan& plan, int* slot_of_pair) {
+    u32 pair = threadIdx.x, num_pairs = routing.num_pairs;
+    int expert = routing.expert_of(pair);
     u32 key = expert < 0 ? ~0u : expert * INLINE_PAIRS + pair;
     if (pair < INLINE_PAIRS) plan.keys[pair] = key;
     __syncthreads();

@@ -42,16 +42,17 @@ __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return tile_d
 #endif
 
 #define EIGHT(I) "+f"(sums[I]), "+f"(sums[I + 1]), "+f"(sums[I + 2]), "+f"(sums[I + 3]), "+f"(sums[I + 4]), "+f"(sums[I + 5]), "+f"(sums[I + 6]), "+f"(sums[I + 7])
-#define SUMS_64 EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
+#define SUMS_48 EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40)
+#define SUMS_64 SUMS_48, EIGHT(48), EIGHT(56)
 #define SUMS_72 SUMS_64, EIGHT(64)
 #define SUMS_80 SUMS_72, EIGHT(72)
 #define SUMS_88 SUMS_80, EIGHT(80)
 #define SUMS_96 SUMS_88, EIGHT(88)
+#define NAMES_48 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NAMES_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-    "%62, %63"
+    NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define NAMES_88 NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
@@ -60,7 +61,9 @@ __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return tile_d
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, " ADD ", 0;\n"                                                   \
                  "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, " TRANSPOSE_A ", " TRANSPOSE_B ";\n}" \
                  : OUTPUTS : "l"(a), "l"(b), "r"((u32)add) : "memory")
-#if BLOCK_N == 128
+#if BLOCK_N == 96
+#define WGMMA(TYPE) PRODUCT("m64n96k16", TYPE, SUMS_48, NAMES_48, "%48", "%49", "%50")
+#elif BLOCK_N == 128
 #define WGMMA(TYPE) PRODUCT("m64n128k16", TYPE, SUMS_64, NAMES_64, "%64", "%65", "%66")
 #elif BLOCK_N == 144
 #define WGMMA(TYPE) PRODUCT("m64n144k16", TYPE, SUMS_72, NAMES_72, "%72", "%73", "%74")
@@ -71,7 +74,7 @@ __device__ __forceinline__ u64 tile_descriptor_of_b(u32 address) { return tile_d
 #elif BLOCK_N == 192
 #define WGMMA(TYPE) PRODUCT("m64n192k16", TYPE, SUMS_96, NAMES_96, "%96", "%97", "%98")
 #else
-#error "BLOCK_N must be 128, 144, 160, 176 or 192"
+#error "BLOCK_N must be 96, 128, 144, 160, 176 or 192"
 #endif
 
 // sums = (add ? sums : 0) + A B^T over 16 k.

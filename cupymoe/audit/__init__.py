@@ -41,6 +41,8 @@ def prepare(name: str, activation: str, dtype: torch.dtype, device: torch.device
 
 def audit(subject: Subject) -> Iterator[Finding]:
     """Every property, one after the other. Masked ids come last: on CUDA they may end in a device-side assertion."""
+    if subject.target.asked is not None:
+        yield probes.asked(subject, subject.target.asked)
     order = _guarded("gate order", functools.partial(probes.gate_order, subject))
     yield order
     layout, found = order.measured.get("layout"), None

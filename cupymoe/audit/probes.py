@@ -20,6 +20,7 @@ from cupymoe.audit.measured import (
     Finding,
     Status,
     Subject,
+    candidate_name,
     label,
     random_case,
     relative,
@@ -31,6 +32,17 @@ _SIGMAS = 6  # by how much a measurement must exclude a candidate
 _COARSE = 0.02  # relative; no rounding of a 16-bit dtype is that far off in norm
 _ROUNDINGS = 100  # eps; a float32 result that is further off is not only rounded (a 16-bit one contradicts before)
 _REPEATS = 10
+
+
+def asked(subject: Subject, activation: str) -> Finding:
+    """What the code of the model asks for, whatever is computed then: a stack's paths may not agree on a name."""
+    try:
+        name = candidate_name(activation)
+    except ValueError:
+        name = activation
+    status: Status = "ok" if name == subject.activation else "contradicts"
+    detail = f"the model's code asks its experts for {activation!r}"
+    return Finding("asked for", label(name), status, detail, label(subject.activation))
 
 
 def gate_order(subject: Subject) -> Finding:

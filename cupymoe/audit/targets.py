@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from cupymoe.audit.hosts import HOSTS
 from cupymoe.functional import fused_experts
 from cupymoe.verification.transformers_peer import experts_of
 
 # hidden_states [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], top_k_index and top_k_weights [T, K] -> [T, H]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-FORMS = "'cupymoe', 'transformers:NAME' or 'package.module:function'"
+FORMS = "'cupymoe', 'transformers:NAME', 'vllm', 'sglang' or 'package.module:function'"
 
 
 class TargetError(Exception):
@@ -31,6 +32,8 @@ class Target:
 
     name: str
     experts: Experts
+    asked: str | None = None
+    """The activation that the code of the model asks the implementation for; None: the config's."""
 
     def __call__(
         self,
@@ -63,6 +66,11 @@ def resolve(name: str, activation: str) -> Target:
     """
     if name == "cupymoe":
         return Target(name, _cupymoe(activation))
+    if name in HOSTS:
+        try:
+            return Target(name, *HOSTS[name](activation))
+        except (Exception, SystemExit) as error:  # foreign code, perhaps of another release
+            raise TargetError(f"{name} can't be run here: {type(error).__name__}: {error}") from error
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise TargetError(f"{name!r} is not {FORMS}")

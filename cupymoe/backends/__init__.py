@@ -16,6 +16,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.load import Load
+from cupymoe.reference import work_dtype
 from cupymoe.weights.format import PLAIN
 
 _log = logging.getLogger("cupymoe")
@@ -23,6 +24,10 @@ _log = logging.getLogger("cupymoe")
 Direction = Literal["forward", "backward"]
 """Of a call: its output, or the gradients of its tensors."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+NUMERICS = ("fast", "invariant")
+"""What a caller may ask of the bits of an output: see :func:`cupymoe.fused_experts`."""
+INVARIANT = "invariant"
 
 
 class ExpertsCall(NamedTuple):
@@ -57,11 +62,18 @@ class ExpertsCall(NamedTuple):
     """Whether either projection has a bias."""
     weight_format: str = PLAIN
     """``"plain"``, or where a weight is quantised both formats: ``"int4_g32,int4_g32"``, ``"fp8_g128,plain"``."""
+    numerics: str = "fast"
+    """One of :data:`NUMERICS`."""
 
     @property
     def load(self) -> Load:
         """How much work it is."""
         return Load.of(self.num_tokens, self.top_k, self.num_experts, self.global_num_experts)
+
+    def is_invariant(self, direction: Direction = "forward") -> bool:
+        """Whether the bits of a token may depend on nothing but the token, its experts and their weights. Gradients of
+        weights are sums over tokens, and are never asked for so."""
+        return self.numerics == INVARIANT and direction == "forward"
 
 
 class ExpertsTensors(NamedTuple):
@@ -75,7 +87,7 @@ class ExpertsTensors(NamedTuple):
     down_proj: torch.Tensor
     """``[E, H, I]``"""
     top_k_index: torch.Tensor
-    """``[T, K]`` int32 or int64; at least one pair."""
+    """``[T, K]`` int32 or int64; at least one pair. Of the experts that are here, or with ``expert_map`` of all."""
     top_k_weights: torch.Tensor
     """``[T, K]`` float32, float64 where ``hidden_states`` is."""
     gate_up_a: torch.Tensor | None = None
@@ -99,6 +111,56 @@ class ExpertsTensors(NamedTuple):
     """The same of ``down_proj``."""
     down_zeros: torch.Tensor | None = None
     down_row_scales: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    """``[global experts]`` int32 or int64: what each expert that ``top_k_index`` chooses from is here; one outside of
+    ``[0, E)`` is not here. None: it is itself."""
+
+
+class BatchTensors(NamedTuple):
+    """The tensors of a batch of the experts, checked and contiguous but for weights, as :class:`ExpertsTensors`."""
+
+    hidden_states: torch.Tensor
+    """``[E, max_tokens, H]``, at least one row: the rows of each expert, of which the first ones count."""
+    expert_num_tokens: torch.Tensor
+    """``[E]`` int32: how many of them; none where negative, all where more than there are."""
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate_up_scales: torch.Tensor | None = None
+    gate_up_zeros: torch.Tensor | None = None
+    gate_up_row_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
+    down_zeros: torch.Tensor | None = None
+    down_row_scales: torch.Tensor | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of an expert, those that don't count too."""
+        return self.hidden_states.shape[1]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """``[E * max_tokens, H]``"""
+        return self.hidden_states.flatten(0, 1)
+
+    @property
+    def scale_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """Of the scales of groups of both weights, where they are quantised in such a format."""
+        gate_up, down = self.gate_up_scales, self.down_scales
+        return None if gate_up is None else gate_up.dtype, None if down is None else down.dtype
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """``[E, max_tokens]`` bool: which rows count."""
+        places = torch.arange(self.max_tokens, device=self.expert_num_tokens.device)
+        return places < self.expert_num_tokens.unsqueeze(1)
+
+    def as_routed(self) -> ExpertsTensors:
+        """The same as rows that each chose one expert, with a weight of one; those that don't count are masked."""
+        experts = torch.arange(len(self.expert_num_tokens), device=self.expert_num_tokens.device)
+        index = torch.where(self.counted, experts.unsqueeze(1), -1).view(-1, 1)
+        weights = torch.ones(index.shape, dtype=work_dtype(self.hidden_states.dtype), device=index.device)
+        of_weights = dict(zip(self._fields[4:], self[4:], strict=True))
+        return ExpertsTensors(self.rows, self.gate_up_proj, self.down_proj, index, weights, **of_weights)
 
 
 class Kept(NamedTuple):
@@ -115,7 +177,9 @@ class Kept(NamedTuple):
 
 
 _OF_QUANTISED = tuple(name for name in ExpertsTensors._fields if name.endswith(("_scales", "_zeros")))
-DIFFERENTIABLE = tuple(name for name in ExpertsTensors._fields if name not in ("top_k_index", *_OF_QUANTISED))
+DIFFERENTIABLE = tuple(
+    name for name in ExpertsTensors._fields if name not in ("top_k_index", "expert_map", *_OF_QUANTISED)
+)
 """Names of the tensors that have a gradient, in their order."""
 
 
@@ -210,7 +274,12 @@ def check_name(name: str) -> None:
 
 
 def serving(call: ExpertsCall, direction: Direction = "forward") -> Backend:
-    """The first backend that serves a direction of a call, or one that is faster; the last one serves every call."""
+    """The first backend that serves a direction of a call, or one that is faster; the last one serves every call.
+
+    Where the bits of a token may not depend on the others, whoever serves one token is asked for any number of them.
+    """
+    if call.is_invariant(direction):
+        call = call._replace(num_tokens=1)
     first = next(backend for backend in registry().values() if backend.unsupported_reason(call, direction) is None)
     faster = registry().get(first.faster(call, direction) or "")
     return first if faster is None or faster.unsupported_reason(call, direction) is not None else faster
@@ -233,8 +302,9 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     backend serves the call on a CUDA device, and it was not named, this says so.
 
     Raises:
-        ValueError: the named backend is unknown or does not serve the call; the message says why. Or
-            ``CUPYMOE_ON_SLOW`` is set to something unknown.
+        ValueError: the named backend is unknown or does not serve the call; the message says why. Or numerics are
+            invariant, and the backend that serves a single token does not serve so many. Or ``CUPYMOE_ON_SLOW`` is set
+            to something unknown.
         RuntimeError: ``CUPYMOE_ON_SLOW`` is ``error`` and only a slow backend serves the call.
     """
     from cupymoe.backends import slow
@@ -247,6 +317,11 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
         if direction == "forward":
             raise ValueError(f"backend {name!r} does not serve this call: {reason}")
     chosen = serving(call, direction)
+    if call.is_invariant(direction) and (reason := chosen.unsupported_reason(call)) is not None:
+        raise ValueError(
+            f"numerics='invariant' has backend {chosen.name!r} compute these experts for every number of tokens, and "
+            f"it does not serve {call.num_tokens}: {reason}"
+        )
     slow.check(call, chosen, direction)
     return _logged(chosen, call, direction)
 

@@ -314,6 +314,15 @@ def dequantised(call: ExpertsCall) -> str:
     return "" if call.weight_format == PLAIN else ", weights dequantised a few experts at a time"
 
 
+def in_local_experts(tensors: ExpertsTensors) -> ExpertsTensors:
+    """The same with ``top_k_index`` of the experts that are here and no map, where there is one."""
+    if tensors.expert_map is None:
+        return tensors
+    index, count = tensors.top_k_index, len(tensors.expert_map)
+    local = tensors.expert_map[index.clamp(0, count - 1)]
+    return tensors._replace(top_k_index=torch.where((index >= 0) & (index < count), local, -1), expert_map=None)
+
+
 def on_demand(call: ExpertsCall, tensors: ExpertsTensors) -> ExpertsTensors:
     """The same with a :class:`WeightOnDemand` for each weight that is quantised, which stands in for a tensor."""
     if call.weight_format == PLAIN:
@@ -454,11 +463,13 @@ class RowsBackend:
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
+        tensors = in_local_experts(tensors)
         rows = self.rows(tensors.top_k_index, call.num_experts)
         return forward(rows, call, on_demand(call, tensors), out)[0]
 
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""
+        tensors = in_local_experts(tensors)
         output, kept = forward(self.rows(tensors.top_k_index, call.num_experts), call, on_demand(call, tensors))
         lows = (None if low is None else low.to(call.dtype) for low in kept[1:])
         return output, Kept(kept.gate_up.to(call.dtype), *lows)
@@ -472,5 +483,6 @@ class RowsBackend:
         needed: Sequence[bool],
     ) -> tuple[torch.Tensor | None, ...]:
         """See :class:`cupymoe.backends.Backend`."""
+        tensors = in_local_experts(tensors)
         rows = self.rows(tensors.top_k_index, call.num_experts)
         return backward(rows, call, on_demand(call, tensors), kept if self.uses_gate_up else None, grad, needed)

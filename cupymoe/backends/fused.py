@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from cupymoe.backends import (
+    BatchTensors,
     Direction,
     ExpertsCall,
     ExpertsTensors,
     Kept,
     ampere_reason,
     fused_backward,
+    fused_batched,
     row_packs_reason,
 )
 from cupymoe.backends.fused_adapters import packed_adapters, step
@@ -22,6 +24,7 @@ from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.coded_tiles import TILE_SLOTS, Scales
 from cupymoe.kernels.combine import combine, combine_workspace
+from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
@@ -91,7 +94,7 @@ class FusedBackend:
             return f"its kernels take adapters of ranks up to {MAX_RANK}, not {call.adapter_rank}"
         arch = self.arch(call.device)
         not_tiled = tiles_reason(call.load, call.hidden_size, arch, call.weight_format)
-        if direction == "backward":
+        if direction == "backward" or (call.is_invariant() and arch.wgmma):
             return not_tiled
         not_streamed = stream_reason(call.load, arch, call.weight_format)
         return f"{not_streamed}, and {not_tiled}" if not_streamed and not_tiled else None
@@ -112,8 +115,10 @@ class FusedBackend:
             if direction == "forward" and formats_of(call.weight_format)[0] is not None:
                 return f"tiles of up to {TILE_SLOTS} rows, decoded in registers in the gate_up projection"
             blocks, products = cut(call.load, call.intermediate_size)
-            return f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
-        return f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
+            way = f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
+        else:
+            way = f"weight stream, chunks of up to {_regime(call, arch).tokens} tokens"
+        return f"{way}, with the same bits for every number of tokens" if call.is_invariant(direction) else way
 
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`cupymoe.backends.Backend`."""
@@ -136,6 +141,20 @@ class FusedBackend:
             return tiles(call, tensors, out, kept)
         return stream(call, tensors, out, kept, arch)
 
+    def forward_batch(self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
+        """Write the rows that count of ``output``, ``[E * max_tokens, H]``, contiguous and 16-byte aligned.
+
+        Args:
+            call: as of rows that each chose one expert, which it serves.
+            batch: what is computed.
+            output: where it goes.
+        """
+        arch = self.build or _arch_of(batch.hidden_states.get_device())
+        if _is_tiled(call, arch):
+            fused_batched.tiles(call, batch, output)
+        else:
+            fused_batched.stream(call, batch, output, arch)
+
     def backward(
         self,
         call: ExpertsCall,
@@ -155,14 +174,21 @@ def _arch_of(device: int) -> Arch:
 
 
 def _is_tiled(call: ExpertsCall, arch: Arch) -> bool:
-    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format)
+    return takes_tiles(call.load, call.hidden_size, arch, call.weight_format, is_invariant=call.is_invariant())
 
 
 @functools.lru_cache(maxsize=4096)
-def takes_tiles(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN) -> bool:
-    """Whether a call that the backend serves goes by tiles; else it is streamed."""
+def takes_tiles(
+    load: Load, hidden_size: int, arch: Arch = HOPPER, weight_format: str = PLAIN, *, is_invariant: bool = False
+) -> bool:
+    """Whether a call that the backend serves goes by tiles; else it is streamed.
+
+    Where it ``is_invariant``, that does not depend on the load: however tiles are cut, an output is one sum over
+    ascending k, with the same bits.
+    """
     has_codes = weight_format != PLAIN
-    prefers = prefers_tiles(load, has_codes=has_codes) or stream_reason(load, arch, weight_format) is not None
+    prefers = is_invariant or prefers_tiles(load, has_codes=has_codes)
+    prefers = prefers or stream_reason(load, arch, weight_format) is not None
     return prefers and tiles_reason(load, hidden_size, arch, weight_format) is None
 
 
@@ -193,8 +219,14 @@ def _format_reason(weight_format: str) -> str | None:
 
 
 def _regime(call: ExpertsCall, arch: Arch) -> Regime:
-    has_codes = call.weight_format != PLAIN
-    return regime(call.load, call.intermediate_size, arch, has_adapter=call.adapter_rank > 0, has_codes=has_codes)
+    return regime(
+        call.load,
+        call.intermediate_size,
+        arch,
+        has_adapter=call.adapter_rank > 0,
+        has_codes=call.weight_format != PLAIN,
+        is_invariant=call.is_invariant(),
+    )
 
 
 def stream(
@@ -217,6 +249,7 @@ def stream(
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     of_gate_up, of_down = packed_adapters(call, tensors)
+    expert_map = tensors.expert_map
     chosen = _regime(call, arch)
     is_sorted = not chosen.inline_pairs and not plans_at_once(call.load, arch)
     stored = stored_weights(call, tensors)
@@ -239,6 +272,7 @@ def stream(
         arch,
         is_sorted,
         *stored,
+        expert_map=map_kind(expert_map) if chosen.inline_pairs else None,
     )
     workspace = new_workspace(hidden_states, shape, top_k_index.numel())
     up_factor = down_factor = gate_up = None
@@ -247,21 +281,24 @@ def stream(
         workspace = workspace.keeping(*lows)
     output = torch.empty_like(hidden_states) if out is None else out
     if is_sorted:
-        pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+        pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts, expert_map=expert_map)
         plan_chunks(pairs.expert_offsets, chosen.tokens, workspace, arch)
         workspace = workspace.of_sorted(pairs.token_of_slot, pairs.slot_of_pair)
     elif not chosen.inline_pairs:
-        plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch)
+        plan_experts(top_k_index, call.num_experts, chosen.tokens, workspace, arch, expert_map)
     if of_gate_up is not None:
-        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states)
+        lora_shrink_chunks(of_gate_up.a, top_k_index, shape, workspace, hidden_states, expert_map)
         up_factor = of_gate_up.b
     of_codes = tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales
-    experts_up(hidden_states, gate_up_proj, top_k_index, shape, workspace, gate_up_bias, gate_up, up_factor, *of_codes)
+    arguments = (top_k_index, shape, workspace)
+    experts_up(
+        hidden_states, gate_up_proj, *arguments, gate_up_bias, gate_up, up_factor, *of_codes, expert_map=expert_map
+    )
     if of_down is not None:
-        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace)
+        lora_shrink_chunks(of_down.a, top_k_index, shape, workspace, None, expert_map)
         down_factor = of_down.b
     of_codes = tensors.down_scales, tensors.down_zeros, tensors.down_row_scales
-    experts_down(down_proj, top_k_index, shape, workspace, down_bias, down_factor, *of_codes)
+    experts_down(down_proj, *arguments, down_bias, down_factor, *of_codes, expert_map=expert_map)
     combine_workspace(shape, workspace, top_k_weights, output)
     return output
 
@@ -281,7 +318,7 @@ def tiles(
     """The way for many tokens, with the arguments of :func:`stream`."""
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
-    pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts)
+    pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts, expert_map=tensors.expert_map)
     of_gate_up, of_down = packed_adapters(call, tensors, pairs)
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
@@ -298,7 +335,7 @@ def tiles(
         expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
     else:
         expert_output = experts_down_codes_wgmma(intermediate, down_proj, of_down_codes, pairs, shape, down_bias)
-    return combine(expert_output, pairs.slot_of_pair, top_k_weights, out)
+    return combine(expert_output, pairs.slot_of_pair, top_k_weights, out, few=shape.few_pairs > 0)
 
 
 def _scales_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Scales | None, Scales | None]:

@@ -20,10 +20,10 @@ import torch
 
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import lay_out_gradients
-from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias
+from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias, in_local_experts
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
 from cupymoe.kernels.combine import combine
-from cupymoe.kernels.expert_tiles import TileShape, cut, tile_shape_of
+from cupymoe.kernels.expert_tiles import TileShape, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_outer_wgmma import experts_outer_wgmma
@@ -73,6 +73,7 @@ def _tile_shape(
         keeps_gate_up,
         *ranks,
         *stored,
+        few_pairs=few_pairs(call.load) if call.is_invariant() else 0,
     )
 
 
@@ -109,7 +110,9 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """See :meth:`cupymoe.backends.Backend.backward`."""
     of_states, of_up, of_down, of_weights, of_up_a, of_up_b, of_down_a, of_down_b, of_up_bias, of_down_bias = needed
-    pairs = sort_by_expert(tensors.top_k_index, call.num_experts, tensors.top_k_weights)
+    if call.has_bias:  # whose gradients are computed by torch
+        tensors = in_local_experts(tensors)
+    pairs = sort_by_expert(tensors.top_k_index, call.num_experts, tensors.top_k_weights, tensors.expert_map)
     assert pairs.weight_of_slot is not None
     states, shape = tensors.hidden_states, tile_shape(call, tensors)
     grads: dict[str, torch.Tensor | None] = {}

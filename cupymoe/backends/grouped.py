@@ -23,6 +23,8 @@ class GroupedBackend(RowsBackend):
         """What torch's grouped GEMM and the sort can't do, in either direction."""
         if (reason := ampere_reason(call)) is not None:
             return reason
+        if call.is_invariant(direction):
+            return "torch's grouped GEMM may sum in another order for another number of tokens"
         if call.dtype != torch.bfloat16:
             return f"torch's grouped GEMM runs without a host sync in bfloat16 only, not in {call.dtype}"
         if (reason := row_packs_reason(call)) is not None:

@@ -107,6 +107,7 @@ _CHANGES = (
             "intermediate_size": -(-call.intermediate_size // 8) * 8,
         },
     ),
+    _Change("ask for numerics='fast'", lambda call: {"numerics": "fast"}),
 )
 _IN_VAIN = "No change of dtype, alignment or padding would make a fast backend serve it."
 

@@ -12,6 +12,11 @@ from cupymoe.weights.quantized import QuantizedWeight
 
 EXPERTS_IMPLEMENTATION = "cupymoe"
 """The name that transformers knows us by."""
+NUMERICS_OF: dict[str | None, str] = {
+    EXPERTS_IMPLEMENTATION: "fast",
+    f"{EXPERTS_IMPLEMENTATION}_invariant": "invariant",
+}
+"""That name, and the one that asks for other numerics: see :func:`cupymoe.fused_experts`."""
 
 KEEP = "_cupymoe_keep"
 """The attribute of an experts module of transformers that holds its ``keep``, where somebody has set one."""
@@ -26,8 +31,14 @@ def keep_of(experts: Any) -> str:
 
 
 def is_set_to_cupymoe(experts: Any) -> bool:
-    """Whether an experts module of transformers computes with ``experts_implementation="cupymoe"``."""
-    return getattr(getattr(experts, "config", None), "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
+    """Whether an experts module of transformers computes with ``experts_implementation="cupymoe"``, or with
+    ``"cupymoe_invariant"``."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) in NUMERICS_OF
+
+
+def numerics_of(experts: Any) -> str:
+    """What the calls of a module of transformers ask for: experts that are set to cupymoe, or a router beside them."""
+    return NUMERICS_OF.get(getattr(experts.config, "_experts_implementation", None), "fast")
 
 
 def are_experts_set_to_cupymoe(module: Any) -> bool:

@@ -12,6 +12,7 @@ from transformers.models.gemma4 import modeling_gemma4
 from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, check_replaceable, let_compute_as, own_forward, runs_as
+from cupymoe.integrations import numerics_of
 from cupymoe.integrations.transformers import served
 from cupymoe.modules import Gemma4Router
 
@@ -66,6 +67,11 @@ class Gemma4TextRouter(Gemma4Router, modeling_gemma4.Gemma4TextRouter):  # type:
 
     Its ``config`` and ``norm`` stay transformers' own, and each call reads them, as it does in transformers.
     """
+
+    @property
+    def numerics(self) -> str:  # type: ignore[override]
+        """As ``experts_implementation`` says, for the experts and the routers of a model."""
+        return numerics_of(self)
 
     @property
     def _eps(self) -> float:

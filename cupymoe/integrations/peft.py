@@ -22,7 +22,7 @@ from cupymoe.adapter_copies import AdapterCopy, Adapters, are_stand_ins_about
 from cupymoe.customisation import has_hooks, let_compute_as, own_forward, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import lora_experts
-from cupymoe.integrations import dtype_beside, is_set_to_cupymoe, keep_of
+from cupymoe.integrations import dtype_beside, is_set_to_cupymoe, keep_of, numerics_of
 from cupymoe.lora import LowRank
 from cupymoe.weights.quantized import QuantizedWeight, Weight
 
@@ -31,12 +31,12 @@ _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 def _arguments(experts: Any) -> tuple[tuple[Weight, Weight], dict[str, Any]] | None:
     """The weights and the other settings of a call of experts that are ours to compute now: our module, or
-    transformers' under ``"cupymoe"``; else None."""
+    transformers' under ``"cupymoe"`` or ``"cupymoe_invariant"``; else None."""
     if isinstance(experts, MoEExperts):
         if experts.backend != "auto":
             return None
         gate_up_proj, down_proj, gate_up_bias, down_bias = experts.projections()
-        activation, keep = experts.activation, experts.keep
+        activation, keep, numerics = experts.activation, experts.keep, experts.numerics
     elif is_set_to_cupymoe(experts):
         from cupymoe.integrations.transformers import served
 
@@ -44,11 +44,11 @@ def _arguments(experts: Any) -> tuple[tuple[Weight, Weight], dict[str, Any]] | N
             gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)
         except ValueError as error:
             raise ValueError(f"{path_of(experts)}: {error}") from None
-        keep = keep_of(experts)
+        keep, numerics = keep_of(experts), numerics_of(experts)
     else:
         return None
-    settings = {"activation": activation, "gate_up_bias": gate_up_bias, "down_bias": down_bias, "keep": keep}
-    return (gate_up_proj, down_proj), settings
+    biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    return (gate_up_proj, down_proj), {"activation": activation, **biases, "numerics": numerics, "keep": keep}
 
 
 def _names(wrapper: layer.ParamWrapper) -> list[str]:

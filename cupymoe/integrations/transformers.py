@@ -3,7 +3,9 @@
 ``from_pretrained(..., experts_implementation="cupymoe")`` and ``model.set_experts_implementation("cupymoe")`` then work
 for every kind of experts that transformers has, gated or not, with biases or without, transposed or not, gate and up
 interleaved or not, if their gating function is an activation of :class:`cupymoe.MoEActivation`; others are refused by
-name (docs/models.md lists both). What their calls keep for the gradients is :func:`cupymoe.set_keep`'s to say.
+name (docs/models.md lists both). ``"cupymoe_invariant"`` computes the same with ``numerics="invariant"``: the bits of a
+token do not depend on what else is in the batch, in training or inference (docs/invariance.md). What the calls keep for
+the gradients is :func:`cupymoe.set_keep`'s to say.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from cupymoe.checks import check_module
 from cupymoe.customisation import as_written, has_hooks, hooks_of, is_wrapper, path_of
 from cupymoe.experts import MoEExperts, as_out_in
 from cupymoe.functional import fused_experts
-from cupymoe.integrations import EXPERTS_IMPLEMENTATION, are_experts_set_to_cupymoe, dtype_beside, fp8, keep_of
+from cupymoe.integrations import (
+    EXPERTS_IMPLEMENTATION,
+    NUMERICS_OF,
+    are_experts_set_to_cupymoe,
+    dtype_beside,
+    fp8,
+    keep_of,
+)
 from cupymoe.integrations.gates import activation_of_gate, is_softcapped_swiglu, with_values
 from cupymoe.integrations.loading import load_model
 from cupymoe.parameters import DTYPES
@@ -236,7 +245,12 @@ def _parameters(experts: Any) -> tuple[Weight, Weight, torch.Tensor | None, torc
 
 
 def experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    numerics: str = "fast",
 ) -> torch.Tensor:
     """transformers' experts call: ``[T, H]``, ``[T, K]``, ``[T, K]`` -> ``[T, H]``, in the dtype of ``hidden_states``.
 
@@ -265,6 +279,7 @@ def experts_forward(
         activation=activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        numerics=numerics,
         keep=keep_of(self),
         global_num_experts=_global_num_experts(self, down_proj.shape[0]),
     )
@@ -290,7 +305,8 @@ def replace_routers(model: nn.Module) -> int:
     whose ``eps`` and hooks are obeyed, and their config, of which ``top_k_experts`` is read in each call;
     ``output_router_logits`` goes on to work. The experts chosen are transformers' but for exact ties, which go to the
     lower index (docs/numerics.md), and, up to 32 tokens on CUDA, for logits that differ by the last bit
-    (docs/routing.md).
+    (docs/routing.md). With ``experts_implementation="cupymoe_invariant"`` they differ so for any number of tokens, and
+    a router that is not its parameters alone (an adapter or a hook on ``proj``, autocast) is refused by its call.
 
     Returns:
         How many routers there are.
@@ -442,11 +458,16 @@ def _check_quantizable(path: str, experts: Any) -> None:
         )
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+def _register(registry: Any) -> None:
+    for name, numerics in NUMERICS_OF.items():
+        registry.register(name, functools.partial(experts_forward, numerics=numerics))
+
+
+_register(ALL_EXPERTS_FUNCTIONS)
 try:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 except ImportError:
     pass
 else:
     # They have a registry of their own.
-    ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    _register(ALL_FP8_EXPERTS_FUNCTIONS)

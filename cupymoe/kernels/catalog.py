@@ -31,16 +31,19 @@ from cupymoe.kernels import (
     lora_shrink_chunks,
     operand_rows,
     pack_adapter,
+    plan_batch,
     plan_chunks,
     plan_experts,
     raw_read,
     route,
     router_logits,
+    router_logits_many,
     sort_by_expert,
     sum_parts,
 )
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
+from cupymoe.kernels.expert_map import MapKind
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
@@ -102,8 +105,8 @@ def _variants(arch: Arch) -> Iterator[Variant]:
             for activation in MoEActivation:
                 yield gated_activation.variant(dtype, activation, sizes.moe_intermediate_size, width)
             yield gather.variant(dtype, sizes.hidden_size, width, sizes.top_k_experts)
-            for weighted in (False, True):
-                yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, weighted)
+            for kind in ({"weighted": False}, {"weighted": True}, {"few": True}):
+                yield combine.rows_variant(dtype, sizes.hidden_size, width, sizes.top_k_experts, **kind)
         for row_dtype, output_dtype in ((dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)):
             yield grouped_linear.variant(row_dtype, dtype, output_dtype)
         for format in FORMATS.values():
@@ -115,21 +118,28 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         for given in (dtype, torch.float32):
             for old_sources in (False, True):
                 yield pack_adapter.variant(given, dtype, old_sources=old_sources)
-        yield router_logits.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
+        for of_tokens in (router_logits, router_logits_many):
+            yield of_tokens.variant(dtype, sizes.hidden_size, sizes.rms_norm_eps)
         yield route.variant(dtype, dtype, sizes.num_experts, sizes.top_k_experts, renormalize=True)
         yield route.variant(dtype, torch.float32, sizes.num_experts, sizes.top_k_experts, renormalize=False)
     for index_dtype in INDEX_TYPES:
         for num_experts in (sizes.num_experts, sort_by_expert.MAX_EXPERTS):
             for num_pairs in (sort_by_expert.PAIRS_PER_BLOCK, sort_by_expert.FEW_PAIRS):
                 block = sort_by_expert.block_of(num_pairs, num_experts)
-                for has_weights in (False, True):
-                    yield sort_by_expert.variant(index_dtype, num_experts, sizes.top_k_experts, block, has_weights)
+                for has_weights, its_map in product((False, True), (None, _map_over(num_experts))):
+                    yield sort_by_expert.variant(
+                        index_dtype, num_experts, sizes.top_k_experts, block, has_weights, its_map
+                    )
     yield raw_read.variant()
+    yield plan_batch.variant(sizes.num_experts)
     for shape in _fused_shapes(arch):
         yield plan_chunks.variant(shape.num_experts, shape.regime.tokens)
         if shape.dtype == torch.bfloat16 and shape.intermediate_size == sizes.moe_intermediate_size:
             for pairs_per_lane in (1, 2, 4, 8):
-                yield plan_experts.variant(shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane)
+                for its_map in (None, _map_over(shape.num_experts)):
+                    yield plan_experts.variant(
+                        shape.index_dtype, shape.num_experts, shape.regime.tokens, pairs_per_lane, its_map
+                    )
             yield combine.workspace_variant(shape)
         yield experts_up.variant(shape)
         yield experts_up.variant(replace(shape, keeps_gate_up=True))
@@ -139,6 +149,12 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down.variant(adapted)
         for gathered in (False, True):
             yield lora_shrink_chunks.variant(adapted, gathered=gathered)
+        if shape.regime.inline_pairs and shape.dtype == torch.bfloat16:
+            its_map = _map_over(shape.num_experts)
+            yield experts_up.variant(replace(shape, expert_map=its_map))
+            yield experts_down.variant(replace(shape, expert_map=its_map))
+            for gathered in (False, True):
+                yield lora_shrink_chunks.variant(replace(adapted, expert_map=its_map), gathered=gathered)
     for shape in _quantised_shapes(arch):
         yield experts_up.variant(shape)
         yield experts_down.variant(shape)
@@ -147,14 +163,19 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_up_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
         yield experts_down_wgmma.variant(tile_shape)
         yield experts_down_wgmma.variant(tile_shape.up_back)
+        if not tile_shape.down_rank and not tile_shape.has_down_bias:
+            yield experts_down_wgmma.variant(replace(tile_shape, scatters=True))
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
     for dtype, narrowed in ((torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)):
-        yield operand_rows.variant(dtype, sizes.hidden_size, sizes.top_k_experts, narrowed)
+        for top_k in (sizes.top_k_experts, 0):
+            yield operand_rows.variant(dtype, sizes.hidden_size, top_k, narrowed)
     for tile_shape in _coded_tile_shapes():
         yield experts_up_codes_wgmma.variant(tile_shape)
         yield experts_up_codes_wgmma.variant(replace(tile_shape, keeps_gate_up=True))
         yield experts_down_codes_wgmma.variant(tile_shape)
+        if tile_shape.gate_up_stored.format is not None and tile_shape.gate_up_stored.format.name == "int4_g32":
+            yield experts_down_codes_wgmma.variant(replace(tile_shape, scatters=True))
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):
         for left_gathered in (False, True):
@@ -173,6 +194,11 @@ def _variants(arch: Arch) -> Iterator[Variant]:
                 yield lora_back.variant(
                     dtype, output_dtype, rank, cut, gathered=gathered, weighted=gathered, transposed=transposed
                 )
+
+
+def _map_over(num_experts: int) -> MapKind:
+    """As each of four devices has it that share the experts."""
+    return MapKind(torch.int32, 4 * num_experts)
 
 
 def _fused_shapes(arch: Arch) -> Iterator[Shape]:
@@ -259,7 +285,7 @@ def _quantised_shapes(arch: Arch) -> Iterator[Shape]:
 
 def _tile_shapes() -> Iterator[TileShape]:
     """Each cut at Gemma 4's sizes, whole, in four tensor-parallel slices, and with adapters on weights of both layouts;
-    each other kind of experts at one cut."""
+    the tiles of a single token; each other kind of experts at one cut."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
     for (blocks, products), transposed in product(CUTS, (False, True)):
         yield tile_shape_of(
@@ -274,6 +300,16 @@ def _tile_shapes() -> Iterator[TileShape]:
             transposed,
             gate_up_rank=lora_shrink.RANK_MULTIPLE,
             down_rank=lora_shrink.RANK_MULTIPLE,
+        )
+    for dtype in (torch.bfloat16, torch.float16):
+        yield tile_shape_of(
+            *CUTS[-1],
+            dtype,
+            sizes.activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            few_pairs=sizes.top_k_experts,
         )
     for intermediate_size in (sizes.moe_intermediate_size, sizes.moe_intermediate_size // 4):
         for blocks, products in CUTS:

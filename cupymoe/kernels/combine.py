@@ -41,9 +41,12 @@ def variant(
     return Variant("combine", (*defines, f"SLOT_SCALAR={SCALARS[slot_dtype]}", rows_in_flight, *choices))
 
 
-def rows_variant(dtype: torch.dtype, columns: int, width: int, top_k: int, weighted: bool = True) -> Variant:
-    """The compilation behind rows of the output's own dtype, for many tokens."""
-    return variant(dtype, dtype, columns, width, top_k, _MANY_TOKENS, old_choices=False, weighted=weighted)
+def rows_variant(
+    dtype: torch.dtype, columns: int, width: int, top_k: int, weighted: bool = True, few: bool = False
+) -> Variant:
+    """The compilation behind rows of the output's own dtype, for many tokens; or for ``few`` and old choices."""
+    tuning = _FEW_TOKENS if few else _MANY_TOKENS
+    return variant(dtype, dtype, columns, width, top_k, tuning, old_choices=few, weighted=weighted)
 
 
 def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
@@ -53,12 +56,12 @@ def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
 
 @functools.cache
 def _plan(
-    dtype: torch.dtype, columns: int, aligned: bool, top_k: int, weighted: bool, device: int
-) -> tuple[Kernel, int]:
-    """The kernel, and the blocks of a row."""
-    width = vector_width(dtype, columns, aligned)
-    run = kernel(rows_variant(dtype, columns, width, top_k, weighted), "combine", device, dependent=True)
-    return run, _blocks(columns, width, _MANY_TOKENS)
+    dtype: torch.dtype, columns: int, aligned: bool, top_k: int, weighted: bool, few: bool, device: int
+) -> tuple[Kernel, int, int]:
+    """The kernel, the blocks of a row, and the threads of a block."""
+    width, tuning = vector_width(dtype, columns, aligned), _FEW_TOKENS if few else _MANY_TOKENS
+    run = kernel(rows_variant(dtype, columns, width, top_k, weighted, few), "combine", device, dependent=True)
+    return run, _blocks(columns, width, tuning), tuning[1]
 
 
 def combine(
@@ -66,6 +69,8 @@ def combine(
     slot_of_pair: torch.Tensor,
     top_k_weights: torch.Tensor | None,
     output: torch.Tensor | None = None,
+    *,
+    few: bool = False,
 ) -> torch.Tensor:
     """``output[t] = sum over k of top_k_weights[t, k] * expert_output[slot_of_pair[t, k]]``, ``[T, H]``.
 
@@ -74,6 +79,8 @@ def combine(
         slot_of_pair: ``[T, K]`` int32 of :class:`SortedPairs`, at least one token.
         top_k_weights: ``[T, K]`` float32, contiguous; None: all of them 1.
         output: ``[T, H]``, contiguous, the dtype of ``expert_output``; None: a new tensor.
+        few: whether there are few tokens, and a launch of ours lies between the last write to ``slot_of_pair`` and
+            ``top_k_weights`` and this one. It changes no bits.
     """
     num_tokens, top_k = slot_of_pair.shape
     columns = expert_output.shape[1]
@@ -81,10 +88,10 @@ def combine(
         output = expert_output.new_empty((num_tokens, columns))
     device, address = output.device.index, expert_output.data_ptr()
     aligned, weighted = (address | output.data_ptr()) % 16 == 0, top_k_weights is not None
-    run, blocks = _plan(output.dtype, columns, aligned, top_k, weighted, device)
+    run, blocks, threads = _plan(output.dtype, columns, aligned, top_k, weighted, few, device)
     run(
         (num_tokens, blocks),
-        _MANY_TOKENS[1],
+        threads,
         current_stream(device),
         address,
         slot_of_pair.data_ptr(),

@@ -12,6 +12,7 @@ import torch
 from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
+from cupymoe.kernels.expert_map import MapKind, map_defines
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
 
@@ -258,13 +259,26 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def regime(
-    load: Load, intermediate_size: int, arch: Arch = HOPPER, *, has_adapter: bool = False, has_codes: bool = False
+    load: Load,
+    intermediate_size: int,
+    arch: Arch = HOPPER,
+    *,
+    has_adapter: bool = False,
+    has_codes: bool = False,
+    plans_inline: bool = True,
+    is_invariant: bool = False,
 ) -> Regime:
-    """The regime of a call; each bound was measured on an H100 at Gemma 4's sizes, and held at other models'
-    (benchmarks/NOTES.md); with an adapter, or where a weight is codes, on an H200."""
+    """The regime of a call; without ``plans_inline`` none whose blocks plan for themselves.
+
+    Each bound was measured on an H100 at Gemma 4's sizes, and held at other models' (benchmarks/NOTES.md); with an
+    adapter, or where a weight is codes, on an H200.
+
+    Where it ``is_invariant``, that of the most tokens, whatever the load is: it serves any number of them, and fastest
+    where calls take the longest.
+    """
     pairs = load.pairs_per_expert
     most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
-    is_inline = load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
+    is_inline = plans_inline and load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
     if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
         bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
@@ -276,7 +290,21 @@ def regime(
     else:
         inline, *planned = _inline_regime(intermediate_size), *_PLANNED
         bounds = _MOST_PAIRS
+    if is_invariant:
+        return planned[-1]
     return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
+
+
+@functools.lru_cache(maxsize=4096)
+def batch_regime(load: Load, intermediate_size: int, arch: Arch, *, has_codes: bool) -> Regime:
+    """The regime of a batch, whose experts' outputs are the call's, and so of its dtype."""
+    chosen = regime(load, intermediate_size, arch, has_codes=has_codes, plans_inline=False)
+    return _with_slots_of_dtype(chosen)
+
+
+@functools.cache
+def _with_slots_of_dtype(regime: Regime) -> Regime:
+    return replace(regime, fp32_slots=False) if regime.fp32_slots else regime
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,6 +336,8 @@ class Shape:
     gate_up_stored: StoredWeight = PLAIN_WEIGHT
     """How gate_up_proj is stored; a quantised weight is never transposed."""
     down_stored: StoredWeight = PLAIN_WEIGHT
+    expert_map: MapKind | None = None
+    """Of the call, where ``regime.inline_pairs``; else the launch that makes the plan has read it."""
 
     @property
     def up(self) -> Tile:
@@ -361,6 +391,7 @@ class Shape:
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
             f"TOKENS={self.regime.tokens}",
+            *map_defines(self.expert_map),
         )
 
 
@@ -425,6 +456,18 @@ def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace
     memory = like.new_empty(size, dtype=torch.uint8)
     base = memory.data_ptr()
     return Workspace(memory, base, *(base + start for start in starts))
+
+
+def new_batch_workspace(like: torch.Tensor, shape: Shape, output: torch.Tensor) -> Workspace:
+    """The same for a batch with the rows of ``output``, which is where the experts' outputs go."""
+    rows = len(output)
+    pair_of_slot = 16 * most_chunks(shape, rows)
+    num_chunks = pair_of_slot + 4 * rows
+    intermediate = -(-(num_chunks + 4) // 128) * 128
+    memory = like.new_empty(intermediate + rows * shape.intermediate_size * shape.dtype.itemsize, dtype=torch.uint8)
+    base = memory.data_ptr()
+    addresses = base, base + pair_of_slot, base + num_chunks, 0, base + intermediate, output.data_ptr(), 0, 0
+    return Workspace(memory, *addresses)
 
 
 def grid(tile: Tile, device: int) -> tuple[int, int]:

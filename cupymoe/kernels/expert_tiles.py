@@ -27,7 +27,11 @@ _ROW_BYTES = 128
 # Weight rows of a product, by the number of products that a warpgroup then has registers for; and what each row costs
 # against one of 176, but for those that only fill up the last tile and the last wave.
 _WIDTHS = {2: (176, 192, 160, 144, 128), 3: (128,)}
-_ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02}
+_ROW_COSTS = {192: 1.02, 176: 1.0, 160: 1.02, 144: 1.02, 128: 1.02, 96: 1.02}
+# Where so few pairs are kept that almost each hits another expert, the tiles of these fill few waves, and with one
+# token of Gemma 4's not half of one: narrow tiles are then for more multiprocessors. Not yet measured.
+_FEW_PAIRS = 64
+_WIDTHS_OF_FEW = (176, 192, 160, 144, 128, 96)
 # Tiles that an expert's slots take where a cut is the fastest; a second one of few slots counts as a quarter.
 _SLOT_TILES = {(1, 2): 1.0, (1, 3): 1.0, (2, 2): 2.25}
 _MULTIPROCESSORS = 132
@@ -44,6 +48,7 @@ _TILES_FROM_OF_CODES = 16
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
+_MOST_EXPECTED_OF_BATCH = 256
 # Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
 # and two blocks store wider rows.
 _SHALLOW = 512
@@ -73,6 +78,16 @@ def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
         if 1 < waves < 1.6:  # the second would leave most multiprocessors idle
             return 2, 2
     return chosen
+
+
+def batch_cut(load: Load, intermediate_size: int) -> tuple[int, int]:
+    """The same for a batch, of which the host knows only how many rows there is room for.
+
+    Where that is a lot, fewer of them count as a rule. The cut for 240 slots and more serves all of these: at 512 it
+    takes 5% longer than the next one, which at 256 takes 12% longer than it.
+    """
+    most_expected = _MOST_EXPECTED_OF_BATCH * load.num_experts
+    return cut(load._replace(expected_pairs=min(load.expected_pairs, most_expected)), intermediate_size)
 
 
 def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int, transposed: bool) -> tuple[int, int]:
@@ -133,11 +148,20 @@ def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling
     )
 
 
+def few_pairs(load: Load) -> int:
+    """The kept pairs of a call, up to a power of two, where these are so few that each may hit another expert; else
+    0."""
+    return 1 << (load.expected_pairs - 1).bit_length() if 0 < load.expected_pairs <= _FEW_PAIRS else 0
+
+
 @functools.cache
-def best_width(blocks: int, products: int, rows: int, num_experts: int, box_rows: int) -> int:
+def best_width(
+    blocks: int, products: int, rows: int, num_experts: int, box_rows: int, widths: tuple[int, ...] | None = None
+) -> int:
     """Weight rows of a product, those that pad least: ``rows`` of each expert to whole tiles, and these to whole waves.
 
-    A width is a multiple of ``box_rows``, which are what the copy engine brings together.
+    A width is a multiple of ``box_rows``, which are what the copy engine brings together, and one of ``widths``; None:
+    those that a warpgroup has registers for.
     """
 
     def cost(width: int) -> float:
@@ -146,7 +170,7 @@ def best_width(blocks: int, products: int, rows: int, num_experts: int, box_rows
         waves = math.ceil(tiles / (_MULTIPROCESSORS // blocks))
         return waves * tile_rows * _ROW_COSTS[width]
 
-    return min((width for width in _WIDTHS[products] if width % box_rows == 0), key=cost)
+    return min((width for width in widths or _WIDTHS[products] if width % box_rows == 0), key=cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +199,10 @@ class TileShape:
     gate_up_stored: StoredWeight = PLAIN_WEIGHT
     """How gate_up_proj is stored; a quantised weight is never transposed."""
     down_stored: StoredWeight = PLAIN_WEIGHT
+    scatters: bool = False
+    """Whether the down projection stores each slot's output in the slot's row of a batch, and not in slot order."""
+    few_pairs: int = 0
+    """How many experts of plain weights are hit, where these are few, see :func:`few_pairs`; else 0."""
 
     @property
     def scales_tokens(self) -> bool:
@@ -196,7 +224,8 @@ class TileShape:
         """Of the gate_up projection with a plain weight."""
         cut = self.blocks, self.products
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
-        width = best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
+        width = self._width_of_few(cut, self.gate_up_rows, box_rows)
+        width = width or best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts)
 
     @property
@@ -204,8 +233,15 @@ class TileShape:
         """Of the down projection with a plain weight."""
         cut = down_cut((self.blocks, self.products), self.intermediate_size, self.down_transposed)
         box_rows = BOX_COLUMNS if self.down_transposed else 16
-        width = _DOWN_WIDTHS.get(cut) or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
+        width = self._width_of_few(cut, self.hidden_size, box_rows) or _DOWN_WIDTHS.get(cut)
+        width = width or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
         return tiling(*cut, width, self.num_experts)
+
+    def _width_of_few(self, cut: tuple[int, int], rows: int, box_rows: int) -> int:
+        """Of a projection, where the experts that are hit are few; else 0."""
+        if not self.few_pairs or cut != (1, 2):
+            return 0
+        return best_width(*cut, rows, min(self.few_pairs, self.num_experts), box_rows, _WIDTHS_OF_FEW)
 
     @property
     def up_back(self) -> TileShape:

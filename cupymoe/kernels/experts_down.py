@@ -40,7 +40,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 
 def experts_down(
     down_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
+    top_k_index: torch.Tensor | None,
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
@@ -48,6 +48,7 @@ def experts_down(
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
     row_scales: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write the experts' outputs, not yet weighted, into the workspace.
 
@@ -64,6 +65,7 @@ def experts_down(
             ``shape.down_rank``, else None; what :func:`lora_shrink_chunks` made with the first is in the workspace, and
             was the launch just before this one.
         scales, zeros, row_scales: ``[E, H, G]`` and ``[E, H]``, as those of ``experts_up``, by ``shape.down_stored``.
+        expert_map: as ``experts_up`` had it.
     """
     device = down_proj.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -73,16 +75,17 @@ def experts_down(
         current_stream(device),
         workspace.intermediate,
         down_proj.data_ptr(),
-        top_k_index.data_ptr(),
+        0 if top_k_index is None else top_k_index.data_ptr(),
         workspace.chunks,
         workspace.pair_of_slot,
         workspace.num_chunks,
         workspace.expert_output,
-        top_k_index.numel(),
+        0 if top_k_index is None else top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
         0 if factor is None else factor.data_ptr(),
         workspace.down_low,
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
         0 if row_scales is None else row_scales.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
     )

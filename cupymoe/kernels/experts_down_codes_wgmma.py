@@ -12,7 +12,7 @@ from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, co
 from cupymoe.kernels.expert_tiles import TileShape, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 
 _ORDER = RowOrder()
 
@@ -20,7 +20,12 @@ _ORDER = RowOrder()
 def variant(shape: TileShape) -> Variant:
     """The compilation for one shape."""
     return Variant(
-        "experts_down_codes_wgmma", (*defines(shape, shape.down_stored), f"HAS_BIAS={int(shape.has_down_bias)}")
+        "experts_down_codes_wgmma",
+        (
+            *defines(shape, shape.down_stored),
+            f"HAS_BIAS={int(shape.has_down_bias)}",
+            *(("SCATTERS=1",) if shape.scatters else ()),
+        ),
     )
 
 
@@ -42,10 +47,11 @@ def experts_down_codes_wgmma(
     intermediate: torch.Tensor,
     codes: torch.Tensor,
     scales: Scales,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     ticket: int = 1,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
@@ -57,9 +63,10 @@ def experts_down_codes_wgmma(
         pairs: the sorted pairs.
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
         ticket: which of the ticket counters of ``pairs`` it takes.
+        out: as of :func:`experts_down_wgmma`.
     """
     device = intermediate.device.index
-    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
+    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
     run, blocks = _plan(shape, device)
     run(
         blocks,
@@ -72,5 +79,6 @@ def experts_down_codes_wgmma(
         expert_output.data_ptr(),
         scales.row_scales_address,
         0 if bias is None else bias.data_ptr(),
+        *((pairs.token_of_slot.data_ptr(),) if shape.scatters else ()),
     )
     return expert_output

@@ -10,7 +10,7 @@ from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, slot_map, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
 
 
@@ -24,6 +24,7 @@ def variant(shape: TileShape) -> Variant:
             f"TRANSPOSED={int(shape.down_transposed)}",
             f"HAS_BIAS={int(shape.has_down_bias)}",
             f"LOW_RANK={shape.down_rank}",
+            *(("SCATTERS=1",) if shape.scatters else ()),
         ),
     )
 
@@ -72,13 +73,15 @@ def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: in
 def experts_down_wgmma(
     intermediate: torch.Tensor,
     down_proj: torch.Tensor,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
     ticket: int = 1,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
+    """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot. Where
+    ``shape.scatters``, the rows that ``pairs.token_of_slot`` says, and the others stay as they are.
 
     Args:
         intermediate: ``[T * K, I]``, of any launch before this one. All else but ``adapter.low`` must have been
@@ -89,9 +92,10 @@ def experts_down_wgmma(
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
         adapter: of down_proj, where ``shape.down_rank``, else None.
         ticket: which of the ticket counters of ``pairs`` it takes.
+        out: ``[T * K, H]``, contiguous, 16-byte aligned, where the output goes; None: new memory.
     """
     device = intermediate.device.index
-    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size))
+    expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
     run, blocks = _plan(shape, device)
     run(
         blocks,
@@ -105,5 +109,6 @@ def experts_down_wgmma(
         pairs.tickets.data_ptr() + 4 * ticket,
         expert_output.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        *((pairs.token_of_slot.data_ptr(),) if shape.scatters else ()),
     )
     return expert_output

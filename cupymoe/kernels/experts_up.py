@@ -44,7 +44,7 @@ def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
 def experts_up(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
+    top_k_index: torch.Tensor | None,
     shape: Shape,
     workspace: Workspace,
     bias: torch.Tensor | None = None,
@@ -53,6 +53,7 @@ def experts_up(
     scales: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
     row_scales: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write ``act(gate) * up`` of every slot, rounded once, into the workspace.
 
@@ -61,9 +62,10 @@ def experts_up(
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor. Where
             ``shape.gate_up_stored`` is quantised its packed codes, uint8 ``[E, 2 I, row_bytes]``, contiguous.
-        top_k_index: ``[T, K]``, contiguous, at least one pair.
+        top_k_index: ``[T, K]``, contiguous, at least one pair; None of a batch.
         shape: of the call.
-        workspace: of the call; after :func:`plan_experts` or :func:`plan_chunks`, unless ``shape.regime.inline_pairs``.
+        workspace: of the call; after :func:`plan_experts`, :func:`plan_chunks` or :func:`plan_batch_chunks`, unless
+            ``shape.regime.inline_pairs``.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` or ``[T * K, I]``, written in expert order where ``shape.keeps_gate_up``, else None.
         factor: ``[E, 2 I, R]`` or ``[E, I, R]``, the second of an adapter, 16-byte aligned, laid out as gate_up_proj,
@@ -73,6 +75,7 @@ def experts_up(
             to whole 16 bytes; contiguous, 16-byte aligned; else None.
         zeros: uint8, the same, where the format has zero points, else None.
         row_scales: ``[E, 2 I]`` float32, contiguous, where the format has scales of rows, else None.
+        expert_map: as of ``sort_by_expert``, where ``shape.expert_map``, else None.
     """
     device = hidden_states.get_device()
     run, blocks, threads = _plan(shape, device)
@@ -82,13 +85,13 @@ def experts_up(
         current_stream(device),
         hidden_states.data_ptr(),
         gate_up_proj.data_ptr(),
-        top_k_index.data_ptr(),
+        0 if top_k_index is None else top_k_index.data_ptr(),
         workspace.chunks,
         workspace.pair_of_slot,
         workspace.num_chunks,
         workspace.slot_of_pair,
         workspace.intermediate,
-        top_k_index.numel(),
+        0 if top_k_index is None else top_k_index.numel(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),
         0 if factor is None else factor.data_ptr(),
@@ -96,4 +99,5 @@ def experts_up(
         0 if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
         0 if row_scales is None else row_scales.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
     )

@@ -14,7 +14,7 @@ from cupymoe.kernels.expert_tiles import TileShape, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.operand_rows import operand_rows
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 
 
 def variant(shape: TileShape) -> Variant:
@@ -53,7 +53,7 @@ def experts_up_codes_wgmma(
     hidden_states: torch.Tensor,
     codes: torch.Tensor,
     scales: Scales,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
@@ -72,7 +72,7 @@ def experts_up_codes_wgmma(
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
     run, blocks, order = _plan(shape, device)
-    rows, factors = operand_rows(hidden_states, pairs.slot_of_pair, narrowed=shape.scales_tokens)
+    rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)
     run(
         blocks,
         THREADS,

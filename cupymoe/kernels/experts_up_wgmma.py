@@ -11,7 +11,7 @@ from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.expert_tiles import BLOCK_K, THREADS, AdapterStep, TileShape, grid, transposed_boxes
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
-from cupymoe.kernels.sort_by_expert import SortedPairs
+from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
 
 
@@ -82,7 +82,7 @@ def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: in
 def experts_up_wgmma(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    pairs: SortedPairs,
+    pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,

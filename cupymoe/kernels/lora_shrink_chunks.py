@@ -53,6 +53,7 @@ def lora_shrink_chunks(
     shape: Shape,
     workspace: Workspace,
     hidden_states: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> None:
     """Write each slot's row times its expert's factor into the workspace, for :func:`experts_up` or
     :func:`experts_down`, which must be the next launch.
@@ -65,6 +66,7 @@ def lora_shrink_chunks(
         workspace: of the call; after :func:`plan_experts` unless ``shape.regime.inline_pairs``.
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned: the rows are those of tokens. None: they are the
             intermediate in the workspace, which :func:`experts_up` wrote in the launch just before this one.
+        expert_map: as of ``sort_by_expert``, where ``shape.expert_map``, else None.
     """
     gathered, device, num_pairs = hidden_states is not None, factor.get_device(), top_k_index.numel()
     run, blocks, threads = _plan(shape, gathered, num_pairs, device)
@@ -80,4 +82,5 @@ def lora_shrink_chunks(
         workspace.num_chunks,
         workspace.gate_up_low if gathered else workspace.down_low,
         num_pairs,
+        0 if expert_map is None else expert_map.data_ptr(),
     )

@@ -12,6 +12,7 @@ from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.sort_by_expert import Slots, SortedPairs
 
 THREADS = 128
 
@@ -26,9 +27,11 @@ class OperandRows(NamedTuple):
 
 
 def variant(dtype: torch.dtype, columns: int, top_k: int, narrowed: bool) -> Variant:
-    """The compilation for one dtype, row width and number of choices."""
-    sizes = f"COLS={columns}", f"TOP_K={top_k}", f"NARROWED={int(narrowed)}", f"BLOCK_THREADS={THREADS}"
-    return Variant("operand_rows", (f"SCALAR={SCALARS[dtype]}", *sizes))
+    """The compilation for one dtype, row width and number of choices; 0: rows go by their slots."""
+    sizes = f"COLS={columns}", f"BY_SLOT={int(top_k == 0)}", f"TOP_K={top_k}"
+    return Variant(
+        "operand_rows", (f"SCALAR={SCALARS[dtype]}", *sizes, f"NARROWED={int(narrowed)}", f"BLOCK_THREADS={THREADS}")
+    )
 
 
 @functools.cache
@@ -36,26 +39,30 @@ def _kernel(dtype: torch.dtype, columns: int, top_k: int, narrowed: bool, device
     return kernel(variant(dtype, columns, top_k, narrowed), "operand_rows", device, dependent=True)
 
 
-def operand_rows(hidden_states: torch.Tensor, slot_of_pair: torch.Tensor, *, narrowed: bool) -> OperandRows:
+def operand_rows(hidden_states: torch.Tensor, slots: Slots, *, narrowed: bool) -> OperandRows:
     """Rows of the tokens in expert order. Narrowed, ``rows * factors`` are the tokens' rows, exactly but for what is
     below 2^-31 of a row's largest magnitude.
 
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned, H a multiple of 8, at least one token; bfloat16 where
             ``narrowed``, else of 16 bits.
-        slot_of_pair: ``[T, K]`` int32 of :class:`cupymoe.kernels.sort_by_expert.SortedPairs`.
+        slots: of sorted pairs, or of a batch.
         narrowed: whether rows are float16.
     """
-    (num_tokens, columns), top_k = hidden_states.shape, slot_of_pair.shape[1]
-    slots, device = num_tokens * top_k, hidden_states.device.index
-    rows = hidden_states.new_empty((slots, columns), dtype=torch.float16 if narrowed else hidden_states.dtype)
-    factors = hidden_states.new_empty(slots, dtype=torch.float32) if narrowed else None
+    columns = hidden_states.shape[1]
+    num_slots, device = slots.token_of_slot.numel(), hidden_states.device.index
+    rows = hidden_states.new_empty((num_slots, columns), dtype=torch.float16 if narrowed else hidden_states.dtype)
+    factors = hidden_states.new_empty(num_slots, dtype=torch.float32) if narrowed else None
+    slot_of_pair = slots.slot_of_pair if isinstance(slots, SortedPairs) else None
+    blocks, top_k = (num_slots, 0) if slot_of_pair is None else slot_of_pair.shape
     _kernel(hidden_states.dtype, columns, top_k, narrowed, device)(
-        (num_tokens, 1),
+        (blocks, 1),
         THREADS,
         current_stream(device),
         hidden_states.data_ptr(),
-        slot_of_pair.data_ptr(),
+        0 if slot_of_pair is None else slot_of_pair.data_ptr(),
+        slots.token_of_slot.data_ptr(),
+        slots.expert_offsets.data_ptr() + 4 * (slots.expert_offsets.numel() - 1),
         rows.data_ptr(),
         0 if factors is None else factors.data_ptr(),
     )

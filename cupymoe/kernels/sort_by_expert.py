@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
+from cupymoe.kernels.expert_map import MapKind, map_defines, map_kind
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 
@@ -43,6 +44,22 @@ class SortedPairs(NamedTuple):
     """``[T * K]`` float32; undefined from ``expert_offsets[E]`` on. None where no weights were given."""
 
 
+class Slots(Protocol):
+    """What the tiles need to know of rows in expert order: sorted pairs, or the rows of a batch."""
+
+    @property
+    def expert_offsets(self) -> torch.Tensor:
+        """See :class:`SortedPairs`."""
+
+    @property
+    def token_of_slot(self) -> torch.Tensor:
+        """See :class:`SortedPairs`; as long as there may be slots."""
+
+    @property
+    def tickets(self) -> torch.Tensor:
+        """See :class:`SortedPairs`."""
+
+
 class Block(NamedTuple):
     """What one block sorts."""
 
@@ -59,8 +76,15 @@ def block_of(num_pairs: int, num_experts: int) -> Block:
     return Block(PAIRS_PER_BLOCK // 2 if few else PAIRS_PER_BLOCK, 16)
 
 
-def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block, has_weights: bool = False) -> Variant:
-    """The compilation for one number of experts and of choices, and one size of a block."""
+def variant(
+    index_dtype: torch.dtype,
+    num_experts: int,
+    top_k: int,
+    block: Block,
+    has_weights: bool = False,
+    its_map: MapKind | None = None,
+) -> Variant:
+    """The compilation for one number of experts and of choices, one size of a block, and one kind of expert map."""
     return Variant(
         "sort_by_expert",
         (
@@ -71,6 +95,7 @@ def variant(index_dtype: torch.dtype, num_experts: int, top_k: int, block: Block
             f"PAIRS_PER_BLOCK={block.pairs}",
             f"TICKETS={TICKETS}",
             f"HAS_WEIGHTS={int(has_weights)}",
+            *map_defines(its_map),
         ),
     )
 
@@ -83,14 +108,19 @@ def _kernel(
     top_k: int,
     block: Block,
     has_weights: bool,
+    its_map: MapKind | None,
     device: int,
     dependent: bool,
 ) -> Kernel:
-    return kernel(variant(index_dtype, num_experts, top_k, block, has_weights), entry, device, dependent=dependent)
+    its_variant = variant(index_dtype, num_experts, top_k, block, has_weights, its_map)
+    return kernel(its_variant, entry, device, dependent=dependent)
 
 
 def sort_by_expert(
-    top_k_index: torch.Tensor, num_experts: int, top_k_weights: torch.Tensor | None = None
+    top_k_index: torch.Tensor,
+    num_experts: int,
+    top_k_weights: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> SortedPairs:
     """Stable order of the pairs by expert. One launch up to 1024 pairs, two beyond.
 
@@ -98,10 +128,14 @@ def sort_by_expert(
         top_k_index: ``[T, K]`` int32 or int64, contiguous, at least one pair; an index outside ``[0, num_experts)``
             is masked.
         top_k_weights: ``[T, K]`` float32, contiguous, where each slot's is wanted.
+        expert_map: ``[global experts]`` int32 or int64, contiguous: what each of the experts that ``top_k_index``
+            chooses from is among the ``num_experts``; one outside of these masks its pairs. None: it is itself.
     """
     num_pairs, top_k = top_k_index.numel(), top_k_index.shape[1]
     device, stream = top_k_index.device.index, current_stream(top_k_index.device.index)
     block, has_weights = block_of(num_pairs, num_experts), top_k_weights is not None
+    its_map = map_kind(expert_map)
+    map_address = 0 if expert_map is None else expert_map.data_ptr()
     blocks, threads = -(-num_pairs // block.pairs), block.warps * 32
     # One allocation for all that is written: it lives and dies together, and later than the launch, which the next one
     # may overtake.
@@ -112,10 +146,10 @@ def sort_by_expert(
     block_counts = 0
     if blocks > 1:
         block_counts = counts.data_ptr()
-        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, True)(
-            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs
+        _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, True)(
+            (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs, map_address
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, device, blocks > 1)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, blocks > 1)(
         (blocks, 1),
         threads,
         stream,
@@ -128,5 +162,6 @@ def sort_by_expert(
         num_pairs,
         0 if top_k_weights is None else top_k_weights.data_ptr(),
         0 if weight_of_slot is None else weight_of_slot.data_ptr(),
+        map_address,
     )
     return SortedPairs(expert_offsets, token_of_slot, slot_of_pair.view(top_k_index.shape), tickets, weight_of_slot)

@@ -5,8 +5,8 @@ One module a family, in which forward, fake, setup and backward of an op stand t
 implementations promise it; only the gradients of weights and of adapters' factors are laid out as these are.
 """
 
-from cupymoe.ops import activation, experts, routing
+from cupymoe.ops import activation, batched, experts, routing
 from cupymoe.ops.experts import experts_call, keeps_gate_up
 from cupymoe.ops.register import dispatch
 
-__all__ = ["activation", "dispatch", "experts", "experts_call", "keeps_gate_up", "routing"]
+__all__ = ["activation", "batched", "dispatch", "experts", "experts_call", "keeps_gate_up", "routing"]

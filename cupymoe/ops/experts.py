@@ -7,8 +7,8 @@ of its adapter, of the weight's dtype or of float32, may have any strides, and t
 All of them take the same tensors and settings, what is not served yet among them, so that a later capability changes no
 fake, no gradient and no saved graph. The public functions refuse by name what is not served, and the ops trust them:
 
-- ``expert_map``, which of all experts are here, is None.
-- ``numerics`` is ``"fast"``.
+Where ``numerics`` is ``"invariant"``, who computes may not depend on where hidden states or the output begin in memory:
+those that do not start on 16 bytes are copied.
 
 Where ``weight_format`` is another than ``"plain"``, a weight that is quantised is its codes, and scales, zeros and
 row_scales belong to them: the buffers of :class:`cupymoe.QuantizedWeight`. They have no gradients.
@@ -24,10 +24,19 @@ import torch
 
 from cupymoe import gradients
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept, gradients_use_gate_up, select, slow
+from cupymoe.backends import (
+    DIFFERENTIABLE,
+    INVARIANT,
+    ExpertsCall,
+    ExpertsTensors,
+    Kept,
+    gradients_use_gate_up,
+    select,
+    slow,
+)
 from cupymoe.lora import padded_rank
 from cupymoe.ops.activation import member_of
-from cupymoe.ops.register import on_device_of, register
+from cupymoe.ops.register import aligned, on_device_of, register
 from cupymoe.weights.format import PLAIN
 
 _TENSORS = (
@@ -42,9 +51,8 @@ _SETTINGS = (
     "int? global_num_experts, str backend"
 )
 _NUM_SETTINGS = _SETTINGS.count(",") + 1
-_NUM_COMPUTED_WITH = len(ExpertsTensors._fields)
 _NUM_OF_PLAIN = ExpertsTensors._fields.index("gate_up_scales")
-"""How many tensors a call with plain weights has; those of quantised ones come after them."""
+"""How many tensors a call with plain weights has; those of quantised ones come after them, and then the map."""
 
 # Where the tensors that have a gradient stand among the arguments.
 _DIFFERENTIABLE = [index for index, name in enumerate(ExpertsTensors._fields) if name in DIFFERENTIABLE]
@@ -67,6 +75,7 @@ def experts_call(
     has_bias: bool = False,
     weight_format: str = PLAIN,
     of_quantised: Sequence[torch.Tensor | None] = (),
+    numerics: str = "fast",
 ) -> ExpertsCall:
     """What the backends are asked about."""
     num_tokens, top_k = top_k_index.shape
@@ -88,7 +97,7 @@ def experts_call(
         num_experts,
         hidden_size,
         intermediate_size,
-        states % 16 == 0,
+        states % 16 == 0 or numerics == INVARIANT,
         weights % 16 == 0,
         rank,
         *scalings,
@@ -97,10 +106,12 @@ def experts_call(
         not down_proj.is_contiguous(),
         has_bias,
         weight_format,
+        numerics,
     )
 
 
 def _contiguous(
+    call: ExpertsCall,
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -108,20 +119,24 @@ def _contiguous(
     top_k_weights: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> ExpertsTensors:
-    return ExpertsTensors(
-        hidden_states.contiguous(),
-        gate_up_proj,
-        down_proj,
-        top_k_index.contiguous(),
-        top_k_weights.contiguous(),
-        *others,
+    *of_weights, expert_map = others
+    return ExpertsTensors._make(
+        (
+            aligned(hidden_states) if call.numerics == INVARIANT else hidden_states.contiguous(),
+            gate_up_proj,
+            down_proj,
+            top_k_index.contiguous(),
+            top_k_weights.contiguous(),
+            *of_weights,
+            None if expert_map is None else expert_map.contiguous(),
+        )
     )
 
 
 def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsCall:
     tensors = arguments[:_NUM_OF_PLAIN]
     hidden_states, gate_up_proj, down_proj, top_k_index, _, gate_up_a, _, down_a, _, gate_up_bias, down_bias = tensors
-    activation, gate_up_scaling, down_scaling, weight_format, _, global_num_experts, _ = arguments[_NUM_TENSORS:]
+    activation, gate_up_scaling, down_scaling, weight_format, numerics, global_num_experts, _ = arguments[_NUM_TENSORS:]
     return experts_call(
         hidden_states,
         gate_up_proj,
@@ -134,7 +149,8 @@ def _call(arguments: Sequence[Any], out: torch.Tensor | None = None) -> ExpertsC
         out,
         gate_up_bias is not None or down_bias is not None,
         weight_format,
-        arguments[_NUM_OF_PLAIN:_NUM_COMPUTED_WITH],
+        arguments[_NUM_OF_PLAIN : _NUM_TENSORS - 1],
+        numerics,
     )
 
 
@@ -150,13 +166,15 @@ def _is_empty(arguments: Sequence[Any]) -> bool:
 
 
 def _compute(arguments: Sequence[Any], out: torch.Tensor | None = None) -> torch.Tensor:
-    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, tensors = arguments[0], arguments[:_NUM_TENSORS]
     call = _call(arguments, out)
     chosen = select(arguments[-1], call)
     if _is_empty(arguments):
         return hidden_states.new_zeros(hidden_states.shape) if out is None else out.zero_()
     with on_device_of(hidden_states):
-        return chosen.forward(call, _contiguous(*tensors), out)
+        if out is not None and call.numerics == INVARIANT and out.data_ptr() % 16:
+            return out.copy_(chosen.forward(call, _contiguous(call, *tensors)))
+        return chosen.forward(call, _contiguous(call, *tensors), out)
 
 
 def _fused_experts(*arguments: Any) -> torch.Tensor:
@@ -168,14 +186,14 @@ def _fused_experts_fake(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _fused_experts_keeping(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    hidden_states, tensors = arguments[0], arguments[:_NUM_COMPUTED_WITH]
+    hidden_states, tensors = arguments[0], arguments[:_NUM_TENSORS]
     call = _call(arguments)
     chosen = select(arguments[-1], call)
     if _is_empty(arguments):
         output, *empty = _fused_experts_keeping_fake(*arguments)
         return output.zero_(), *empty
     with on_device_of(hidden_states):
-        output, kept = chosen.forward_keeping(call, _contiguous(*tensors))
+        output, kept = chosen.forward_keeping(call, _contiguous(call, *tensors))
     return output, *(hidden_states.new_empty(0) if rows is None else rows for rows in kept)
 
 
@@ -265,12 +283,6 @@ def _laid_out(gradient: torch.Tensor, index: int, tensor: torch.Tensor) -> torch
     return torch.empty_like(tensor).copy_(gradient)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and from 16 bytes on, as the kernels read it; a copy where it is not, as a slice may not be."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
     gate_up, gate_up_low, down_low, *settings, needed = arguments[_NUM_TENSORS:]
     call = _call((*arguments[:_NUM_TENSORS], *settings))
@@ -281,10 +293,10 @@ def _fused_experts_backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.
             for index, wanted in zip(_DIFFERENTIABLE, needed, strict=True)
         )
     with on_device_of(grad):
-        tensors = _contiguous(*arguments[:_NUM_COMPUTED_WITH])
-        lows = (None if low is None or low.numel() == 0 else _aligned(low) for low in (gate_up_low, down_low))
-        kept = None if gate_up is None else Kept(_aligned(gate_up), *lows)
-        grads = chosen.backward(call, tensors, kept, _aligned(grad), needed)
+        tensors = _contiguous(call, *arguments[:_NUM_TENSORS])
+        lows = (None if low is None or low.numel() == 0 else aligned(low) for low in (gate_up_low, down_low))
+        kept = None if gate_up is None else Kept(aligned(gate_up), *lows)
+        grads = chosen.backward(call, tensors, kept, aligned(grad), needed)
     return tuple(
         grad.new_empty(0) if gradient is None else _laid_out(gradient, index, arguments[index])
         for gradient, index in zip(grads, _DIFFERENTIABLE, strict=True)

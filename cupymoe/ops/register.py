@@ -94,3 +94,9 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _as_is
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and from 16 bytes on, as the kernels read it; a copy where it is not, as a slice may not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -7,34 +7,50 @@ from typing import Any
 import torch
 
 from cupymoe import gradients, reference
-from cupymoe.ops.register import on_device_of, register
+from cupymoe.backends import INVARIANT
+from cupymoe.ops.register import aligned, on_device_of, register
 
 
 def _router_logits(
-    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float, numerics: str
 ) -> torch.Tensor:
     if hidden_states.device.type != "cuda":
+        if numerics == INVARIANT and len(hidden_states) > 1:
+            return torch.cat([reference.router_logits(row, scale, projection, eps) for row in _alone(hidden_states)])
         return reference.router_logits(hidden_states, scale, projection, eps)
     from cupymoe.kernels.router_logits import router_logits, serves
+    from cupymoe.kernels.router_logits_many import router_logits_many, unsupported_reason
 
     with on_device_of(hidden_states):
+        if numerics == INVARIANT:
+            if (reason := unsupported_reason(hidden_states)) is not None:
+                raise ValueError(f"numerics='invariant' does not serve this router on CUDA: {reason}")
+            hidden_states, scale, projection = map(aligned, (hidden_states, scale, projection))
+            few = serves(hidden_states, scale, projection)  # the kernels make the same bits
+            return (router_logits if few else router_logits_many)(hidden_states, scale, projection, eps)
         compute = router_logits if serves(hidden_states, scale, projection) else reference.router_logits
         return compute(hidden_states, scale, projection, eps)
 
 
+def _alone(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each row by itself, ``[1, columns]``, in memory of its own: torch may sum in another order for another number of
+    rows, or at another alignment."""
+    return [rows[token : token + 1].clone() for token in range(len(rows))]
+
+
 def _router_logits_fake(
-    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float
+    hidden_states: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, eps: float, numerics: str
 ) -> torch.Tensor:
     return hidden_states.new_empty((hidden_states.shape[0], projection.shape[0]))
 
 
 def _router_logits_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _router_logits_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return *torch.ops.cupymoe.router_logits_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    return *torch.ops.cupymoe.router_logits_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def _router_logits_backward_fake(
@@ -44,7 +60,7 @@ def _router_logits_backward_fake(
 
 
 register(
-    "router_logits(Tensor hidden_states, Tensor scale, Tensor projection, float eps) -> Tensor",
+    "router_logits(Tensor hidden_states, Tensor scale, Tensor projection, float eps, str numerics) -> Tensor",
     _router_logits,
     _router_logits_fake,
     _router_logits_grad,
@@ -59,10 +75,12 @@ register(
 
 
 def _route(
-    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool
+    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool, numerics: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if router_logits.device.type != "cuda":
-        weights, index = reference.route(router_logits, top_k, per_expert_scale, renormalize)
+        rows = _alone(router_logits) if numerics == INVARIANT and len(router_logits) > 1 else [router_logits]
+        of_rows = [reference.route(row, top_k, per_expert_scale, renormalize) for row in rows]
+        weights, index = map(torch.cat, zip(*of_rows, strict=True))
         return weights.float(), index
     from cupymoe.kernels.route import route
 
@@ -72,14 +90,14 @@ def _route(
 
 
 def _route_fake(
-    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool
+    router_logits: torch.Tensor, top_k: int, per_expert_scale: torch.Tensor | None, renormalize: bool, numerics: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (router_logits.shape[0], top_k)
     return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int64)
 
 
 def _route_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    router_logits, _, per_expert_scale, ctx.renormalize = inputs
+    router_logits, _, per_expert_scale, ctx.renormalize, _ = inputs
     ctx.save_for_backward(router_logits, output[1], per_expert_scale)
     ctx.mark_non_differentiable(output[1])
 
@@ -89,7 +107,7 @@ def _route_grad(ctx: Any, grad_weights: torch.Tensor, _: Any) -> tuple[Any, ...]
     grad_logits, grad_scale = torch.ops.cupymoe.route_backward(
         grad_weights, router_logits, index, per_expert_scale, ctx.renormalize
     )
-    return grad_logits, None, None if per_expert_scale is None else grad_scale, None
+    return grad_logits, None, None if per_expert_scale is None else grad_scale, None, None
 
 
 def _route_backward_fake(
@@ -107,7 +125,8 @@ def _route_backward_fake(
 
 
 register(
-    "route(Tensor router_logits, int top_k, Tensor? per_expert_scale, bool renormalize) -> (Tensor, Tensor)",
+    "route(Tensor router_logits, int top_k, Tensor? per_expert_scale, bool renormalize, str numerics) "
+    "-> (Tensor, Tensor)",
     _route,
     _route_fake,
     _route_grad,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cupymoe.verification import activations, compilation, experts, routing, zero_copy
+from cupymoe.verification import activations, batched, compilation, experts, routing, zero_copy
 from cupymoe.verification.checkpoint import run as checkpoint_layers
 from cupymoe.verification.result import Result, Setting
 
@@ -14,5 +14,5 @@ def run(setting: Setting, checkpoint: str | None = None) -> Iterator[Result]:
     if checkpoint is not None:
         yield from checkpoint_layers(checkpoint, setting.dtype, setting.seed, setting.device)
         return
-    for module in (activations, routing, experts, zero_copy, compilation):
+    for module in (activations, routing, experts, batched, zero_copy, compilation):
         yield from module.checks(setting)

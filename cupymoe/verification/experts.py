@@ -1,4 +1,4 @@
-"""The experts against float64 beside transformers', determinism, and CUDA-graph replay."""
+"""The experts against float64 beside transformers', determinism, invariant numerics, and CUDA-graph replay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cupymoe import reference
-from cupymoe.backends import ExpertsCall, registry, serving
+from cupymoe.backends import INVARIANT, ExpertsCall, registry, serving
 from cupymoe.functional import fused_experts
 from cupymoe.ops import experts_call
 from cupymoe.verification import transformers_peer
@@ -28,13 +28,14 @@ _BOUNDS = {torch.bfloat16: 0.0042, torch.float16: 0.0042 / 8, torch.float32: 1e-
 # Where quantised weights are dequantised and rounded to the dtype before they are multiplied.
 _BOUNDS_OF_QUANTISED = {torch.bfloat16: 0.0050, torch.float16: 0.0050 / 8, torch.float32: 1e-5}
 _REPEATS = 5
+_FEW_ALONE = (1, 7)  # where the reference computes invariant numerics, a token at a time
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden states [T, H], top_k_index and top_k_weights [T, K]."""
 
 
 def checks(setting: Setting) -> Iterator[Result]:
-    """Errors against float64, then determinism, then graph replay."""
+    """Errors against float64, then determinism and invariance, then graph replay."""
     counts = token_counts(setting)
     for num_tokens in counts:
         yield from _against_float64(setting, num_tokens)
@@ -43,6 +44,7 @@ def checks(setting: Setting) -> Iterator[Result]:
         for name in registry():
             if unsupported_reason(setting, _inputs(setting, num_tokens), name) is None:
                 yield _deterministic(setting, name, num_tokens)
+    yield _invariant(setting, counts if setting.on_gpu else _FEW_ALONE)
     for num_tokens in few_and_many:
         yield _graph_replay(setting, num_tokens)
 
@@ -151,10 +153,11 @@ def _inputs(setting: Setting, num_tokens: int) -> Inputs:
     return states, index, weights
 
 
-def _run(setting: Setting, inputs: Inputs, backend: str) -> torch.Tensor:
+def _run(setting: Setting, inputs: Inputs, backend: str, numerics: str = "fast") -> torch.Tensor:
     states, index, weights = inputs
+    activation = setting.config.activation
     return fused_experts(
-        states, *setting.weights, index, weights, activation=setting.config.activation, backend=backend
+        states, *setting.weights, index, weights, activation=activation, backend=backend, numerics=numerics
     )
 
 
@@ -177,6 +180,18 @@ def _deterministic(setting: Setting, backend: str, num_tokens: int) -> Result:
     first = _run(setting, inputs, backend)
     equal = all(torch.equal(first, _run(setting, inputs, backend)) for _ in range(_REPEATS))
     return Result.of(f"same bits every run, T = {num_tokens} ({backend})", equal, f"{_REPEATS} repeats")
+
+
+def _invariant(setting: Setting, counts: tuple[int, ...]) -> Result:
+    states, index, weights = _inputs(setting, counts[-1])
+    backend = serving(_call(setting, (states, index, weights))._replace(numerics=INVARIANT)).name
+    whole = _run(setting, (states, index, weights), backend, INVARIANT)
+    equal = all(
+        torch.equal(_run(setting, (states[:count], index[:count], weights[:count]), backend, INVARIANT), whole[:count])
+        for count in counts
+    )
+    name = "a token has the bits of any other call where numerics are invariant"
+    return Result.of(name, equal, f"{backend}, calls of {', '.join(map(str, counts))} tokens")
 
 
 def _graph_replay(setting: Setting, num_tokens: int) -> Result:

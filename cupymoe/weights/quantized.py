@@ -24,7 +24,9 @@ ROW_BYTES_MULTIPLE = 16
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
 _ROW_SCALE_DTYPE = torch.float32
 _LARGEST_ZERO = 15
-_LARGEST_WEIGHT = 1023.0
+_LARGEST_WEIGHTS = {"int4": 340.0, "e4m3": 1023.0}
+"""By codes. The tiles of ``fused`` multiply 64 times such weights in float16, in which 24 times an int4 scale must be
+finite, too."""
 
 
 def _padded_groups(groups: int, dtype: torch.dtype) -> int:
@@ -125,7 +127,7 @@ class QuantizedWeight(nn.Module):
             format: one of :data:`cupymoe.weights.FORMATS`, or its name.
             codes: ``[E, n, k]`` uint8, one code a byte.
             scales: ``[E, n, G]``, finite, of one of ``format.scale_dtypes``; none of ``nvfp4`` negative. Of
-                codes ``int4`` and ``e4m3`` so small that no weight can be beyond 1023.
+                codes ``int4`` so small that no weight can be beyond 340, of ``e4m3`` beyond 1023.
             zeros: ``[E, n, G]`` uint8, 0 to 15.
             row_scales: ``[E, n]`` float32, finite.
 
@@ -378,19 +380,19 @@ def _check_scales(name: str, scales: torch.Tensor) -> None:
 
 
 def check_range(format: WeightFormat, scales: torch.Tensor) -> None:
-    """That no weight is infinite where the tiles of ``fused`` multiply it as a float16 number times 64, as they do
-    where a code times the scale of its group has more digits than bfloat16.
+    """That no weight is infinite in the tiles of ``fused``, which multiply it as a float16 number where a code times
+    the scale of its group has more digits than bfloat16.
 
     Raises:
         ValueError: a scale is too large for that.
     """
-    if format.codes not in ("int4", "e4m3"):
+    if (largest_weight := _LARGEST_WEIGHTS.get(format.codes)) is None:
         return
-    largest = _LARGEST_WEIGHT / max(abs(value) for value in format.values if not math.isnan(value))
+    largest = largest_weight / max(abs(value) for value in format.values if not math.isnan(value))
     if _any(scales.float().abs() > largest):
         raise ValueError(
             f"scales must be at most {largest:.5g} in magnitude in {format.name}, so that no weight is beyond "
-            f"{_LARGEST_WEIGHT:g}, got {float(scales.float().abs().max()):.5g}"
+            f"{largest_weight:g}, got {float(scales.float().abs().max()):.5g}"
         )
 
 

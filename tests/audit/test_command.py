@@ -82,7 +82,7 @@ def test_a_target_that_refuses_a_probe_is_unclear(target, reason):
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("nothing", "is not 'cupymoe', 'transformers:NAME' or"),
+        ("nothing", "is not 'cupymoe', 'transformers:NAME', 'vllm', 'sglang' or"),
         ("no_such_module:f", "ModuleNotFoundError"),
         ("tests.audit.helpers:no_such_function", "AttributeError"),
         ("tests.audit.helpers:NOT_A_FUNCTION", "is a int, not a function"),

@@ -20,6 +20,7 @@ def weighted_sum(expert_output, slot_of_pair, top_k_weights):
 def check(expert_output, slot_of_pair, top_k_weights):
     output = combine(expert_output, slot_of_pair, top_k_weights)
     assert output.dtype == expert_output.dtype
+    assert torch.equal(combine(expert_output, slot_of_pair, top_k_weights, few=True), output)
     truth, magnitude = weighted_sum(expert_output, slot_of_pair, top_k_weights)
     # One rounding to the dtype, and one float32 rounding of at most the magnitude for each term.
     rounding = torch.finfo(output.dtype).eps / 2 if output.dtype != torch.float32 else 0.0

@@ -43,16 +43,18 @@ def shape(
     activation=SILU,
     transposed=False,
     has_bias=False,
+    few_pairs=0,
 ):
     """Of which both weights are transposed, or neither, and both have a bias, or neither."""
     kind = (transposed, transposed, has_bias, has_bias)
-    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind)
+    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind, few_pairs=few_pairs)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("cut", CUTS)
-def test_rings_fit_a_multiprocessor(cut, sizes):
-    for tiling in (shape(cut, *sizes).up, shape(cut, *sizes).down):
+@pytest.mark.parametrize(("cut", "few_pairs"), [*((cut, 0) for cut in CUTS), ((1, 2), 1), ((1, 2), 8), ((1, 2), 64)])
+def test_rings_fit_a_multiprocessor(cut, few_pairs, sizes):
+    its_shape = shape(cut, *sizes, few_pairs=few_pairs)
+    for tiling in (its_shape.up, its_shape.down):
         assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tiling.stages >= STAGES_AT_LEAST
         blocks, products = tiling.blocks, tiling.products
@@ -83,6 +85,13 @@ def assert_compiles(its_shape):
 def test_compiles_for_other_models(cut, sizes):
     for dtype in (torch.bfloat16, torch.float16):
         assert_compiles(shape(cut, *sizes, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("few_pairs", [1, 8, 64])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_compiles_for_few_tokens(sizes, few_pairs):
+    assert_compiles(shape((1, 2), *sizes, few_pairs=few_pairs))
 
 
 # GPT-OSS, and sizes that divide badly.
@@ -138,6 +147,11 @@ def test_bounds_are_those_that_were_measured():
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (512, 3839)] == [(1, 2)] * 2
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (3840, 5887)] == [(1, 3)] * 2
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (5888, 32768)] == [(2, 2)] * 2
+
+
+def test_the_cut_of_a_batch_is_for_fewer_rows_than_there_may_be():
+    cuts = [expert_tiles.batch_cut(Load.of(128 * room, 1, 128), 704) for room in (32, 239, 240, 368, 8192)]
+    assert cuts == [(1, 2)] * 2 + [(1, 3)] * 3
 
 
 def rows_of_box(tensor_map, start, row_bytes):

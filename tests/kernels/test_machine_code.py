@@ -91,9 +91,12 @@ FRESH_FROM = {
     "lora_shrink_chunks": "ACQBULK",
     "operand_rows": "ACQBULK",
     "pack_adapter": "ACQBULK",
+    "plan_batch": "ACQBULK",
+    "plan_batch_chunks": "ACQBULK",
     "plan_experts": "ACQBULK",
     "route": "ACQBULK",
     "router_logits": "ACQBULK",
+    "router_logits_many": "ACQBULK",
     "sort_by_expert": "ACQBULK",
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cupymoe.kernels.operand_rows import operand_rows
+from cupymoe.kernels.plan_batch import plan_batch
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from tests.helpers import every_value, poison_free_memory, random_routing
 
@@ -12,16 +13,12 @@ pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 
 
-def one_slot_each(num_rows):
-    return torch.randperm(num_rows, device="cuda").int().unsqueeze(-1)
-
-
 def narrowed_rows(rows):
     """The rows and their factors, in the order of the tokens again."""
-    slots = one_slot_each(len(rows))
+    pairs = sort_by_expert(torch.randint(7, (len(rows), 1), device="cuda"), 7)
     poison_free_memory()
-    narrowed, factors = operand_rows(rows, slots, narrowed=True)
-    order = slots.flatten().long()
+    narrowed, factors = operand_rows(rows, pairs, narrowed=True)
+    order = pairs.slot_of_pair.flatten().long()
     return narrowed[order], factors[order]
 
 
@@ -54,11 +51,11 @@ def test_every_slot_has_its_token(num_tokens, num_experts, columns, top_k, dtype
     kept = int(pairs.expert_offsets[-1])
     tokens = pairs.token_of_slot[:kept].long()
     poison_free_memory()
-    copied, factors = operand_rows(rows, pairs.slot_of_pair, narrowed=False)
+    copied, factors = operand_rows(rows, pairs, narrowed=False)
     assert factors is None
     assert torch.equal(copied[:kept], rows[tokens])
     if dtype == BF16:
-        narrowed, factors = operand_rows(rows, pairs.slot_of_pair, narrowed=True)
+        narrowed, factors = operand_rows(rows, pairs, narrowed=True)
         assert torch.equal(narrowed[:kept].float() * factors[:kept, None], rows[tokens].float())
 
 
@@ -88,6 +85,22 @@ def test_what_is_no_number_stays_so():
     assert torch.equal(narrowed.isinf(), rows.isinf())
     assert factors.isfinite().all()
     assert (narrowed.sign() == rows.sign())[~rows.isnan() & (narrowed != 0)].all()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9, 300])
+def test_rows_of_a_batch(max_tokens):
+    """Those that count, one after the other; no other row of the output is written."""
+    rows = torch.randn(12 * max_tokens, 264, device="cuda").to(BF16)
+    counts = torch.randint(-1, max_tokens + 2, (12,), dtype=torch.int32, device="cuda")
+    counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
+    slots = plan_batch(counts, max_tokens)
+    poison_free_memory()
+    narrowed, factors = operand_rows(rows, slots, narrowed=True)
+    copied, _ = operand_rows(rows, slots, narrowed=False)
+    kept = int(counted.sum())
+    assert torch.equal(copied[:kept], rows[counted])
+    assert torch.equal(narrowed[:kept].float() * factors[:kept, None], rows[counted].float())
+    assert narrowed[kept:].isnan().all()
 
 
 def test_zeros():

@@ -165,6 +165,36 @@ def test_quantised_experts_are_timed_beside_bf16_ones_and_their_own_truth(built,
     assert "| int4_g32 | sm_90a |    200 |" in quantised_table({"rows": rows})
 
 
+def test_batches_are_timed_beside_packed_rows_and_torch(built, monkeypatch):
+    """Errors are of rows that count, wherever they lie; here of projections alone that are 1% off."""
+    import bench_batched
+    from readme_table import batched_table
+
+    def packed(batch):
+        output = bench_batched.ours(built.config, batch)()
+        return lambda: 1.01 * output[batch.counted]
+
+    monkeypatch.setattr(bench_batched, "all_gemms", lambda config, batches: list(map(packed, batches)))
+    monkeypatch.setattr(bench_batched, "capture", Replayed)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_batched, "time_in_turn", lambda captured: dict.fromkeys(captured, times))
+    rows = [bench_batched.measure_row(built, tokens, room) for tokens, room in ((1, 2), (5, 16))]
+    for row in rows:
+        assert list(row["ms"]) == ["cupymoe", "gemms", "bmm"]
+        assert 0 < row["error"]["cupymoe"] < 0.004
+        assert 0 < row["error"]["bmm"] < 0.01
+    assert [failure.partition(" has")[0] for failure in built.failures] == ["gemms"] * 2
+    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(batched_table({"rows": rows}).split())
+
+
+def test_batches_are_timed_on_hopper_only(built, monkeypatch):
+    import bench_batched
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(click.ClickException, match="on Hopper's cards, not on one of sm_86"):
+        bench_batched.measure_batched(built)
+
+
 def test_formats_are_for_the_quantised_regime(bench):
     result = CliRunner().invoke(bench.main, ["--formats", "fp8", "--regime", "decode"])
     assert result.exit_code == 2
@@ -384,3 +414,31 @@ def test_the_first_calls_process_says_what_it_loaded(monkeypatch):
     expected = {"import_cupy": 0.1, "one_token": 0.951, "every_regime": 9.1}
     assert seconds == {"compiling": expected, "from_disk": expected}
     assert sources == {"route", "combine"}
+
+
+def test_a_row_of_decode_says_whether_invariant_calls_gave_the_same_bits(built, peers, monkeypatch):
+    import bench_experts
+    import bench_invariance
+
+    ours = peers.Contender(
+        lambda case: lambda: experts(case.inputs.hidden_states, *case.weights, *case.inputs[1:]).bfloat16()
+    )
+    monkeypatch.setattr(built, "contenders", lambda cases: {"cupymoe": ours}, raising=False)
+    monkeypatch.setattr(built, "optional", set(), raising=False)
+    monkeypatch.setattr(built, "buffer", None, raising=False)
+    monkeypatch.setattr(bench_experts, "capture", Replayed)
+    monkeypatch.setattr(bench_experts, "capture_read", lambda *_: None)
+    monkeypatch.setattr(bench_invariance, "OTHER_TOKENS", 20)
+    times = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
+    monkeypatch.setattr(bench_experts, "time_in_turn", lambda captured: {name: dict(times) for name in captured})
+    ceilings = SimpleNamespace(bf16_tflops=1.0)
+    row = built.experts_row(5, ceilings, invariant=True)
+    assert (list(row["ms"]), row["bits_equal"], built.failures) == (["cupymoe", "cupymoe:invariant"], True, [])
+    assert row["error"]["cupymoe:invariant"] < 0.003
+    assert list(built.experts_row(5, ceilings)["ms"]) == ["cupymoe"]
+
+    calls = iter(range(10**6))
+    call = bench_invariance._call
+    monkeypatch.setattr(bench_invariance, "_call", lambda *arguments: call(*arguments) * (1 + next(calls) % 2 / 128))
+    assert not built.experts_row(5, ceilings, invariant=True)["bits_equal"]
+    assert built.failures[-1] == "cupymoe:invariant gave a token other bits at T=5 than in a larger call"

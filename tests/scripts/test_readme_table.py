@@ -199,6 +199,20 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "116 | 2076 | 600 | 5000 | 0.00200 | 0.00400 |",
         ),
         (
+            "rows_table",
+            {
+                "rows": [
+                    {
+                        "tokens": 64,
+                        "ms": times(cupymoe=0.5, vllm_triton=0.75),
+                        "error": {"cupymoe": 0.0024, "vllm_triton": 0.0042},
+                    }
+                ]
+            },
+            "| tokens | cupymoe us | vLLM's Triton us | error cupymoe | error vLLM's |",
+            "| 64 | 500 | 750 (1.50x) | 0.00240 | 0.00420 |",
+        ),
+        (
             "model_table",
             {"layers": 30, "cells": [{"what": "prefill", "ms": times(grouped_mm=10.0, cupymoe=8.0, routed=5.0)}]},
             "| 30 layers | grouped_mm ms | cupymoe ms | routed ms |",

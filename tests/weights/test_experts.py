@@ -260,7 +260,11 @@ def test_what_is_refused_of_adapters_and_settings():
         lora_experts(*case, LowRank(a[..., :64], b), None, activation="gelu_tanh")
     with pytest.raises(ValueError, match=r"gate_up_adapter.b must have hidden_states's dtype torch.float32"):
         lora_experts(*case, LowRank(a, b.half()), None, activation="gelu_tanh")
-    for settings in ({"numerics": "invariant"}, {"expert_map": torch.zeros(1)}, {"global_num_experts": 5}):
+    for settings in (
+        {"numerics": "exact"},
+        {"expert_map": torch.zeros(1, dtype=torch.int32)},
+        {"global_num_experts": 5},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             fused_experts(*case, activation="gelu_tanh", **settings)
 

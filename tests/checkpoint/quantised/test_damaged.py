@@ -152,7 +152,7 @@ VALUES = {
         "ct int4 g32",
         "weight_scale",
         put((0, 0), 1000.0),
-        "is of a weight whose scales must be at most 127.88 in magnitude in int4_g32, so that no weight is beyond 1023",
+        "is of a weight whose scales must be at most 42.5 in magnitude in int4_g32, so that no weight is beyond 340",
     ),
     "another shape": ("ct int4 g32", "weight_shape", put(0, 63), "must be the weight's [64, 96], got 63"),
     "act-order": (

@@ -1,0 +1,571 @@
+"""cupymoe inside vLLM: its method, its modular kernel and its layer, by the real vLLM, on a CPU.
+
+No GPU and no compiled part of vLLM is needed: its Python files are enough, with the few packages that
+``vllm_requirements.txt`` beside this file lists. ``.ci/run`` installs both without dependencies into folders that only
+these tests see, because vLLM pins a torch and a transformers of its own.
+"""
+
+import logging
+import os
+import types
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm import platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    platforms._current_platform = CpuPlatform()  # older ones see none where their compiled parts are missing
+    from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe import modular_kernel, unquantized_fused_moe_method
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation as VllmActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FUSED_MOE_UNQUANTIZED_CONFIG,
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+        biased_moe_quant_config,
+    )
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+        UnquantizedMoeBackend,
+        make_unquantized_moe_kernel,
+    )
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize
+    from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
+
+from cupymoe import MoEActivation, reference
+from cupymoe.integrations import vllm as plugin
+from cupymoe.kernels import jit
+from tests.helpers import max_error, oracle, random_biases, random_experts, relative_error
+from tests.invariance import assert_same_bits, computed_alone
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
+NAME = "UnquantizedFusedMoEMethod"
+E, H, N, K = 6, 32, 24, 2  # experts, hidden and intermediate size, experts of a token: as random_experts has them
+
+ON_CUDA = {"num_experts": 8, "hidden": 256, "intermediate": 128}  # which the kernels serve
+
+
+@pytest.fixture(autouse=True)
+def _config(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # raises where there is no accelerator
+    init_workspace_manager(torch.device("cpu"))
+    with set_current_vllm_config(VllmConfig()):
+        yield
+    reset_workspace_manager()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The plug-in as a process has it that vLLM has started on a GPU; the slow reference counts as fast here."""
+    monkeypatch.setenv(plugin.ENVIRONMENT, "1")
+    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation: None)
+    monkeypatch.delitem(op_registry_oot, NAME, raising=False)
+    for cached in (plugin._register, plugin.experts_classes, plugin.method_class, plugin._warmed):
+        cached.cache_clear()
+    plugin.register()
+    yield
+    monkeypatch.undo()
+    op_registry_oot.pop(NAME, None)
+
+
+def moe_config(**changes):
+    settings = {
+        "num_experts": E,
+        "experts_per_token": K,
+        "hidden_dim": H,
+        "intermediate_size": N,
+        "num_local_experts": E,
+        "num_logical_experts": E,
+        "activation": VllmActivation.GELU_TANH,
+        "device": "cpu",
+        "routing_method": RoutingMethodType.Renormalize,
+        "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
+        "in_dtype": torch.float32,
+    }
+    return FusedMoEConfig(**{**settings, **changes})
+
+
+def kernel_of(config, quant_config=FUSED_MOE_UNQUANTIZED_CONFIG):
+    return make_unquantized_moe_kernel(quant_config, config, UnquantizedMoeBackend.TRITON, plugin.experts_classes()[0])
+
+
+def run(kernel, case, activation=VllmActivation.GELU_TANH, **settings):
+    hidden_states, w1, w2, ids, weights = case
+    ids = ids.to(settings.pop("ids_dtype", torch.int32))
+    settings = {"global_num_experts": E, "expert_map": None, "apply_router_weight_on_input": False, **settings}
+    with torch.inference_mode():
+        return kernel.apply(
+            hidden_states=hidden_states,
+            w1=w1,
+            w2=w2,
+            topk_ids=ids,
+            topk_weights=weights.float(),
+            activation=activation,
+            **settings,
+        )
+
+
+def new_method(config):
+    return unquantized_fused_moe_method.UnquantizedFusedMoEMethod(config)
+
+
+def layer_of(case, method, **attributes):
+    """What a method reads of vLLM's RoutedExperts."""
+    layer = torch.nn.Module()
+    layer.w13_weight, layer.w2_weight = (torch.nn.Parameter(weight, requires_grad=False) for weight in case[1:3])
+    settings = {
+        "layer_name": "model.layers.0.moe",
+        "moe_config": method.moe,
+        "activation": VllmActivation.GELU_TANH,
+        "apply_router_weight_on_input": False,
+        "global_num_experts": E,
+        "expert_map": None,
+        "_expert_routing_tables": lambda: None,
+    }
+    for name, value in {**settings, **attributes}.items():
+        setattr(layer, name, value)
+    return layer
+
+
+class TestRegister:
+    def test_vllm_makes_our_method_wherever_it_would_make_its_own(self, registered):
+        method = new_method(moe_config())
+        assert type(method) is plugin.method_class()
+        assert method.cupymoe_refusal is None
+        assert method.experts_cls is plugin.experts_classes()[0]
+        assert not method.is_monolithic
+
+    def test_a_second_call_changes_nothing(self, registered):
+        before = dict(op_registry_oot)
+        plugin.register()
+        assert op_registry_oot == before
+
+    def test_another_plug_in_is_not_replaced(self, registered, monkeypatch):
+        class Theirs:
+            pass
+
+        monkeypatch.setitem(op_registry_oot, NAME, Theirs)
+        plugin._register.cache_clear()
+        with pytest.raises(RuntimeError, match=r"replaced by Theirs: name one of the two in VLLM_PLUGINS"):
+            plugin.register()
+
+    def test_a_vllm_that_it_does_not_know_is_refused(self, registered, monkeypatch):
+        plugin._register.cache_clear()
+        monkeypatch.setattr(plugin, "version", lambda name: "0.11.0")
+
+        def missing():
+            raise ImportError("no modular_kernel")
+
+        monkeypatch.setattr(plugin, "method_class", missing)
+        with pytest.raises(RuntimeError, match=r"from 0.23 on .* got 0.11.0: no modular_kernel"):
+            plugin.register()
+
+
+class TestRefused:
+    """A layer that we don't serve is vLLM's, with a reason."""
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"moe_backend": "triton"}, "moe_backend is 'triton', not 'auto'"),
+            ({"is_lora_enabled": True}, "LoRA"),
+            ({"activation": VllmActivation.RELU2}, "relu2 only without a gate"),
+            ({"activation": VllmActivation.SWIGLUOAI, "swiglu_limit": 10.0}, "the model sets {'limit': 10.0}"),
+            ({"activation": VllmActivation.SWIGLUOAI_UNINTERLEAVE}, "needs a swiglu_limit"),
+        ],
+    )
+    def test_by_its_settings(self, registered, changes, reason):
+        assert reason in plugin.refusal(moe_config(**changes), plugin.experts_classes()[0])
+
+    def test_by_its_device(self, registered, monkeypatch):
+        monkeypatch.undo()
+        reason = plugin.refusal(moe_config(), plugin.experts_classes()[0])
+        assert "fused: it runs on CUDA devices of compute capability 8.0 or newer, not on cpu" in reason
+
+    @pytest.mark.parametrize("kernels", ["use_fi_nvl_two_sided_kernels", "use_fi_nvl_one_sided_kernels"])
+    def test_by_who_exchanges_tokens(self, registered, kernels):
+        assert not plugin.experts_classes()[0]._supports_parallel_config(types.SimpleNamespace(**{kernels: True}))
+
+    def test_by_a_quantisation(self, registered):
+        assert not plugin.experts_classes()[0]._supports_quant_scheme("int4", None)
+
+    def test_where_batches_must_not_change_bits(self, registered, monkeypatch):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        reason = plugin.refusal(moe_config(), plugin.experts_classes()[0])
+        assert reason is None
+        assert kernel_of(moe_config()).fused_experts.numerics == "invariant"
+
+    def test_a_trainer_s_bits(self, registered, monkeypatch):
+        """Experts in a step of transformers' training, and here a token at a time."""
+        pytest.importorskip("transformers", minversion="5.17")
+        from tests.integrations.test_invariance import experts_of, new_model, trained
+
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        cpu = torch.device("cpu")
+        model = new_model(cpu)
+        for experts, (given, expected) in zip(experts_of(model), trained(model, cpu), strict=True):
+            num_experts, hidden_size, intermediate_size = experts.down_proj.shape
+            kernel = kernel_of(
+                moe_config(
+                    num_experts=num_experts,
+                    num_local_experts=num_experts,
+                    num_logical_experts=num_experts,
+                    experts_per_token=given[1].shape[1],
+                    hidden_dim=hidden_size,
+                    intermediate_size=intermediate_size,
+                )
+            )
+
+            def layer(states, index, weights, kernel=kernel, experts=experts):
+                case = states, experts.gate_up_proj, experts.down_proj, index, weights
+                return run(kernel, case, global_num_experts=experts.num_experts)
+
+            assert_same_bits(computed_alone(layer, given), expected, "one by one")
+
+    def test_vllm_chooses_then(self, registered, monkeypatch):
+        chosen = UnquantizedMoeBackend.TRITON, modular_kernel.FusedMoEExpertsModular
+        monkeypatch.setattr(unquantized_fused_moe_method, "select_unquantized_moe_backend", lambda moe_config: chosen)
+        method = new_method(moe_config(moe_backend="triton"))
+        assert (method.unquantized_backend, method.experts_cls) == chosen
+        assert method.cupymoe_refusal == "moe_backend is 'triton', not 'auto'"
+
+    def test_parameters_that_only_the_layer_knows_are_refused_when_the_weights_are_there(self, registered):
+        method = new_method(moe_config(activation=VllmActivation.SWIGLUOAI))
+        layer = layer_of(random_experts(), method, swiglu_limit=10.0)
+        with pytest.raises(ValueError, match=r"the model sets \{'limit': 10.0\}; set CUPYMOE_VLLM=0"):
+            method.process_weights_after_loading(layer)
+
+
+def test_the_log_says_once_what_is_taken_and_why_the_rest_is_not(registered, monkeypatch):
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger(plugin.LOGGER)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    chosen = UnquantizedMoeBackend.TRITON, modular_kernel.FusedMoEExpertsModular
+    monkeypatch.setattr(unquantized_fused_moe_method, "select_unquantized_moe_backend", lambda moe_config: chosen)
+    try:
+        for name, config in [
+            ("layers.0", moe_config()),
+            ("layers.1", moe_config()),
+            ("layers.2", moe_config(moe_backend="triton")),
+            ("layers.3", moe_config(moe_backend="triton")),
+        ]:
+            layer = torch.nn.Module()
+            layer.layer_name = name
+            new_method(config).create_weights(layer, E, H, N, torch.float32)
+    finally:
+        logger.removeHandler(handler)
+    assert records == [
+        "layers.0, and every layer like it: cupymoe computes 6 of 6 experts, 32 to 24, gelu_tanh, torch.float32",
+        "layers.2, and every layer like it: cupymoe does not compute 6 of 6 experts, 32 to 24, gelu_tanh, "
+        "torch.float32: moe_backend is 'triton', not 'auto'",
+    ]
+
+
+class TestKernel:
+    """vLLM's modular kernel with our experts in it."""
+
+    @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+    def test_computes_the_experts(self, registered, ids_dtype):
+        case = random_experts()
+        assert max_error(run(kernel_of(moe_config()), case, ids_dtype=ids_dtype), oracle(case)) < 1e-5
+
+    @pytest.mark.parametrize("name", ["GELU", "GELU_TANH", "SILU", "SWIGLUOAI", "SWIGLUSTEP", "RELU2_NO_MUL"])
+    def test_an_activation_is_the_member_of_that_name(self, registered, name, monkeypatch):
+        monkeypatch.setattr(CpuPlatform, "is_cuda_alike", lambda self: True)  # ungated ones exist there alone
+        ours, theirs = MoEActivation[name], VllmActivation[name]
+        case = random_experts(activation=ours)
+        output = run(kernel_of(moe_config(activation=theirs)), case, theirs)
+        assert max_error(output, oracle(case, ours)) < 1e-5
+
+    def test_gelu_is_not_gelu_tanh(self, registered):
+        case = random_experts()
+        outputs = [
+            run(kernel_of(moe_config(activation=activation)), case, activation)
+            for activation in (VllmActivation.GELU, VllmActivation.GELU_TANH)
+        ]
+        assert 1e-5 < max_error(outputs[0], outputs[1].double()) < 1e-2
+
+    def test_a_limit_that_the_model_sets_is_obeyed(self, registered):
+        case = random_experts(activation=MoEActivation.SILU)
+        config = moe_config(activation=VllmActivation.SILU, swiglu_limit=0.5)
+        output = run(kernel_of(config), case, VllmActivation.SILU)
+        assert max_error(output, oracle(case, MoEActivation.SILU.with_parameters(limit=0.5))) < 1e-5
+
+    def test_biases_are_added(self, registered):
+        case = random_experts()
+        biases = random_biases(case)
+        quant_config = biased_moe_quant_config(biases["gate_up_bias"], biases["down_bias"])
+        output = run(kernel_of(moe_config(has_bias=True), quant_config), case)
+        assert max_error(output, oracle(case, **biases)) < 1e-5
+
+    def test_a_padded_pair_contributes_nothing(self, registered):
+        case = random_experts()
+        case.top_k_index[3], case.top_k_index[5, 1] = -1, -1
+        output = run(kernel_of(moe_config()), case)
+        assert not output[3].any()
+        assert max_error(output, oracle(case)) < 1e-5
+
+    def test_ranks_with_an_expert_map_sum_to_the_whole(self, registered):
+        """Global ids, an uneven split, and a padded token."""
+        case = random_experts()
+        case.top_k_index[3] = -1
+        total = torch.zeros(case.hidden_states.shape, dtype=torch.float64)
+        for here in ([0, 3], [1, 2, 4, 5]):
+            expert_map = torch.full((E,), -1, dtype=torch.int32)
+            expert_map[here] = torch.arange(len(here), dtype=torch.int32)
+            part = case._replace(gate_up_proj=case.gate_up_proj[here], down_proj=case.down_proj[here])
+            kernel = kernel_of(moe_config(num_local_experts=len(here)))
+            total += run(kernel, part, expert_map=expert_map, global_num_experts=E)
+        assert max_error(total, oracle(case)) < 1e-5
+
+    def test_ranks_with_slices_of_the_intermediate_size_sum_to_the_whole(self, registered):
+        case = random_experts()
+        gate, up = case.gate_up_proj.chunk(2, dim=1)
+        total = torch.zeros(case.hidden_states.shape, dtype=torch.float64)
+        for rows in (slice(0, 8), slice(8, 24)):
+            w1 = torch.cat((gate[:, rows], up[:, rows]), 1)
+            w2 = case.down_proj[:, :, rows].contiguous()
+            kernel = kernel_of(moe_config(intermediate_size=w2.shape[2]))
+            total += run(kernel, case._replace(gate_up_proj=w1, down_proj=w2))
+        assert max_error(total, oracle(case)) < 1e-5
+
+    def test_router_weights_on_the_input_are_not_applied_twice(self, registered):
+        case = random_experts(top_k=1)
+        case.top_k_weights.fill_(0.5)
+        output = run(
+            kernel_of(moe_config(experts_per_token=1)),
+            case._replace(hidden_states=case.hidden_states.clone()),
+            apply_router_weight_on_input=True,
+        )
+        halved = case._replace(hidden_states=case.hidden_states * 0.5, top_k_weights=torch.ones(16, 1))
+        assert max_error(output, oracle(halved)) < 1e-5
+
+    def test_rows_that_eplb_has_moved_are_found_by_their_ids(self, registered):
+        case = random_experts()
+        kernel = kernel_of(moe_config())
+        before = run(kernel, case)
+        order = torch.tensor([2, 0, 1, 5, 3, 4])
+        case.gate_up_proj.copy_(case.gate_up_proj[order].clone())
+        case.down_proj.copy_(case.down_proj[order].clone())
+        moved = torch.argsort(order)[case.top_k_index]
+        torch.testing.assert_close(run(kernel, case._replace(top_k_index=moved)), before)
+
+    def test_no_tokens(self, registered):
+        assert run(kernel_of(moe_config()), random_experts(num_tokens=0)).shape == (0, H)
+
+
+class TestMethod:
+    """The weights stay where vLLM has put them, as they are."""
+
+    def test_weights_are_neither_moved_nor_repacked(self, registered):
+        case = random_experts()
+        method = new_method(moe_config())
+        layer = layer_of(case, method)
+        addresses = layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()
+        copies = case.gate_up_proj.clone(), case.down_proj.clone()
+        method.process_weights_after_loading(layer)
+        assert (layer.w13_weight.data_ptr(), layer.w2_weight.data_ptr()) == addresses
+        assert torch.equal(layer.w13_weight, copies[0])
+        assert torch.equal(layer.w2_weight, copies[1])
+
+    def test_weights_that_are_updated_in_place_are_computed_with(self, registered):
+        case, new = random_experts(), random_experts()
+        method = new_method(moe_config())
+        layer = layer_of(case, method)
+        method.process_weights_after_loading(layer)
+        arguments = layer, case.hidden_states, case.top_k_weights.float(), case.top_k_index.int(), None, None
+        with torch.inference_mode():
+            first = method.apply(*arguments)
+            layer.w13_weight.data.copy_(new.gate_up_proj)
+            layer.w2_weight.data.copy_(new.down_proj)
+            second = method.apply(*arguments)
+        updated = case._replace(gate_up_proj=new.gate_up_proj, down_proj=new.down_proj)
+        assert max_error(second, oracle(updated)) < 1e-5
+        assert max_error(first, oracle(updated)) > 0.1
+
+    def test_kernels_are_there_for_all_that_is_captured(self, registered, monkeypatch):
+        method = new_method(moe_config())
+        layer = layer_of(random_experts(dtype=torch.bfloat16), method)
+        method.process_weights_after_loading(layer)
+        calls = []
+
+        def experts(hidden_states, w1, w2, ids, weights, **settings):
+            calls.append((hidden_states.shape[0], ids.dtype, ids.max().item()))
+
+        monkeypatch.setattr(plugin, "fused_experts", experts)
+        method.cupymoe_captured = [1, 2, 4, 400]
+        plugin._warm(method, layer)
+        assert {1, 2, 4, 400} <= {count for count, _, _ in calls}
+        assert {(dtype, greatest) for _, dtype, greatest in calls} == {(torch.int32, -1)}  # no expert is read
+        assert max(count for count, _, _ in calls if count != 400) <= method.moe.max_num_tokens
+        before = len(calls)
+        plugin._warm(method, layer_of(random_experts(dtype=torch.bfloat16), method))
+        assert len(calls) == before  # a second layer of the kind needs no other kernels
+
+    def test_captured_counts_are_those_of_all_ranks_where_they_gather_tokens(self):
+        config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=[1, 8]))
+        assert plugin._captured(types.SimpleNamespace(dp_size=4), config) == [1, 4, 8, 32]
+
+
+class TestBatched:
+    """Tokens in rows by expert, as DeepEP's low-latency kernels and NIXL leave them."""
+
+    def config(self, **changes):
+        parallel = replace(
+            FusedMoEParallelConfig.make_no_parallel(), all2all_backend="deepep_low_latency", use_ep=True, dp_size=2
+        )
+        return moe_config(moe_parallel_config=parallel, **changes)
+
+    def test_is_taken_where_vllm_asks_for_it(self, registered):
+        config = self.config()
+        assert config.moe_parallel_config.use_batched_activation_format
+        method = new_method(config)
+        assert method.cupymoe_refusal is None
+        assert method.experts_cls is plugin.experts_classes()[1]
+
+    def test_computes_the_experts(self, registered):
+        case = random_experts()
+        experts = plugin.experts_classes()[1](
+            self.config(), FUSED_MOE_UNQUANTIZED_CONFIG, max_num_tokens=16, num_dispatchers=1
+        )
+        kernel = modular_kernel.FusedMoEKernel(BatchedPrepareAndFinalize(16, E, 1, 0), experts)
+        assert max_error(run(kernel, case), oracle(case)) < 1e-5
+
+    def test_is_refused_with_biases(self, registered):
+        experts = plugin.experts_classes()[1]
+        assert "without biases" in plugin.refusal(self.config(has_bias=True), experts)
+
+    def test_is_refused_where_batches_must_not_change_bits(self, registered, monkeypatch):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+        assert "batch invariance" in plugin.refusal(self.config(), plugin.experts_classes()[1])
+
+
+@pytest.mark.gpu
+class TestOnCuda:
+    """The kernels themselves, with what vLLM gives them: int32 ids, and the output's memory."""
+
+    @pytest.fixture(autouse=True)
+    def _workspace(self, registered):
+        reset_workspace_manager()
+        init_workspace_manager(torch.device("cuda"))
+        # As large as it will be, before a graph holds its address.
+        current_workspace_manager().get_simultaneous(((1024 * 256,), torch.bfloat16), ((0,), torch.bfloat16))
+
+    def method_and_layer(self, case):
+        config = moe_config(
+            num_experts=8,
+            hidden_dim=256,
+            intermediate_size=128,
+            num_local_experts=8,
+            num_logical_experts=8,
+            device="cuda",
+            in_dtype=torch.bfloat16,
+        )
+        method = new_method(config)
+        method.cupymoe_captured = [1, 2, 8, 64, 512]
+        layer = layer_of(case, method, global_num_experts=8)
+        method.process_weights_after_loading(layer)
+        return method, layer
+
+    @pytest.mark.parametrize("num_tokens", [1, 16, 100, 1000])
+    def test_computes_the_experts(self, num_tokens):
+        case = random_experts(num_tokens, **ON_CUDA, dtype=torch.bfloat16, device="cuda")
+        case.top_k_index[0, 0] = -1
+        method, layer = self.method_and_layer(case)
+        with torch.inference_mode():
+            arguments = layer, case.hidden_states, case.top_k_weights.float(), case.top_k_index.int(), None, None
+            output = method.apply(*arguments)
+        assert relative_error(output, oracle(case)) < 0.0042
+
+    def test_ranks_with_an_expert_map_sum_to_the_whole(self):
+        case = random_experts(64, **ON_CUDA, dtype=torch.bfloat16, device="cuda")
+        total = 0.0
+        for here in ([0, 5, 6], [1, 2, 3, 4, 7]):
+            expert_map = torch.full((8,), -1, dtype=torch.int32, device="cuda")
+            expert_map[here] = torch.arange(len(here), dtype=torch.int32, device="cuda")
+            part = case._replace(gate_up_proj=case.gate_up_proj[here], down_proj=case.down_proj[here])
+            method, layer = self.method_and_layer(part)
+            layer.expert_map = expert_map
+            with torch.inference_mode():
+                arguments = layer, part.hidden_states, part.top_k_weights.float(), part.top_k_index.int(), None, None
+                total = total + method.apply(*arguments).double()
+        assert relative_error(total, oracle(case)) < 0.0042
+
+    def test_a_capture_compiles_nothing(self):
+        case = random_experts(512, **ON_CUDA, dtype=torch.bfloat16, device="cuda")
+        method, layer = self.method_and_layer(case)
+        compiled = jit.compiled_variants()
+        for num_tokens in method.cupymoe_captured:
+            rows = slice(0, num_tokens)
+            part = case._replace(
+                hidden_states=case.hidden_states[rows],
+                top_k_index=case.top_k_index[rows],
+                top_k_weights=case.top_k_weights[rows],
+            )
+            arguments = layer, part.hidden_states, part.top_k_weights.float(), part.top_k_index.int(), None, None
+            graph = torch.cuda.CUDAGraph()
+            with torch.inference_mode(), torch.cuda.graph(graph):
+                output = method.apply(*arguments)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert relative_error(output, oracle(part)) < 0.0042
+        assert jit.compiled_variants() == compiled
+
+
+class TestLayer:
+    """vLLM's own layer, from router logits to the output, as Gemma 4's model code makes it."""
+
+    @pytest.fixture
+    def world(self, tmp_path):
+        """One rank."""
+        from vllm.distributed import parallel_state
+
+        parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
+        parallel_state.ensure_model_parallel_initialized(1, 1)
+        yield
+        parallel_state.cleanup_dist_env_and_memory()
+
+    def test_computes_the_experts_of_its_routing(self, registered, world):
+        layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.layer")
+        if not hasattr(layers, "FusedMoEFactory"):
+            pytest.skip(f"vLLM {vllm.__version__} makes its layers on an accelerator alone")
+        case = random_experts()
+        logits = torch.randn(16, E)
+        weights, index = reference.route(logits, K)
+
+        def routing(hidden_states, gating_output, topk, renormalize):
+            weights, index = reference.route(gating_output, topk)
+            return weights, index.int()
+
+        layer = layers.FusedMoEFactory(
+            num_experts=E,
+            top_k=K,
+            hidden_size=H,
+            intermediate_size=N,
+            params_dtype=torch.float32,
+            custom_routing_function=routing,
+            activation="gelu_tanh",
+            prefix="model.layers.0.moe",
+        )
+        experts = layer.routed_experts
+        assert type(experts.quant_method) is plugin.method_class()
+        experts.w13_weight.data.copy_(case.gate_up_proj)
+        experts.w2_weight.data.copy_(case.down_proj)
+        experts.quant_method.process_weights_after_loading(experts)
+        with torch.inference_mode(), set_forward_context(None, get_current_vllm_config()):
+            output = layer(case.hidden_states, logits)
+        assert max_error(output, oracle(case._replace(top_k_index=index, top_k_weights=weights))) < 1e-5
