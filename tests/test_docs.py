@@ -10,7 +10,7 @@ from cupymoe.activation import _ALIASES
 from cupymoe.kernels import cuda_sources
 from tests.helpers import ROOT
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def table_rows(name):
@@ -37,10 +37,18 @@ def test_every_spelling_is_described():
         assert f"`{name}`" in cells, name
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert all((path.parent / target).exists() for target in targets), targets
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_named_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:benchmarks|cuda_src|cupymoe|docs|scripts|tests)/[\w./]+)`", text)
+    assert len(named) > 3
+    assert [each for each in named if not (ROOT / each).exists()] == []
 
 
 def test_what_is_kept_is_what_the_formulas_say():
