@@ -42,10 +42,11 @@ def _way(
     arch: Arch,
     weight_format: str,
     numerics: str,
+    global_num_experts: int | None,
 ) -> tuple[Any, ...]:
     """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens: without and with
     an adapter, and of gradients."""
-    load = Load.of(num_tokens, top_k, num_experts)
+    load = Load.of(num_tokens, top_k, num_experts, global_num_experts)
     sort = block_of(load.num_pairs, num_experts)
     is_invariant = numerics == INVARIANT
     by_tiles = *cut(load, intermediate_size), sort, few_pairs(load) if is_invariant else 0
@@ -74,10 +75,12 @@ def one_of_each_way(
     arch: Arch = HOPPER,
     weight_format: str = PLAIN,
     numerics: str = "fast",
+    global_num_experts: int | None = None,
 ) -> tuple[int, ...]:
     """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
-    too."""
-    sizes = num_experts, top_k, hidden_size, intermediate_size, training, arch, weight_format, numerics
+    too. Where the ``num_experts`` are some of ``global_num_experts``, which tokens choose from, ranges are longer."""
+    of_layer = num_experts, top_k, hidden_size, intermediate_size
+    sizes = *of_layer, training, arch, weight_format, numerics, global_num_experts
     counts: list[int] = []
 
     def stretch(num_tokens: int) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cupymoe import (
@@ -15,6 +16,7 @@ from cupymoe import (
     LowRank,
     MoEActivation,
     apply_moe_activation,
+    batched_experts,
     fused_experts,
     lora_experts,
     route,
@@ -340,6 +342,31 @@ def test_vmap_of_experts(device):
         return fused_experts(hidden_states, *case[1:], activation="gelu_tanh")
 
     assert torch.equal(torch.vmap(experts)(batch), torch.stack([experts(entry) for entry in batch]))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_mode_is_refused(device, enabled):
+    """Tangents would be dropped, and the derivative be zeros."""
+    case = random_experts(5, device=device)
+    batch, counts = torch.randn(6, 3, 32, device=device), torch.full((6,), 2, dtype=torch.int32, device=device)
+    functions = {
+        "fused_experts": lambda states: fused_experts(states, *case[1:], activation="gelu_tanh"),
+        "batched_experts": lambda states: batched_experts(
+            batch + states[0, 0], counts, *case[1:3], activation="gelu_tanh"
+        ),
+        "route": lambda states: route(states, 3)[0],
+        "gelu_tanh": lambda states: moe_activation_function("gelu_tanh", states),
+    }
+    for name, function in functions.items():
+        states = case.hidden_states
+        with torch.set_grad_enabled(enabled):
+            with pytest.raises(NotImplementedError, match=rf"{name}.* has no forward-mode derivative"):
+                torch.func.jvp(function, (states,), (states,))
+            with forward_ad.dual_level():
+                function(states)  # nothing to differentiate
+                dual = forward_ad.make_dual(states, states)
+                with pytest.raises(NotImplementedError, match=rf"{name}.* has no forward-mode derivative"):
+                    function(dual)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

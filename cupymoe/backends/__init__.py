@@ -143,12 +143,6 @@ class BatchTensors(NamedTuple):
         return self.hidden_states.flatten(0, 1)
 
     @property
-    def scale_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
-        """Of the scales of groups of both weights, where they are quantised in such a format."""
-        gate_up, down = self.gate_up_scales, self.down_scales
-        return None if gate_up is None else gate_up.dtype, None if down is None else down.dtype
-
-    @property
     def counted(self) -> torch.Tensor:
         """``[E, max_tokens]`` bool: which rows count."""
         places = torch.arange(self.max_tokens, device=self.expert_num_tokens.device)

@@ -19,10 +19,11 @@ from cupymoe.backends import (
     row_packs_reason,
 )
 from cupymoe.backends.fused_adapters import packed_adapters, step
-from cupymoe.backends.fused_backward import new_kept, stored_weights, tile_shape
+from cupymoe.backends.fused_backward import new_kept, tile_shape
+from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
-from cupymoe.kernels.coded_tiles import TILE_SLOTS, Scales
+from cupymoe.kernels.coded_tiles import TILE_SLOTS
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
@@ -323,7 +324,7 @@ def tiles(
     shape = tile_shape(call, tensors, keeps_gate_up=kept is not None)
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
-    of_gate_up_codes, of_down_codes = _scales_of(call, tensors)
+    of_gate_up_codes, of_down_codes = scales_of(call, tensors)
     if of_gate_up_codes is None:
         intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
     else:
@@ -336,13 +337,3 @@ def tiles(
     else:
         expert_output = experts_down_codes_wgmma(intermediate, down_proj, of_down_codes, pairs, shape, down_bias)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out, few=shape.few_pairs > 0)
-
-
-def _scales_of(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[Scales | None, Scales | None]:
-    """What belongs to the codes of each weight that is quantised, for the tiles."""
-    if call.weight_format == PLAIN:
-        return None, None
-    up = Scales(tensors.gate_up_scales, tensors.gate_up_zeros, tensors.gate_up_row_scales)
-    down = Scales(tensors.down_scales, tensors.down_zeros, tensors.down_row_scales)
-    of_gate_up, of_down = formats_of(call.weight_format)
-    return None if of_gate_up is None else up, None if of_down is None else down

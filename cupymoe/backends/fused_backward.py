@@ -22,6 +22,7 @@ from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import lay_out_gradients
 from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias, in_local_experts
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
+from cupymoe.backends.fused_codes import stored_weights
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import TileShape, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
@@ -29,21 +30,11 @@ from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_outer_wgmma import experts_outer_wgmma
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.sort_by_expert import SortedPairs, sort_by_expert
-from cupymoe.kernels.stored_weight import StoredWeight, stored_weight
+from cupymoe.kernels.stored_weight import StoredWeight
 from cupymoe.kernels.sum_parts import sum_parts
-from cupymoe.weights.format import PLAIN
 
 _THIRD_TICKET = 2
 """The ticket counter that the way back through gate_up takes; the two kernels before it take the others."""
-
-
-def stored_weights(call: ExpertsCall, tensors: ExpertsTensors) -> tuple[StoredWeight, ...]:
-    """How both weights are stored; nothing where both are plain, as a shape has it."""
-    if call.weight_format == PLAIN:
-        return ()
-    scales = tensors.gate_up_scales, tensors.down_scales
-    dtypes = (None if each is None else each.dtype for each in scales)
-    return tuple(map(stored_weight, call.weight_format.split(","), dtypes))
 
 
 def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False) -> TileShape:

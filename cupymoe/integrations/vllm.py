@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import ExpertsCall, registry, serving
+from cupymoe.backends import INVARIANT, ExpertsCall, registry, serving
 from cupymoe.functional import batched_experts, fused_experts
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.warmup import one_of_each_way
@@ -145,7 +145,14 @@ def _sizes(moe: Any) -> tuple[int, int, int, int]:
     return moe.num_local_experts, moe.experts_per_token, moe.hidden_dim, moe.intermediate_size_per_partition
 
 
-def slow_reason(moe: Any, activation: MoEActivation) -> str | None:
+def _numerics() -> str:
+    """What vLLM's own setting asks of the bits of an output."""
+    from vllm import envs
+
+    return INVARIANT if envs.VLLM_BATCH_INVARIANT else "fast"
+
+
+def slow_reason(moe: Any, activation: MoEActivation, numerics: str) -> str | None:
     """Why none of the fast backends serves a layer, of few tokens or of many; None if one does."""
     num_experts, top_k, hidden_size, intermediate_size = _sizes(moe)
     for num_tokens in (1, 8192):
@@ -161,6 +168,7 @@ def slow_reason(moe: Any, activation: MoEActivation) -> str | None:
             aligned_hidden_states=True,
             aligned_weights=True,
             has_bias=moe.has_bias,
+            numerics=numerics,
         )
         if serving(call).is_slow:
             fast = [backend for backend in registry().values() if not backend.is_slow]
@@ -184,7 +192,7 @@ def refusal(moe: Any, experts: type[Any]) -> str | None:
         activation = _member(moe)
     except ValueError as error:
         return str(error)
-    if reason := slow_reason(moe, activation):
+    if reason := slow_reason(moe, activation, _numerics()):
         return reason
     is_served, reason = experts.is_supported_config(experts, moe, None, None, experts.activation_format())
     return None if is_served else reason
@@ -196,7 +204,6 @@ def refusal(moe: Any, experts: type[Any]) -> str | None:
 @functools.cache
 def experts_classes() -> tuple[type[Any], type[Any]]:
     """Two classes of vLLM's ``FusedMoEExpertsModular``: of tokens as they come, and of tokens in rows by expert."""
-    from vllm import envs
     from vllm.model_executor.layers.fused_moe import modular_kernel
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
         TopKWeightAndReduceDelegate,
@@ -212,7 +219,7 @@ def experts_classes() -> tuple[type[Any], type[Any]]:
                 self.member = _member(moe_config, quant_config)
             except ValueError as error:
                 raise ValueError(f"cupymoe can't compute this layer: {error}; set {ENVIRONMENT}=0") from None
-            self.numerics = "invariant" if envs.VLLM_BATCH_INVARIANT else "fast"
+            self.numerics = _numerics()
 
         @staticmethod
         def _supports_current_device() -> bool:
@@ -407,7 +414,8 @@ def _warm(method: Any, layer: Any) -> None:
     """
     moe, experts = method.moe, method.moe_kernel.fused_experts
     w13, w2 = layer.w13_weight, layer.w2_weight
-    kind = (type(experts), w13.shape, w2.shape, w13.dtype, w13.device, experts.member, moe.num_experts, moe.has_bias)
+    sizes = w13.shape, w2.shape, moe.num_experts, moe.experts_per_token
+    kind = (type(experts), *sizes, w13.dtype, w13.device, experts.member, moe.has_bias)
     if kind in _warmed():
         return
     _warmed().add(kind)
@@ -444,7 +452,15 @@ def _empty_calls(method: Any, experts: Any, w2: torch.Tensor) -> Iterator[tuple[
         hidden_states = w2.new_zeros(num_experts, rows, hidden_size)
         yield hidden_states, new_ids((0, top_k), device=w2.device), SimpleNamespace(expert_num_tokens=counts)
         return
-    ways = one_of_each_way(num_experts, top_k, hidden_size, intermediate_size, arch=_arch(w2.device))
+    ways = one_of_each_way(
+        num_experts,
+        top_k,
+        hidden_size,
+        intermediate_size,
+        arch=_arch(w2.device),
+        numerics=experts.numerics,
+        global_num_experts=method.moe.num_experts,
+    )
     in_steps = [count for count in ways if count <= method.moe.max_num_tokens]
     for count in sorted({*method.cupymoe_captured, *in_steps}):
         yield w2.new_zeros(count, hidden_size), new_ids((count, top_k), device=w2.device), None

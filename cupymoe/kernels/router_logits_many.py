@@ -15,6 +15,9 @@ from cupymoe.kernels.launch import Kernel
 
 # Of a warp: together as many logits as it has lanes.
 _TOKENS, _EXPERTS = 4, 8
+_MAX_BLOCKS = 65535
+"""Of a grid in its second dimension, which is that of the tokens."""
+MAX_TOKENS = _MAX_BLOCKS * router_logits.WARPS * _TOKENS
 
 
 def variant(dtype: torch.dtype, hidden_size: int, eps: float) -> Variant:
@@ -36,6 +39,8 @@ def unsupported_reason(hidden_states: torch.Tensor) -> str | None:
         return f"its kernels take bfloat16, float16 and float32, not {dtype}"
     if hidden_size % width:
         return f"rows must be whole 16-byte packs: a hidden size that is a multiple of {width}, not {hidden_size}"
+    if len(hidden_states) > MAX_TOKENS:
+        return f"its kernels take at most {MAX_TOKENS} tokens, not {len(hidden_states)}"
     return None
 
 

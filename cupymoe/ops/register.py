@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("cupymoe", "DEF")  # type: ignore[no-untyped-call]
 
@@ -70,6 +71,8 @@ def _with_autograd(
             return *(gradients if isinstance(gradients, tuple) else (gradients,)), None
 
     def with_autograd(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(overload, arguments)
         # The keyset comes last, so that an argument has the same place in ctx.needs_input_grad.
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return Function.apply(*arguments, keyset)  # type: ignore[no-untyped-call]
@@ -78,8 +81,24 @@ def _with_autograd(
     return with_autograd
 
 
+def _refuse_tangents(overload: Any, arguments: tuple[Any, ...]) -> None:
+    """Forward-mode differentiation would take what an op returns for a constant, and give zeros without a word."""
+    for each in arguments:
+        if isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"{overload} has no forward-mode derivative (jvp, jacfwd, make_dual): differentiate backwards, or call "
+                "cupymoe.reference, which is plain torch"
+            )
+
+
 def dispatch(overload: Any, *arguments: Any) -> Any:
-    """Calls an op; under ``no_grad`` past autograd's kernel, which is Python, would do nothing, and costs 6 us."""
+    """Calls an op; under ``no_grad`` past autograd's kernel, which is Python, would do nothing, and costs 6 us.
+
+    Raises:
+        NotImplementedError: an argument has a tangent.
+    """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_tangents(overload, arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return overload(*arguments)
     with torch._C._AutoDispatchBelowAutograd():

@@ -93,7 +93,7 @@ def test_vllm_s_gemma_4_through_cupymoe(monkeypatch):
     from cupymoe.integrations import vllm as plugin
 
     monkeypatch.setenv(plugin.ENVIRONMENT, "1")
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation: None)
+    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.delitem(host.op_registry_oot, host.NAME, raising=False)
     for cached in (plugin._register, plugin.experts_classes, plugin.method_class):

@@ -43,8 +43,12 @@ with warnings.catch_warnings():
     from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from cupymoe import MoEActivation, reference
+from cupymoe.backends.fused import takes_tiles
 from cupymoe.integrations import vllm as plugin
 from cupymoe.kernels import jit
+from cupymoe.kernels.expert_stream import regime
+from cupymoe.kernels.expert_tiles import cut
+from cupymoe.kernels.load import Load
 from tests.helpers import max_error, oracle, random_biases, random_experts, relative_error
 from tests.invariance import assert_same_bits, computed_alone
 
@@ -69,7 +73,7 @@ def _config(monkeypatch):
 def registered(monkeypatch):
     """The plug-in as a process has it that vLLM has started on a GPU; the slow reference counts as fast here."""
     monkeypatch.setenv(plugin.ENVIRONMENT, "1")
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation: None)
+    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
     monkeypatch.delitem(op_registry_oot, NAME, raising=False)
     for cached in (plugin._register, plugin.experts_classes, plugin.method_class, plugin._warmed):
         cached.cache_clear()
@@ -415,6 +419,23 @@ class TestMethod:
         before = len(calls)
         plugin._warm(method, layer_of(random_experts(dtype=torch.bfloat16), method))
         assert len(calls) == before  # a second layer of the kind needs no other kernels
+
+    def test_kernels_are_there_for_every_range_of_a_rank_that_has_some_of_the_experts(self, registered, monkeypatch):
+        parallel = replace(FusedMoEParallelConfig.make_no_parallel(), use_ep=True, ep_size=4, ep_rank=1)
+        settings = {"num_experts": 4 * E, "num_logical_experts": 4 * E, "moe_parallel_config": parallel}
+        method = new_method(moe_config(**settings, max_num_tokens=4096))
+        layer = layer_of(random_experts(dtype=torch.bfloat16), method, expert_map=torch.arange(4 * E) - E)
+        method.process_weights_after_loading(layer)
+        counts = []
+        monkeypatch.setattr(plugin, "fused_experts", lambda hidden_states, *_, **__: counts.append(len(hidden_states)))
+        monkeypatch.setattr(method, "cupymoe_captured", [])
+        plugin._warm(method, layer)
+
+        def kernels(num_tokens):
+            load = Load.of(num_tokens, K, E, 4 * E)
+            return cut(load, N) if takes_tiles(load, H) else regime(load, N)
+
+        assert {*map(kernels, counts)} == {*map(kernels, range(1, 4097))}
 
     def test_captured_counts_are_those_of_all_ranks_where_they_gather_tokens(self):
         config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=[1, 8]))

@@ -3,6 +3,7 @@
 import pkgutil
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +95,13 @@ def test_swigluoai_is_interleaved_and_has_gpt_oss_parameters():
 def test_other_activations_are_refused_by_name(activation, settings, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         plugin.member_of(activation, **settings)
+
+
+def test_a_layer_that_is_slow_only_with_the_same_bits_in_every_call_is_refused_then(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    sizes = {"num_local_experts": 8, "experts_per_token": 2, "hidden_dim": 2824, "intermediate_size_per_partition": 704}
+    layer = SimpleNamespace(**sizes, device="cuda", in_dtype=torch.bfloat16, has_bias=False)
+    assert plugin.slow_reason(layer, MoEActivation.SILU, "fast") is None
+    reason = plugin.slow_reason(layer, MoEActivation.SILU, "invariant")
+    assert "only a slow backend serves 1 tokens" in reason
+    assert "fused: its tiles want a hidden size that is a multiple of 16, not 2824" in reason

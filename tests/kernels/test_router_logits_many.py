@@ -42,4 +42,7 @@ def test_what_is_not_served():
     assert unsupported_reason(torch.empty(3, 2816, dtype=torch.bfloat16)) is None
     assert unsupported_reason(torch.empty(3, 2812)) is None
     assert "multiple of 8, not 2812" in unsupported_reason(torch.empty(3, 2812, dtype=torch.float16))
+    assert unsupported_reason(torch.empty(2097120, 8, dtype=torch.bfloat16, device="meta")) is None
+    more = torch.empty(2097121, 8, dtype=torch.bfloat16, device="meta")
+    assert unsupported_reason(more) == "its kernels take at most 2097120 tokens, not 2097121"
     assert "not torch.float64" in unsupported_reason(torch.empty(3, 2816, dtype=torch.float64))

@@ -27,7 +27,7 @@ def bench_vllm(monkeypatch):
     monkeypatch.setattr(bench_vllm, "capture", Graph)
     monkeypatch.setattr(bench_vllm, "time_in_turn", lambda graphs: {name: {"p50": 1.0} for name in graphs})
     monkeypatch.setattr(bench_vllm, "free_memory", lambda: None)
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation: None)
+    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     return bench_vllm
 
@@ -56,7 +56,7 @@ def test_their_class_is_vllm_s_own(bench_vllm):
 
 
 def test_a_layer_that_cupymoe_does_not_serve_is_not_measured(bench_vllm, monkeypatch):
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation: "no such card")
+    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: "no such card")
     with ExitStack() as stack:
         bench_vllm.in_vllm(stack, torch.device("cpu"))
         moe = bench_vllm.moe_config(bench_vllm.SMALL, torch.device("cpu"), 8)
