@@ -668,8 +668,8 @@ MUTATIONS = (
     cuda(
         "no row for a token's first expert",
         "operand_rows.cu",
-        "for (int k = 0; k < TOP_K; k++) {",
-        "for (int k = 1; k < TOP_K; k++) {",
+        "for (int k = 0; k < (BY_SLOT ? 1 : TOP_K); k++) {",
+        "for (int k = 1; k < (BY_SLOT ? 1 : TOP_K); k++) {",
         ("tests/kernels/test_operand_rows.py",),
     ),
     cuda(

@@ -1,4 +1,5 @@
-// The tiles of all experts, and who computes which: those that multiply plain weights (expert_tiles.cuh) and codes (coded_tiles.cuh).
+// The tiles of all experts, and who computes which: those that multiply plain weights (expert_tiles.cuh) and codes
+// (coded_tiles.cuh).
 //
 // Slots  An expert's slots are shared out to as few tiles as hold them, in units of UNIT_SLOTS as evenly as it goes: tiles that
 //        share weights then stay in step, and the second finds them in L2.
@@ -6,15 +7,18 @@
 //        of slots; within a group by weights. So clusters at work together share weights and tokens in L2, and device memory
 //        gives each about once.
 //
-// Includers define BLOCKS of a cluster, UNIT_SLOTS, TILE_SLOTS, TILE_ROWS of a weight, STAGES, STAGE_BYTES, the first TOKEN_BYTES of
-// which are tokens, and LOW_RANK, of an adapter, or 0. A Gemm gives kDepth (k), kRows (weight rows of an expert) and prefetch_rows().
+// Includers define BLOCKS of a cluster, UNIT_SLOTS, TILE_SLOTS, TILE_ROWS of a weight, STAGES, STAGE_BYTES, the first TOKEN_BYTES
+// of which are tokens, and LOW_RANK, of an adapter, or 0. A Gemm gives kDepth (k), kRows (weight rows of an expert) and
+// prefetch_rows().
 #pragma once
 #include "../cluster.cuh"
 #include "../ring.cuh"
 #include "../warp.cuh"
 
 #define GROUP_TILES 8
+#ifndef CONSUMER_THREADS
 #define CONSUMER_THREADS 256
+#endif
 #define PRODUCER_THREADS 128
 static_assert(BLOCKS == 1 || BLOCKS == 2, "a cluster is one block or two");
 static_assert(BLOCK_THREADS == CONSUMER_THREADS + PRODUCER_THREADS, "BLOCK_THREADS");
@@ -30,6 +34,10 @@ struct alignas(16) Tile {
 // The steps of a tile: those over k, and with the adapter's.
 template <class Gemm> constexpr u32 kDepthSteps = (Gemm::kDepth + BLOCK_K - 1) / BLOCK_K;
 template <class Gemm> constexpr u32 kSteps = kDepthSteps<Gemm> + (LOW_RANK + BLOCK_K - 1) / BLOCK_K;
+
+template <class Gemm> __device__ __forceinline__ bool is_of_adapter(u32 step) { return LOW_RANK > 0 && step >= kDepthSteps<Gemm>; }
+
+template <class Gemm> __device__ __forceinline__ u32 step_of_adapter(u32 step) { return step - kDepthSteps<Gemm>; }
 
 struct Schedule {
     const int* expert_offsets;  // [NUM_EXPERTS + 1]
