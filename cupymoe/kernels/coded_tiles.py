@@ -65,11 +65,6 @@ def coded_tiling(num_experts: int, stored: StoredWeight) -> CodedTiling:
     return CodedTiling(block_k, *shared_bytes_of_tiles(stage_bytes, num_experts, HOPPER.shared_bytes_of_block))
 
 
-def grid(device: int) -> tuple[int, int]:
-    """One block on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count, 1
-
-
 class RowOrder(NamedTuple):
     """Which rows of a weight a box brings: where they are gate and up, as many of one and then of the other, of the
     same outputs."""

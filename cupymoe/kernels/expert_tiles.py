@@ -309,7 +309,7 @@ def transposed_boxes(
     )
 
 
-def grid(tiling: Tiling, device: int) -> tuple[int, int]:
-    """One block on each multiprocessor, in whole clusters."""
+def grid(device: int, blocks: int = 1) -> tuple[int, int]:
+    """One block on each multiprocessor, in whole clusters of so many ``blocks``."""
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return count // tiling.blocks * tiling.blocks, 1
+    return count // blocks * blocks, 1

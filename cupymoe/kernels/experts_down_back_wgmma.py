@@ -64,7 +64,7 @@ def _plan(shape: TileShape, stores_weighted: bool, device: int) -> tuple[Kernel,
         dependent=True,
         tensor_maps=2 if shape.down_rank else 1,
     )
-    return run, grid(shape.down_back, device)
+    return run, grid(device, shape.down_back.blocks)
 
 
 @functools.lru_cache(maxsize=4096)

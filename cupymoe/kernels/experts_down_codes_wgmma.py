@@ -8,8 +8,8 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines, grid
-from cupymoe.kernels.expert_tiles import TileShape, slot_map
+from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines
+from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import Slots
@@ -50,7 +50,6 @@ def experts_down_codes_wgmma(
     pairs: Slots,
     shape: TileShape,
     bias: torch.Tensor | None = None,
-    ticket: int = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
@@ -62,7 +61,6 @@ def experts_down_codes_wgmma(
         scales: what belongs to them.
         pairs: the sorted pairs.
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
-        ticket: which of the ticket counters of ``pairs`` it takes.
         out: as of :func:`experts_down_wgmma`.
     """
     device = intermediate.device.index
@@ -75,7 +73,7 @@ def experts_down_codes_wgmma(
         *coded_maps(codes, scales, _ORDER),
         *slot_map(intermediate, BOX_SLOTS),
         pairs.expert_offsets.data_ptr(),
-        pairs.tickets.data_ptr() + 4 * ticket,
+        pairs.tickets.data_ptr() + 4,
         expert_output.data_ptr(),
         scales.row_scales_address,
         0 if bias is None else bias.data_ptr(),

@@ -40,7 +40,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         dependent=True,
         tensor_maps=4 if shape.down_rank else 2,
     )
-    return run, grid(shape.down, device)
+    return run, grid(device, shape.down.blocks)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,25 +48,18 @@ def _down_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
     """Of down_proj, or of an adapter's factor, whose ``depth`` is its rank.
 
     Of a transposed weight boxes of 64 of its columns.
+    Of another one boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source.
     """
     if shape.down_transposed:
         sizes = (shape.num_experts, depth, shape.hidden_size)
         return tensor_map(address, shape.dtype, *transposed_boxes(*sizes, halves=1, itemsize=shape.dtype.itemsize))
-    return _map_of_rows(address, shape, shape.dtype, depth, BLOCK_K)
-
-
-def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: int, box_columns: int) -> tuple[int, ...]:
-    """Of a tensor ``[E, H, columns]``, which has a row for every row of the weight.
-
-    Boxes of sixteens of rows, in each 0, 1, 4, 5, 8, 9, 12, 13, then 2, 3, 6, 7, ...: see the source.
-    """
-    row = columns * dtype.itemsize
+    row = depth * shape.dtype.itemsize
     return tensor_map(
         address,
-        dtype,
-        sizes=(columns, 2, 4, 2, shape.num_experts * shape.hidden_size // 16),
+        shape.dtype,
+        sizes=(depth, 2, 4, 2, shape.num_experts * shape.hidden_size // 16),
         strides=(row, 4 * row, 2 * row, 16 * row),
-        box=(box_columns, 2, 4, 2, shape.down.block_n // 16),
+        box=(BLOCK_K, 2, 4, 2, shape.down.block_n // 16),
     )
 
 

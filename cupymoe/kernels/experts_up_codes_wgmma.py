@@ -9,8 +9,8 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines, grid
-from cupymoe.kernels.expert_tiles import TileShape, slot_map
+from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines
+from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.operand_rows import operand_rows

@@ -45,7 +45,7 @@ def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
         dependent=True,
         tensor_maps=1 + (shape.gate_up_rank > 0),
     )
-    return run, grid(shape.up, device)
+    return run, grid(device, shape.up.blocks)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,29 +53,22 @@ def _gate_up_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
     """Of gate_up_proj, or of an adapter's factor, whose ``depth`` is its rank.
 
     Of a transposed weight a box is 64 of its columns, or 64 gate columns and the 64 up columns for the same outputs.
+    Of another one boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...; of an ungated
+    weight a box is simply the rows in their order.
     """
     if shape.gate_up_transposed:
         sizes = (shape.num_experts, depth, shape.gate_up_rows)
         boxes = transposed_boxes(*sizes, shape.gate_up_halves, shape.dtype.itemsize)
         return tensor_map(address, shape.dtype, *boxes)
-    return _map_of_rows(address, shape, shape.dtype, depth, BLOCK_K)
-
-
-def _map_of_rows(address: int, shape: TileShape, dtype: torch.dtype, columns: int, box_columns: int) -> tuple[int, ...]:
-    """Of a tensor ``[E, 2 I, columns]`` (``[E, I, columns]``), which has a row for every row of the weight.
-
-    Boxes of 8 gate rows, the 8 up rows of the same columns, the next 8 gate rows, ...; of an ungated weight a box is
-    simply the rows in their order.
-    """
-    rows, row = shape.gate_up_rows, columns * dtype.itemsize
+    rows, row = shape.gate_up_rows, depth * shape.dtype.itemsize
     inputs = rows // shape.intermediate_size  # gate and up, or one
     next_column, next_input = (inputs * row, row) if shape.activation.is_interleaved else (row, rows // inputs * row)
     return tensor_map(
         address,
-        dtype,
-        sizes=(columns, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
+        shape.dtype,
+        sizes=(depth, 8, inputs, shape.intermediate_size // 8, shape.num_experts),
         strides=(next_column, next_input, 8 * next_column, rows * row),
-        box=(box_columns, 8, inputs, shape.up.block_n // (8 * inputs), 1),
+        box=(BLOCK_K, 8, inputs, shape.up.block_n // (8 * inputs), 1),
     )
 
 

@@ -110,7 +110,7 @@ def test_compiles_for_every_kind_of_experts(cut, activation, sizes):
 def test_the_grid_is_whole_clusters(monkeypatch, cut, multiprocessors, blocks):
     card = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert expert_tiles.grid(shape(cut, *SIZES[0]).up, 0) == (blocks, 1)
+    assert expert_tiles.grid(0, shape(cut, *SIZES[0]).up.blocks) == (blocks, 1)
 
 
 def test_two_products_pad_nothing_of_gemma_4():
