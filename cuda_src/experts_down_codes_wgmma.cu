@@ -17,8 +17,10 @@
 #include "common/dtypes.cuh"
 
 #if !defined(SCALAR) || !defined(HAS_BIAS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCK_THREADS) || !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, BLOCK_K and STAGES"
+    !defined(BLOCK_THREADS) || !defined(WARPGROUPS) || !defined(CONSUMER_REGISTERS) || !defined(TILE_SLOTS) || \
+    !defined(CODE_ROW_BYTES) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, HAS_BIAS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, \
+CODE_ROW_BYTES, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #ifndef SCATTERS
@@ -37,6 +39,7 @@ typedef SCALAR scalar_t;
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN, kColumns = HIDDEN;
     static constexpr bool kDenseTokens = true, kScalesSlots = false;
+    static constexpr int kBoxes = BOXES;
     static constexpr u32 kWarpRows = 16, kHalfRows = 8;
     const TensorMap& token_map;
     scalar_t* expert_output;

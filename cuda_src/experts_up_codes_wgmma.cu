@@ -21,9 +21,10 @@
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(HAS_BIAS) ||              \
     !defined(KEEPS_GATE_UP) || !defined(SCALED_TOKENS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCK_THREADS) || !defined(BLOCK_K) || !defined(STAGES)
+    !defined(BLOCK_THREADS) || !defined(WARPGROUPS) || !defined(CONSUMER_REGISTERS) || !defined(TILE_SLOTS) || \
+    !defined(CODE_ROW_BYTES) || !defined(BLOCK_K) || !defined(STAGES)
 #error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, KEEPS_GATE_UP, SCALED_TOKENS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, \
-BLOCK_THREADS, BLOCK_K and STAGES"
+BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, CODE_ROW_BYTES, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #if SCALED_TOKENS
@@ -36,6 +37,7 @@ typedef SCALAR scalar_t;
 struct UpGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE, kColumns = INTERMEDIATE;
     static constexpr bool kDenseTokens = true, kScalesSlots = SCALED_TOKENS;
+    static constexpr int kBoxes = GATED ? 1 : BOXES;
     // A stage has gate rows and then the up rows of the same columns.
     static constexpr u32 kWarpRows = GATED ? 8 : 16, kHalfRows = GATED ? TILE_ROWS / 2 : 8;
     const TensorMap& token_map;

@@ -19,6 +19,7 @@ from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
 from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, numerics_of, sizes_of
 from cupymoe.kernels.arch import HOPPER, Arch
+from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut, few_pairs
 from cupymoe.kernels.load import Load
@@ -49,7 +50,8 @@ def _way(
     load = Load.of(num_tokens, top_k, num_experts, global_num_experts)
     sort = block_of(load.num_pairs, num_experts)
     is_invariant = numerics == INVARIANT
-    by_tiles = *cut(load, intermediate_size), sort, few_pairs(load) if is_invariant else 0
+    of_codes = coded_slots(load) if weight_format != PLAIN else 0
+    by_tiles = *cut(load, intermediate_size), sort, few_pairs(load) if is_invariant else 0, of_codes
     ways: list[tuple[Any, ...]]
     if takes_tiles(load, hidden_size, arch, weight_format, is_invariant=is_invariant):
         ways = [by_tiles]

@@ -623,7 +623,7 @@ MUTATIONS = (
     cuda(
         "the scales of a row's first groups of a stage for the others",
         "common/coded_tiles.cuh",
-        "u32 group = (step * BLOCK_K + k16 * 16) / GROUP_K;",
+        "u32 group = (step * BLOCK_K + chunk * CHUNK_K) / GROUP_K;",
         "u32 group = step * BLOCK_K / GROUP_K;",
         CODED_TILES,
         source="experts_down_codes_wgmma",
@@ -632,7 +632,7 @@ MUTATIONS = (
     cuda(
         "codes that are read where the copy engine would put them without a swizzle",
         "common/coded_tiles.cuh",
-        "codes = first * CODE_ROW_BYTES + first / 2 % 4 * 16;",
+        "codes = first * CODE_ROW_BYTES + (CODE_ROW_BYTES == 64 ? first / 2 % 4 : first % 8) * 16;",
         "codes = first * CODE_ROW_BYTES;",
         CODED_TILES,
         source="experts_down_codes_wgmma",
@@ -641,8 +641,8 @@ MUTATIONS = (
     cuda(
         "a stage that is given back while products read it",
         "common/coded_tiles.cuh",
-        "if (k16 == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));",
-        "if (k16 == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(stage));",
+        "if (chunk == 0 && first == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));",
+        "if (chunk == 0 && first == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(stage));",
         CODED_TILES,
         source="experts_down_codes_wgmma",
         defines=("WEIGHTS=INT4",),

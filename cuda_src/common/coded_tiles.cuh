@@ -1,21 +1,23 @@
 // The main loop of both expert GEMMs on quantised weights, for many tokens: [weight rows, k] x [slots of an expert, k]^T, one tile
 // after the other.
 //
-// A tile is up to 160 slots of one expert x 192 weight rows, the work of one block. A stage of its ring holds tokens, codes, and
-// what groups of codes share. Three consumer warpgroups have 64 of the rows each. A lane decodes the codes of its own two rows, 16
-// k at a time, into registers, which are an operand of the products; meanwhile the products of the 16 k before run. So a decoded
+// A tile is up to TILE_SLOTS slots of one expert x 64 weight rows for each of WARPGROUPS consumer warpgroups, the work of one block.
+// A stage of its ring holds tokens, codes, and what groups of codes share. A lane decodes the codes of its own two rows, 16 or 32 k
+// at a time, into registers, which are an operand of the products; meanwhile the products of those before run. So a decoded
 // weight is never in memory, and no other warp waits for it. Slots past the expert's last are left out 32 at a time.
 // tiles/schedule.cuh says who has which tile, tiles/producer.cuh fills the ring.
 //
 //     codes, scales, zero points --copy engine--> a stage --consumer warps--> operands in registers --products--> sums in registers
 //
-// Stage  Each row has 64 bytes of codes, which are 128 k of 4 bits or 64 k of 8, and the aligned 16 bytes of its scales (and of its
-//        zero points) that hold those of these codes. What is out of bounds is zeros.
+// Stage  Each row has CODE_ROW_BYTES of codes, 64 or 128: 64 are 128 k of 4 bits or 64 k of 8. And it has the aligned 16 bytes of
+//        its scales (and of its zero points) that hold those of these codes. What is out of bounds is zeros.
 // Rows   A warp has 16 of the tile's rows, two halves of 8, and lane l has row l / 4 of each half. Where gate and up are two weight
 //        rows of one output, they are the two halves, so that one lane has both sums.
-// Three  A scheduler has a warp of each warpgroup: while one decodes or waits, products of the two others run. With two warpgroups
-//        of 128 rows each, experts_up took 673 us of FP8 and 689 of NVFP4 at 4096 tokens, with three 604 and 638
-//        (benchmarks/NOTES.md).
+// Warps  A scheduler has a warp of each warpgroup: while one decodes or waits, products of the others run. With two warpgroups of
+//        128 rows each, experts_up took 673 us of FP8 and 689 of NVFP4 at 4096 tokens, with three 604 and 638. With few slots a
+//        lane has few sums, so that there are registers for up to six warpgroups (benchmarks/NOTES.md).
+// Chunk  A lane loads 32 k of both rows at a time, since each wait for shared memory and for products is a pause, and what two
+//        groups of 32 k share is made ready in one go.
 // Dense  Token rows come in expert order, by the copy engine: operand_rows.cu copies them so for the gate_up projection. Gathered
 //        by 16-byte copies, as for plain tiles, they took the time of int4: 40 KB a stage at some 10 bytes a clock.
 // Scale  The scale of a group multiplies its weights, which are then rounded, by at most 0.502 units of the last place (PairScale).
@@ -24,14 +26,16 @@
 // fp16   In bf16 that rounding is 0.0015 of an int4 weight, and a call would err by 0.0038 where plain weights err by 0.0029.
 //        Therefore the gate_up projection multiplies fp16 tokens, which operand_rows.cu makes of bf16 ones, and fp16 weights, whose
 //        rounding is 0.0002: a call errs by 0.0032. Such weights are held as 64 times themselves, since scales may be small, and
-//        are at most 1023, of int4 340: what is beyond is refused (weights/quantized.py).
+//        are at most 1023, of int4 340: what is beyond is refused (weights/quantized.py). So it multiplies e4m3, too, of which
+//        one instruction makes two fp16, exactly.
 //
 // Includers define SCALAR, OPERAND (what products multiply: SCALAR or fp16), WEIGHTS and what codec.cuh wants with it, HAS_BIAS,
-// NUM_EXPERTS, BLOCK_THREADS, BLOCK_K and STAGES. A Gemm gives
+// NUM_EXPERTS, BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, CODE_ROW_BYTES, BLOCK_K and STAGES. A Gemm gives
 //   kDepth, kRows, kColumns   k, weight rows of an expert, outputs of a slot
 //   kDenseTokens, token_map   true, and the map of the slots' token rows
 //   kWarpRows, kHalfRows      how many rows of a stage lie between the first rows of two neighbouring warps, and of a warp's halves
-//   box_start()               where a tile's box starts in the maps of the weight
+//   kBoxes                    how many boxes bring a stage's rows, one behind the other
+//   box_start()               where the first of a tile starts in the maps of the weight
 //   first_column()            of a warp
 //   weight_row()              which row of the weight a warp's row is
 //   bias                      where HAS_BIAS
@@ -41,12 +45,11 @@
 #define BLOCKS 1  // two would share codes, which are the smaller part of a stage
 #define LOW_RANK 0
 #define UNIT_SLOTS 32
-#define TILE_SLOTS 160
 #define BOX_SLOTS 32
-#define TILE_ROWS 192
-#define CONSUMER_THREADS 384
-#define CONSUMER_REGISTERS 152
-#define CODE_ROW_BYTES 64
+#define TILE_ROWS (WARPGROUPS * 64)
+#define BOXES ((TILE_ROWS + 255) / 256)  // of codes in a stage: one has at most 256 rows
+#define CONSUMER_THREADS (WARPGROUPS * 128)
+#define CHUNK_K 32
 #define SCALE_ROW_BYTES 16
 #define TOKEN_BYTES (TILE_SLOTS * BLOCK_K * 2)
 #define CODE_BYTES (TILE_ROWS * CODE_ROW_BYTES)
@@ -63,11 +66,14 @@
 // Whether the codec subtracts a zero of 8 and scales in one instruction, scaled_pair().
 template <typename T, typename S> constexpr bool kFuses = false;
 template <> constexpr bool kFuses<fp16, bf16> = WEIGHTS == INT4 && !HAS_ZEROS;
+// Whether an instruction makes two operands of two codes.
+template <typename T> constexpr bool kConverts = false;
+template <> constexpr bool kConverts<fp16> = WEIGHTS == E4M3;
 
 // How many times itself a weight is that is multiplied.
 template <typename T> constexpr float kWeightFactor = 1.0f;
 template <> constexpr float kWeightFactor<fp16> = SCALES_WEIGHTS ? 64.0f : 1.0f;
-static_assert(TILE_SLOTS == MOST_SLOTS && STAGE_BYTES % 1024 == 0, "tokens start on 1024 bytes");
+static_assert(STAGE_BYTES % 1024 == 0, "tokens start on 1024 bytes");
 static_assert(BLOCK_K * Codec::kBits == CODE_ROW_BYTES * 8, "BLOCK_K");
 static_assert(GROUP % 16 == 0, "the 16 k of a product share their scales");
 static_assert(GROUP > 0 || !HAS_ZEROS, "zero points are of groups");
@@ -96,20 +102,31 @@ struct CodedWeights {
 
     __device__ __forceinline__ void init() const { prefetch_map(codes); }
 
+    template <u32 kRowBytes, class Gemm>
+    __device__ __forceinline__ void load_boxes(const Gemm& gemm, u32 to, const TensorMap& map, const Tile& tile, int byte, u32 filled,
+                                               u64 policy) const {
+#pragma unroll
+        for (int i = 0; i < Gemm::kBoxes; i++) {
+            BoxStart start = gemm.box_start(tile.expert, tile.column, byte);
+            start.second += i * (TILE_ROWS / Gemm::kBoxes);
+            copy_box_to_blocks<1>(to + i * (TILE_ROWS / Gemm::kBoxes * kRowBytes), map, start, filled, policy);
+        }
+    }
+
     // Orders the weight's part of a stage, in which token_bytes will arrive beside it. One thread.
     template <class Gemm>
     __device__ __forceinline__ void load(const Gemm& gemm, const Pipeline& pipeline, const Tile& tile, u32 step, u32 stage,
                                          u32 token_bytes, u64 policy) const {
         u32 filled = pipeline.filled(stage), to = pipeline.weights(stage), group = step * BLOCK_K / GROUP_K;
         arrive_expecting(filled, STAGE_BYTES - TOKEN_BYTES + token_bytes);
-        copy_box_to_blocks<1>(to, codes, gemm.box_start(tile.expert, tile.column, step * CODE_ROW_BYTES), filled, policy);
+        load_boxes<CODE_ROW_BYTES>(gemm, to, codes, tile, step * CODE_ROW_BYTES, filled, policy);
         if (GROUP) {
             u32 first = group * sizeof(SCALE_SCALAR) / SCALE_ROW_BYTES * SCALE_ROW_BYTES;
-            copy_box_to_blocks<1>(to + CODE_BYTES, *scales, gemm.box_start(tile.expert, tile.column, first), filled, policy);
+            load_boxes<SCALE_ROW_BYTES>(gemm, to + CODE_BYTES, *scales, tile, first, filled, policy);
         }
         if (HAS_ZEROS) {
             u32 first = group / SCALE_ROW_BYTES * SCALE_ROW_BYTES;
-            copy_box_to_blocks<1>(to + CODE_BYTES + SCALE_BYTES, *zeros, gemm.box_start(tile.expert, tile.column, first), filled, policy);
+            load_boxes<SCALE_ROW_BYTES>(gemm, to + CODE_BYTES + SCALE_BYTES, *zeros, tile, first, filled, policy);
         }
     }
 };
@@ -122,44 +139,38 @@ template <class Gemm, class Codec = Codec> struct LaneRows {
     u32 codes;  // where its first 16 bytes of codes lie in a stage: the copy engine exchanges the four packs of a row
     u32 pair;   // which two of eight neighbouring codes are this lane's
 
-    u32 of_group[2];  // of each half, what the codec wants to know of the current group
-    PairScale<OPERAND, SCALE_SCALAR> scales[2];
-
-    // As they lie in a stage: 16 k of both rows, and what the groups of the 64 k around share.
+    // A chunk of both rows, as it lies in a stage, and what the groups of the 64 k around share.
     struct Stored {
-        u32 eights[2][2];  // of each half the words that hold this lane's pairs of the first and of the second eight codes
+        u32 eights[2][CHUNK_K / 8];  // of each half the words that hold this lane's pairs of each eight codes
         Pack<SCALE_SCALAR, kGroups> scales[2];
         Pack<unsigned char, kGroups> zeros[2];
     };
 
     __device__ __forceinline__ LaneRows(u32 warp, u32 lane) {
         first = warp * Gemm::kWarpRows + lane / 4;
-        codes = first * CODE_ROW_BYTES + first / 2 % 4 * 16;
+        codes = first * CODE_ROW_BYTES + (CODE_ROW_BYTES == 64 ? first / 2 % 4 : first % 8) * 16;
         pair = lane % 4;
-#pragma unroll
-        for (int half = 0; half < 2; half++) of_group[half] = Codec::of_group(0, OPERAND());  // where there are no groups
     }
 
-    // Loads the k16-th 16 k of a stage. Of the two words of eight codes of 8 bits a lane needs one.
-    __device__ __forceinline__ void load(Stored& stored, u32 weights, u32 step, int k16) const {
-        u32 group = (step * BLOCK_K + k16 * 16) / GROUP_K;
+    // Loads a chunk of a stage. Of the two words of eight codes of 8 bits a lane needs one.
+    __device__ __forceinline__ void load(Stored& stored, u32 weights, u32 step, int chunk) const {
+        u32 group = (step * BLOCK_K + chunk * CHUNK_K) / GROUP_K;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            u32 (&eights)[2] = stored.eights[half];
+            u32 (&eights)[CHUNK_K / 8] = stored.eights[half];
             u32 of_row = weights + half * Gemm::kHalfRows * CODE_ROW_BYTES;
             if constexpr (Codec::kBits == 4) {
-                Pack<u32, 2> both = load_shared<Pack<u32, 2>>(of_row + (codes ^ k16 / 2 * 16) + k16 % 2 * 8);
-                eights[0] = both.values[0], eights[1] = both.values[1];
-            } else {
-                u32 from = of_row + (codes ^ k16 * 16) + pair / 2 * 4;
-                eights[0] = load_shared<u32>(from), eights[1] = load_shared<u32>(from + 8);
-            }
-        }
-        if constexpr (GROUP == 0) return;
-        if (k16 % 4 != 0) return;
+                Fragment all = load_fragment(of_row + (codes ^ chunk * 16));
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 of_row = weights + CODE_BYTES + (first + half * Gemm::kHalfRows) * SCALE_ROW_BYTES;
+                for (int i = 0; i < 4; i++) eights[i] = all.words[i];
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    eights[i] = load_shared<u32>(of_row + (codes ^ (chunk * 2 + i / 2) * 16) + i % 2 * 8 + pair / 2 * 4);
+                }
+            }
+            if (GROUP == 0 || chunk % 2 != 0) continue;
+            of_row = weights + CODE_BYTES + (first + half * Gemm::kHalfRows) * SCALE_ROW_BYTES;
             stored.scales[half] = load_shared<Pack<SCALE_SCALAR, kGroups>>(of_row + group * sizeof(SCALE_SCALAR) % SCALE_ROW_BYTES);
             if (HAS_ZEROS) {
                 stored.zeros[half] = load_shared<Pack<unsigned char, kGroups>>(of_row + SCALE_BYTES + group % SCALE_ROW_BYTES);
@@ -167,42 +178,49 @@ template <class Gemm, class Codec = Codec> struct LaneRows {
         }
     }
 
-    // Where groups begin at the k16-th 16 k: makes ready what each of them shares.
-    __device__ __forceinline__ void begin_groups(const Stored& stored, int k16) {
-        if (k16 * 16 % GROUP_K != 0) return;
-#pragma unroll
-        for (int half = 0; half < (GROUP ? 2 : 0); half++) {
-            int group = k16 % 4 * 16 / GROUP_K;
-            SCALE_SCALAR scale = stored.scales[half].values[group];
-            u32 value = 8;
-            if constexpr (HAS_ZEROS) value = stored.zeros[half].values[group];
-            if (GROUP == 16) value = byte_of(scale);
-            of_group[half] = Codec::of_group(value, OPERAND());
-            if constexpr (SCALES_WEIGHTS) scales[half] = scales[0].of(scale, kWeightFactor<OPERAND>);
-            if constexpr (kFuses<OPERAND, SCALE_SCALAR>) of_group[half] = Codec::of_scale(scales[half].high);
-        }
-    }
-
-    // The operand of 16 k.
-    __device__ __forceinline__ Fragment fragment(const Stored& stored) const {
+    // The operand of the k16-th 16 k of a stage, which are in the chunk.
+    __device__ __forceinline__ Fragment fragment(const Stored& stored, int k16) const {
         Fragment fragment;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 eight = stored.eights[i % 2][i / 2], of_eight = Codec::kBits == 4 ? pair : pair % 2;
-            if constexpr (kFuses<OPERAND, SCALE_SCALAR>) {
-                fragment.words[i] = Codec::scaled_pair(eight, of_eight, scales[i % 2].high, of_group[i % 2]);
-            } else {
-                u32 values = Codec::pair(Codec::aligned(eight, of_eight), of_group[i % 2], OPERAND());
-                fragment.words[i] = SCALES_WEIGHTS ? scales[i % 2].times(values) : values;
+        for (int half = 0; half < 2; half++) {
+            u32 of_group = Codec::of_group(0, OPERAND());  // what the codec wants to know of a group
+            [[maybe_unused]] PairScale<OPERAND, SCALE_SCALAR> scale;
+            if constexpr (GROUP > 0) {
+                int group = k16 % 4 * 16 / GROUP_K;
+                const Pack<SCALE_SCALAR, kGroups>& scales = stored.scales[half];
+                u32 value = 8;
+                if constexpr (HAS_ZEROS) value = stored.zeros[half].values[group];
+                if constexpr (GROUP == 16) value = byte_of(scales.values[group]);
+                of_group = Codec::of_group(value, OPERAND());
+                if constexpr (kFuses<OPERAND, SCALE_SCALAR>) {
+                    // Those of two groups are made together.
+                    float factor = kWeightFactor<OPERAND>;
+                    u32 both = rounded_pair(to_float(scales.values[0]) * factor, to_float(scales.values[kGroups - 1]) * factor, OPERAND());
+                    scale.high = twice(both, group), of_group = twice(Codec::of_scale(both), group);
+                } else if constexpr (SCALES_WEIGHTS) {
+                    scale = scale.of(scales.values[group], kWeightFactor<OPERAND>);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                u32 eight = stored.eights[half][k16 % 2 * 2 + i], of_eight = Codec::kBits == 4 ? pair : pair % 2;
+                u32& word = fragment.words[half + i * 2];
+                if constexpr (kFuses<OPERAND, SCALE_SCALAR>) {
+                    word = Codec::scaled_pair(eight, of_eight, scale.high, of_group);
+                } else {
+                    if constexpr (kConverts<OPERAND>) word = Codec::converted_pair(eight, of_eight);
+                    else word = Codec::pair(Codec::aligned(eight, of_eight), of_group, OPERAND());
+                    if constexpr (SCALES_WEIGHTS) word = scale.times(word);
+                }
             }
         }
         return fragment;
     }
 };
 
-// sums = a tile's products over all k: this warpgroup's rows x kSlots slots. While products run, the next 16 k are loaded, from the
-// next stage too, and decoded. A stage is given back behind the first products of the next one: the wait there leaves these alone
-// under way, so that all that read the stage are done.
+// sums = a tile's products over all k: this warpgroup's rows x kSlots slots. While products run, the next chunk is decoded and that
+// after it loaded, from the next stage too. A stage is given back behind the first products of the next one: the wait there leaves
+// these alone under way, so that all that read the stage are done.
 template <u32 kSlots, class Gemm>
 __device__ __forceinline__ void multiply_tile(float (&sums)[SUMS], LaneRows<Gemm>& rows, const Pipeline& pipeline, Turn& turn) {
     typename LaneRows<Gemm>::Stored stored;
@@ -210,35 +228,63 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[SUMS], LaneRows<Gemm
         wait_barrier(pipeline.filled(turn.stage), turn.parity);
         rows.load(stored, pipeline.weights(turn.stage), step, 0);
     };
+    // 16 k: those of a chunk where there are registers for their operands.
+    constexpr bool kHasRoom = WARPGROUPS == 3 ? kSlots <= 96 : kSlots == 32 && Codec::kBits == 4 && sizeof(SCALE_SCALAR) < 4;
+    constexpr int kAtOnce = kHasRoom && !HAS_ZEROS ? 2 : 1;
+    constexpr int kChunks = 512 / Codec::kBits / CHUNK_K;  // in 64 bytes of codes
     u32 lane = threadIdx.x % 32, previous = 0;
     await_stage(0);
     for (u32 step = 0; step < kSteps<Gemm>; step++) {
         u32 stage = turn.stage;
         u64 tokens = tile_descriptor(pipeline.tokens(stage));
-        // The last 16 k of the stage that are inside of the depth.
-        int last = Gemm::kDepth % BLOCK_K && step + 1 == kSteps<Gemm> ? (Gemm::kDepth % BLOCK_K + 15) / 16 - 1 : BLOCK_K / 16 - 1;
+        // The last chunk of the stage that begins inside of the depth.
+        int last = Gemm::kDepth % BLOCK_K && step + 1 == kSteps<Gemm> ? (Gemm::kDepth % BLOCK_K - 1) / CHUNK_K : BLOCK_K / CHUNK_K - 1;
+#pragma unroll 1  // of longer rows of codes, whose addresses would take registers
+        for (int part = 0; part <= last; part += kChunks) {
 #pragma unroll
-        for (int k16 = 0; k16 < BLOCK_K / 16; k16++) {
-            u64 of_k16 = tokens + k16 / 4 * (TILE_SLOTS * ROW_BYTES / 16) + k16 % 4 * 2;
-            rows.begin_groups(stored, k16);
-            Fragment operands = rows.fragment(stored);
-            begin_products();
-            multiply_fragment<kSlots>(sums, operands, of_k16, step > 0 || k16 > 0, OPERAND());
-            commit_products();
-            if (k16 < last) {
-                rows.load(stored, pipeline.weights(stage), step, k16 + 1);
-            } else {
-                turn.next();
-                if (step + 1 < kSteps<Gemm>) await_stage(step + 1);
+            for (int in_part = 0; in_part < kChunks; in_part++) {
+                int chunk = part + in_part;
+#pragma unroll
+                for (int first = 0; first < CHUNK_K / 16; first += kAtOnce) {
+                    Fragment operands[kAtOnce];
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; i++) operands[i] = rows.fragment(stored, in_part * (CHUNK_K / 16) + first + i);
+                    begin_products();
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; i++) {
+                        int k16 = in_part * (CHUNK_K / 16) + first + i;
+                        u64 of_k16 = tokens + k16 / 4 * (TILE_SLOTS * ROW_BYTES / 16) + k16 % 4 * 2;
+                        multiply_fragment<kSlots>(sums, operands[i], of_k16, step > 0 || part > 0 || k16 > 0, OPERAND());
+                    }
+                    commit_products();
+                    if (first + kAtOnce == CHUNK_K / 16) {
+                        if (chunk < last) {
+                            rows.load(stored, pipeline.weights(stage), step, chunk + 1);
+                        } else {
+                            turn.next();
+                            if (step + 1 < kSteps<Gemm>) await_stage(step + 1);
+                        }
+                    }
+                    wait_for_all_but_last_products();
+                    if (chunk == 0 && first == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));
+                }
+                if (chunk == last) break;
             }
-            wait_for_all_but_last_products();
-            if (k16 == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));
-            if (k16 == last) break;
+            tokens += kChunks * CHUNK_K / 64 * (TILE_SLOTS * ROW_BYTES / 16);
         }
         previous = stage;
     }
     wait_for_products();
     if (lane == 0) arrive(pipeline.emptied(previous));
+}
+
+// The fewest slots of a product that a tile's fit in.
+template <u32 kSlots, class Gemm>
+__device__ __forceinline__ void multiply_slots(float (&sums)[SUMS], LaneRows<Gemm>& rows, const Pipeline& pipeline, Turn& turn, int slots) {
+    if constexpr (kSlots > 32) {
+        if (slots <= (int)kSlots - 32) return multiply_slots<kSlots - 32>(sums, rows, pipeline, turn, slots);
+    }
+    multiply_tile<kSlots>(sums, rows, pipeline, turn);
 }
 
 // Gives back the stages of a tile in which this warpgroup has no rows.
@@ -271,11 +317,7 @@ __device__ __forceinline__ void consume_ring(const Gemm& gemm, const CodedWeight
         if (tile.expert < 0) return;
         bool has_rows = Gemm::first_column(tile.column, warp / 4 * 4) < Gemm::kColumns;  // the warpgroup's
         if (!has_rows) skip_tile<Gemm>(pipeline, turn);
-        else if (tile.slots > 128) multiply_tile<160>(sums, rows, pipeline, turn);
-        else if (tile.slots > 96) multiply_tile<128>(sums, rows, pipeline, turn);
-        else if (tile.slots > 64) multiply_tile<96>(sums, rows, pipeline, turn);
-        else if (tile.slots > 32) multiply_tile<64>(sums, rows, pipeline, turn);
-        else multiply_tile<32>(sums, rows, pipeline, turn);
+        else multiply_slots<TILE_SLOTS>(sums, rows, pipeline, turn, tile.slots);
         if (!has_rows) continue;
         float row_scales[2], biases[2], slot_factors[TILE_SLOTS / 32];
         if (HAS_ROW_SCALES) load_of_rows<Gemm>(row_scales, weights.row_scales, tile, warp);

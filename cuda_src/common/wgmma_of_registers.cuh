@@ -9,8 +9,7 @@
 #include "mma.cuh"
 #include "warpgroup.cuh"
 
-#define MOST_SLOTS 160  // of B
-#define SUMS (MOST_SLOTS / 2)
+#define SUMS (TILE_SLOTS / 2)
 
 // Waits for all products but those that were committed last: what the others read may then be written over.
 __device__ __forceinline__ void wait_for_all_but_last_products() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
@@ -39,11 +38,11 @@ __device__ __forceinline__ void wait_for_all_but_last_products() { asm volatile(
 
 // sums = (add ? sums : 0) + A B^T over 16 k.
 template <u32 kSlots> __device__ __forceinline__ void multiply_fragment(float (&sums)[SUMS], Fragment a, u64 b, bool add, bf16) {
-    static_assert(kSlots % 32 == 0 && kSlots <= MOST_SLOTS, "kSlots");
+    static_assert(kSlots % 32 == 0 && kSlots <= TILE_SLOTS, "kSlots");
     PRODUCTS_OF("bf16")
 }
 
 template <u32 kSlots> __device__ __forceinline__ void multiply_fragment(float (&sums)[SUMS], Fragment a, u64 b, bool add, fp16) {
-    static_assert(kSlots % 32 == 0 && kSlots <= MOST_SLOTS, "kSlots");
+    static_assert(kSlots % 32 == 0 && kSlots <= TILE_SLOTS, "kSlots");
     PRODUCTS_OF("f16")
 }

@@ -23,7 +23,7 @@ from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
-from cupymoe.kernels.coded_tiles import TILE_SLOTS
+from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
@@ -114,7 +114,7 @@ class FusedBackend:
         arch = self.arch(call.device)
         if direction == "backward" or _is_tiled(call, arch):
             if direction == "forward" and formats_of(call.weight_format)[0] is not None:
-                return f"tiles of up to {TILE_SLOTS} rows, decoded in registers in the gate_up projection"
+                return f"tiles of up to {coded_slots(call.load)} rows, decoded in registers in the gate_up projection"
             blocks, products = cut(call.load, call.intermediate_size)
             way = f"tiles of up to {64 * 2 * products} rows, clusters of {blocks} in the gate_up projection"
         else:

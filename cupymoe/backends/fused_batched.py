@@ -15,6 +15,7 @@ import torch
 from cupymoe.backends import BatchTensors, ExpertsCall
 from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.kernels.arch import Arch
+from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
 from cupymoe.kernels.expert_tiles import TileShape, batch_cut, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
@@ -95,4 +96,5 @@ def _tile_shape(call: ExpertsCall, stored: tuple[StoredWeight, ...]) -> TileShap
         0,
         *stored,
         scatters=True,
+        **({"coded_slots": coded_slots(call.load)} if stored else {}),
     )

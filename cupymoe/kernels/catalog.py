@@ -42,6 +42,7 @@ from cupymoe.kernels import (
     sum_parts,
 )
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
+from cupymoe.kernels.coded_tiles import SLOTS
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_map import MapKind
 from cupymoe.kernels.expert_stream import Shape, regime, shape_of
@@ -335,10 +336,14 @@ def _tile_shapes() -> Iterator[TileShape]:
 
 def _coded_tile_shapes() -> Iterator[TileShape]:
     """Each codec at Gemma 4's sizes in both dtypes, int4 with each dtype of its scales; int4 and NVFP4 with each other
-    kind of experts, with biases."""
+    kind of experts, with biases. By the largest tiles, and in turn by one of the smaller ones; the first by all."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
 
-    def shape(kind: tuple[str, torch.dtype | None], dtype: torch.dtype, activation: MoEActivation) -> TileShape:
+    *smaller, largest = SLOTS
+
+    def shape(
+        kind: tuple[str, torch.dtype | None], dtype: torch.dtype, activation: MoEActivation, slots: int = largest
+    ) -> TileShape:
         has_bias = activation != sizes.activation
         return tile_shape_of(
             *CUTS[0],
@@ -351,11 +356,14 @@ def _coded_tile_shapes() -> Iterator[TileShape]:
             has_down_bias=has_bias,
             gate_up_stored=stored_weight(*kind),
             down_stored=stored_weight(*kind),
+            coded_slots=slots,
         )
 
-    for kind in (*QUANTISED, ("int4_g32", torch.float16), ("int4_g32", torch.float32)):
-        for dtype in (torch.bfloat16, torch.float16):
-            yield shape(kind, dtype, sizes.activation)
+    kinds = (*QUANTISED, ("int4_g32", torch.float16), ("int4_g32", torch.float32))
+    for index, (kind, dtype) in enumerate(product(kinds, (torch.bfloat16, torch.float16))):
+        yield shape(kind, dtype, sizes.activation)
+        for slots in smaller if index == 0 else (smaller[index % len(smaller)],):
+            yield shape(kind, dtype, sizes.activation, slots)
     for kind, activation in product(
         (QUANTISED[0], QUANTISED[6]), (MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL)
     ):

@@ -203,11 +203,13 @@ class TileShape:
     """Whether the down projection stores each slot's output in the slot's row of a batch, and not in slot order."""
     few_pairs: int = 0
     """How many experts of plain weights are hit, where these are few, see :func:`few_pairs`; else 0."""
+    coded_slots: int = 160
+    """The most slots of a tile of a quantised weight, see :func:`cupymoe.kernels.coded_tiles.coded_slots`."""
 
     @property
     def scales_tokens(self) -> bool:
         """Whether the gate_up projection multiplies narrowed rows, see :mod:`cupymoe.kernels.operand_rows`."""
-        return self.dtype == torch.bfloat16 and self.gate_up_stored.rounds_bf16
+        return self.dtype == torch.bfloat16 and self.gate_up_stored.wants_fp16
 
     @property
     def gate_up_rows(self) -> int:

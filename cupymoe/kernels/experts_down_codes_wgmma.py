@@ -8,7 +8,7 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines
+from cupymoe.kernels.coded_tiles import BOX_SLOTS, CodedTiling, RowOrder, Scales, coded_maps, defines, tiling_of
 from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -30,17 +30,18 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
-    """The kernel and its grid."""
+def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling]:
+    """The kernel, its grid and its tiles."""
+    tiling = tiling_of(shape, shape.down_stored)
     run = kernel(
         variant(shape),
         "experts_down_codes_wgmma",
         device,
-        shared_bytes=coded_tiling(shape.num_experts, shape.down_stored).shared_bytes,
+        shared_bytes=tiling.shared_bytes,
         dependent=True,
         tensor_maps=shape.down_stored.maps + 1,
     )
-    return run, grid(device)
+    return run, grid(device), tiling
 
 
 def experts_down_codes_wgmma(
@@ -65,12 +66,12 @@ def experts_down_codes_wgmma(
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
-    run, blocks = _plan(shape, device)
+    run, blocks, tiling = _plan(shape, device)
     run(
         blocks,
-        THREADS,
+        tiling.threads,
         current_stream(device),
-        *coded_maps(codes, scales, _ORDER),
+        *coded_maps(codes, scales, _ORDER, tiling),
         *slot_map(intermediate, BOX_SLOTS),
         pairs.expert_offsets.data_ptr(),
         pairs.tickets.data_ptr() + 4,

@@ -9,7 +9,7 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.coded_tiles import BOX_SLOTS, THREADS, RowOrder, Scales, coded_maps, coded_tiling, defines
+from cupymoe.kernels.coded_tiles import BOX_SLOTS, CodedTiling, RowOrder, Scales, coded_maps, defines, tiling_of
 from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
@@ -35,18 +35,19 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], RowOrder]:
-    """The kernel, its grid, and the order of the rows of a stage."""
+def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling, RowOrder]:
+    """The kernel, its grid, its tiles, and the order of the rows of a stage."""
+    tiling = tiling_of(shape, shape.gate_up_stored)
     run = kernel(
         variant(shape),
         "experts_up_codes_wgmma",
         device,
-        shared_bytes=coded_tiling(shape.num_experts, shape.gate_up_stored).shared_bytes,
+        shared_bytes=tiling.shared_bytes,
         dependent=True,
         tensor_maps=shape.gate_up_stored.maps + 1,
     )
     is_gated, is_interleaved = shape.activation.is_gated, shape.activation.is_interleaved
-    return run, grid(device), RowOrder(2 if is_gated else 1, is_interleaved)
+    return run, grid(device), tiling, RowOrder(2 if is_gated else 1, is_interleaved)
 
 
 def experts_up_codes_wgmma(
@@ -71,13 +72,13 @@ def experts_up_codes_wgmma(
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
-    run, blocks, order = _plan(shape, device)
+    run, blocks, tiling, order = _plan(shape, device)
     rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)
     run(
         blocks,
-        THREADS,
+        tiling.threads,
         current_stream(device),
-        *coded_maps(codes, scales, order),
+        *coded_maps(codes, scales, order, tiling),
         *slot_map(rows, BOX_SLOTS),
         pairs.expert_offsets.data_ptr(),
         pairs.tickets.data_ptr(),

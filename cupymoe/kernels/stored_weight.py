@@ -12,7 +12,8 @@ from cupymoe.weights.format import PLAIN, WeightFormat, format_of
 
 _CODECS = {"int4": "INT4", "int8": "INT8", "e4m3": "E4M3", "e2m1": "E2M1"}
 """What the sources call the codes that they read."""
-_ROUNDED_CODES = ("int4", "e4m3")  # times scales of 16 bits and more; e2m1 times its scales of 8 bits fits bfloat16
+# int4 times scales of 16 bits has more bits than bfloat16, and Hopper has one instruction that makes two fp16 of e4m3.
+_FP16_CODES = ("int4", "e4m3")
 _SCALE_SCALARS = {**SCALARS, torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
@@ -41,10 +42,10 @@ class StoredWeight:
         return 1 + self.has_scales + self.has_zeros
 
     @property
-    def rounds_bf16(self) -> bool:
-        """Whether the tiles' decoded weights have more bits than bfloat16, so that they are float16 where tokens can
-        be."""
-        return self.format is not None and self.has_scales and self.format.codes in _ROUNDED_CODES
+    def wants_fp16(self) -> bool:
+        """Whether the tiles decode the weight to float16, which has more bits than bfloat16 or is faster to make, where
+        the tokens can be float16, too."""
+        return self.format is not None and self.format.codes in _FP16_CODES
 
     @property
     def _group_values(self) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ import torch
 
 from cupymoe import MoEActivation
 from cupymoe.kernels import coded_tiles, experts_down_codes_wgmma, experts_up_codes_wgmma
-from cupymoe.kernels.coded_tiles import CODE_ROW_BYTES, TILE_ROWS, RowOrder, Scales, coded_maps, coded_tiling
+from cupymoe.kernels.coded_tiles import SLOTS, RowOrder, Scales, coded_maps, coded_slots, coded_tiling
 from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
+from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import stored_weight, unsupported_reason
 from cupymoe.weights import FORMATS, pack_codes
 from tests.helpers import compiled
@@ -27,12 +28,15 @@ def stored_as(name, which=0):
 
 
 @pytest.mark.parametrize("num_experts", [1, 128, 1024])
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("name", SERVED)
-def test_stages_fit_a_multiprocessor(name, num_experts):
-    stored = stored_as(name)
-    tiling = coded_tiling(num_experts, stored)
-    assert tiling.block_k * FORMATS[name].bits == 8 * CODE_ROW_BYTES
-    stage_bytes = 160 * 2 * tiling.block_k + 192 * (64 + 16 * (stored.maps - 1))
+def test_stages_fit_a_multiprocessor(name, slots, num_experts):
+    stored = stored_as(name, which=-1)  # int4 with scales in float32, the largest
+    tiling = coded_tiling(num_experts, stored, slots)
+    assert tiling.block_k * FORMATS[name].bits == 8 * tiling.code_row_bytes
+    if stored.has_scales:
+        assert tiling.block_k // FORMATS[name].group * stored.scale_dtype.itemsize <= 16
+    stage_bytes = slots * 2 * tiling.block_k + tiling.rows * (tiling.code_row_bytes + 16 * (stored.maps - 1))
     needed = tiling.stages * (stage_bytes + 16) + 64 + 8 * (num_experts + 1)
     assert needed <= tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER < needed + stage_bytes + 48
     assert tiling.stages * tiling.block_k >= 384
@@ -64,19 +68,21 @@ def described(monkeypatch):
 
 @pytest.mark.parametrize("order", [RowOrder(), RowOrder(2), RowOrder(2, True)], ids=str)
 @pytest.mark.parametrize("name", ["int4_g32_zero", "nvfp4", "int8"])
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("rows", [272, 1408])
-def test_a_box_has_the_rows_of_a_tile(described, rows, name, order):
-    """Gate rows and then the up rows of the same columns; all others in their order."""
+def test_boxes_have_the_rows_of_a_tile(described, rows, slots, name, order):
+    """Gate rows and then the up rows of the same columns, in one box; all others in their order, in one or two."""
     num_experts, depth = 5, 160
     stored = stored_as(name)
     groups = FORMATS[name].groups(depth)
     codes = torch.zeros(num_experts, rows, FORMATS[name].row_bytes(depth), dtype=torch.uint8)
     of_groups = torch.zeros(num_experts, rows, -(-groups // 16) * 16, dtype=torch.uint8) if groups else None
     scales = Scales(of_groups, of_groups if stored.has_zeros else None)
-    words = coded_maps(codes, scales, order)
+    tiling = coded_tiling(num_experts, stored, slots)
+    words = coded_maps(codes, scales, order, tiling)
     assert len(words) == stored.maps
-    columns = TILE_ROWS // order.halves
-    for part, expert in product((0, -(-rows // TILE_ROWS) - 1), (0, num_experts - 1)):
+    columns = tiling.rows // order.halves
+    for part, expert in product((0, -(-rows // tiling.rows) - 1), (0, num_experts - 1)):
         of_half = rows // order.halves
         expected = [
             expert * rows + (column * 2 + half if order.interleaved else half * of_half + column)
@@ -85,10 +91,15 @@ def test_a_box_has_the_rows_of_a_tile(described, rows, name, order):
         ]
         for word, tensor, box_bytes in zip(words, (codes, of_groups, of_groups), (None, 16, 16), strict=False):
             sizes, strides, box = described[word]
-            assert box[0] == (box_bytes or CODE_ROW_BYTES)
+            assert box[0] == (box_bytes or tiling.code_row_bytes)
+            assert order.halves == 1 or box[1] == columns
             assert sizes[0] == tensor.shape[-1]
-            got = rows_of_box((sizes, strides, box), (part * columns, 0, 0, expert), tensor.shape[-1])
-            assert len(got) == TILE_ROWS
+            got = [
+                row
+                for first in range(part * columns, (part + 1) * columns, box[1])
+                for row in rows_of_box((sizes, strides, box), (first, 0, 0, expert), tensor.shape[-1])
+            ]
+            assert len(got) == tiling.rows
             inside = [
                 column < of_half for _ in range(order.halves) for column in range(part * columns, (part + 1) * columns)
             ]
@@ -100,50 +111,55 @@ def test_a_box_has_the_rows_of_a_tile(described, rows, name, order):
 
 # LaneRows of cuda_src/common/coded_tiles.cuh, address by address.
 LANES = np.arange(32)
-GATED, PLAIN_ROWS = (8, 96), (16, 8)
-"""Rows of a stage from a warp's to the next one's, and from a half's."""
 
 
-def swizzled(address):
-    """Where the copy engine puts a byte: CU_TENSOR_MAP_SWIZZLE_64B."""
-    return address ^ (address >> 7 & 3) << 4
+def swizzled(address, row_bytes):
+    """Where the copy engine puts a byte: CU_TENSOR_MAP_SWIZZLE_64B or _128B."""
+    return address ^ (address >> 7 & row_bytes // 16 - 1) << 4
 
 
-@pytest.mark.parametrize("rows_apart", [GATED, PLAIN_ROWS], ids=["gated", "plain"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_lanes_read_the_codes_of_their_operands(bits, rows_apart):
-    """Of every row and every 16 k each lane the words that hold its pairs of codes, without bank conflicts; every row
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("name", ["int4_g32", "int8"])
+def test_lanes_read_the_codes_of_their_operands(name, slots, is_gated):
+    """Of every row and every 32 k each lane the words that hold its pairs of codes, without bank conflicts; every row
     of a stage is some lane's."""
+    tiling, bits = coded_tiling(128, stored_as(name), slots), FORMATS[name].bits
+    row_bytes = tiling.code_row_bytes
     ring = {}
-    for row, word in product(range(TILE_ROWS), range(CODE_ROW_BYTES // 4)):
-        ring[swizzled(row * CODE_ROW_BYTES + word * 4)] = (row, word)
+    for row, word in product(range(tiling.rows), range(row_bytes // 4)):
+        ring[swizzled(row * row_bytes + word * 4, row_bytes)] = (row, word)
+    # Rows of a stage from a warp's to the next one's, and from a half's.
+    of_warp, of_half = (8, tiling.rows // 2) if is_gated else (16, 8)
     seen = set()
-    for warp, half, k16 in product(range(12), range(2), range(32 // bits)):
-        first = warp * rows_apart[0] + LANES // 4
-        codes = first * CODE_ROW_BYTES + first // 2 % 4 * 16
-        row, pair = half * rows_apart[1], LANES % 4
-        for eight in range(2):
+    for warp, half, chunk in product(range(tiling.warpgroups * 4), range(2), range(tiling.block_k // 32)):
+        first = warp * of_warp + LANES // 4
+        codes = first * row_bytes + (first // 2 % 4 if row_bytes == 64 else first % 8) * 16
+        row, pair = half * of_half, LANES % 4
+        for eight in range(4):
             if bits == 4:
-                places = row * CODE_ROW_BYTES + (codes ^ k16 // 2 * 16) + k16 % 2 * 8 + eight * 4
-                word_of_pair = np.full(32, k16 * 2 + eight)
+                places = row * row_bytes + (codes ^ chunk * 16) + eight * 4
+                word_of_pair = np.full(32, chunk * 4 + eight)
             else:
-                places = row * CODE_ROW_BYTES + (codes ^ k16 * 16) + pair // 2 * 4 + eight * 8
-                word_of_pair = k16 * 4 + eight * 2 + pair // 2
+                places = row * row_bytes + (codes ^ (chunk * 2 + eight // 2) * 16) + eight % 2 * 8 + pair // 2 * 4
+                word_of_pair = chunk * 8 + eight * 2 + pair // 2
             assert [ring[place] for place in places] == [*zip(first + row, word_of_pair, strict=True)]
             words = {*(places // 4)}
             assert len({word % 32 for word in words}) == len(words)  # one bank each
         seen.update(first + row)
-    assert seen == {*range(TILE_ROWS)}
+    assert seen == {*range(tiling.rows)}
 
 
-def test_a_lane_reads_the_scale_of_its_group():
+@pytest.mark.parametrize("slots", SLOTS)
+def test_a_lane_reads_the_scale_of_its_group(slots):
     """The place of a group's scale in a stage's 16 bytes, for every step of a depth and every format with groups."""
     for name in SERVED:
         if FORMATS[name].group is None:
             continue
         for which in range(len(FORMATS[name].scale_dtypes)):
-            group, size = FORMATS[name].group, stored_as(name, which).scale_dtype.itemsize
-            block_k = 512 // FORMATS[name].bits
+            stored = stored_as(name, which)
+            group, size = FORMATS[name].group, stored.scale_dtype.itemsize
+            block_k = coded_tiling(128, stored, slots).block_k
             for step, k64 in product(range(64), range(block_k // 64)):
                 box = step * block_k // group * size // 16 * 16
                 first = (step * block_k + k64 * 64) // group
@@ -151,6 +167,14 @@ def test_a_lane_reads_the_scale_of_its_group():
                     place = first * size % 16 + of_64 * size
                     assert place + size <= 16
                     assert box + place == (first + of_64) * size
+
+
+def test_slots_of_a_tile_by_load():
+    """The fewest that most experts' slots fit in: two deviations above the mean."""
+    means = [16, 20, 21, 45, 46, 72, 73, 10000]
+    slots = [coded_slots(Load.of(mean, 1, 1)) for mean in means]
+    assert slots == [32, 32, 64, 64, 96, 96, 160, 160]
+    assert all(mean + 2 * mean**0.5 < most for mean, most in zip(means[:6], slots, strict=False))
 
 
 def numbers(words, dtype):

@@ -26,6 +26,8 @@ FEW = torch.finfo(FP32).eps * 64
 # Of one projection's outputs, whose rounding is 0.0017 and 0.0002 of them; that of int4 weights is 0.0015 and 0.0002.
 LARGEST_ERROR = {BF16: 0.0024, FP16: 0.0005}
 LARGEST_ERROR_OF_A_CALL = 0.0034
+FEWER_SLOTS = (32, 64, 96)
+"""Of a tile, beside 160."""
 INT4 = ("int4_g32", "int4_g64", "int4_g128")
 OTHERS = ("int4_g32_zero", "int4_g64_zero", "int8", "fp8", "fp8_g128", "nvfp4", "mxfp4")
 
@@ -87,9 +89,9 @@ def scales_of(weight):
     return Scales(weight.scales, weight.zeros, weight.row_scales)
 
 
-def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False):
-    """Pairs in expert order; what experts_up gives and, where it is kept, gate_up; what experts_down makes of it. On
-    poisoned memory, without the rows past the last slot."""
+def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False, slots=160):
+    """Pairs in expert order; what experts_up gives and, where it is kept, gate_up; what experts_down makes of it. By
+    tiles of so many slots, on poisoned memory, without the rows past the last slot."""
     num_experts, hidden, intermediate_size = case.down.shape
     shape = tile_shape_of(
         *CUTS[0],
@@ -103,6 +105,7 @@ def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keep
         keeps_gate_up=keeps_gate_up,
         gate_up_stored=stored(case.gate_up),
         down_stored=stored(case.down),
+        coded_slots=slots,
     )
     poison_free_memory()
     pairs = sort_by_expert(case.top_k_index, num_experts)
@@ -153,7 +156,7 @@ def check(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
     pairs, intermediate, gate_up, output = multiply(case, activation, gate_up_bias, down_bias, keeps_gate_up=True)
     offsets = pairs.expert_offsets.tolist()
     # Of bf16 tokens the gate_up projection multiplies fp16 ones, so that its weights may have more bits.
-    is_narrowed = output.dtype == BF16 and stored(case.gate_up).rounds_bf16
+    is_narrowed = output.dtype == BF16 and stored(case.gate_up).wants_fp16
     up_operand = operand_of(case.gate_up, FP16 if is_narrowed else output.dtype)
     down_operand = operand_of(case.down, output.dtype)
     exact_up = torch.empty_like(intermediate, dtype=torch.float64)
@@ -175,10 +178,11 @@ def check(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
     if offsets[-1]:
         assert relative_error(intermediate, exact_up) <= LARGEST_ERROR[intermediate.dtype]
         assert relative_error(output, exact_down) <= LARGEST_ERROR[output.dtype]
-    # What is kept does not change what is given, and the activation is of the unrounded sums.
-    _, again, _, same = multiply(case, activation, gate_up_bias, down_bias)
-    assert torch.equal(again, intermediate)
-    assert torch.equal(same, output)
+    # What is kept does not change what is given, and the activation is of the unrounded sums; nor do the tiles.
+    for slots in (160, *FEWER_SLOTS):
+        _, again, _, same = multiply(case, activation, gate_up_bias, down_bias, slots=slots)
+        assert torch.equal(again, intermediate), slots
+        assert torch.equal(same, output), slots
 
 
 def random_biases(case):

@@ -5,7 +5,9 @@
 #ifndef CONSUMER_REGISTERS
 #define CONSUMER_REGISTERS 224
 #endif
-#define PRODUCER_REGISTERS 56
+#ifndef PRODUCER_REGISTERS
+#define PRODUCER_REGISTERS (CONSUMER_THREADS > 384 ? 40 : 56)
+#endif
 
 template <class Gemm, class Weights>
 __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights& weights, const Schedule& schedule) {

@@ -19,6 +19,14 @@ struct Codec {
         return mul_pair(digits_of(word >> 1, 0x3f803f80u, word & 0x80008000u), 0x5c005c00u, type);  // 2^8
     }
 
+    // Pair j of a word as fp16, by an instruction of sm_89.
+    static __device__ __forceinline__ u32 converted_pair(u32 word, u32 j) {
+        u32 result;
+        asm("{\n.reg .b16 pair, rest;\nmov.b32 {pair, rest}, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}"
+            : "=r"(result) : "r"(__byte_perm(word, 0, 0x4420 + 0x11 * j)));
+        return result;
+    }
+
     template <typename T> static __device__ __forceinline__ u32 of_group(u32, T) { return 0; }
 
     template <typename T> static __device__ __forceinline__ Fragment fragment(u32 first, u32 second, u32, T type) {

@@ -27,8 +27,9 @@ template <typename T, typename S> struct PairScale {
     // Of a scale times a power of two.
     static __device__ __forceinline__ PairScale of(S scale, float power) {
         float whole = to_float(scale) * power;
-        T first = from_float<T>(whole);
-        return {first.bits * 0x10001u, kHolds<T, S> ? 0 : from_float<T>(whole - to_float(first)).bits * 0x10001u};
+        u32 first = rounded_pair(whole, whole, T());
+        float rest = whole - to_float(T{(unsigned short)first});
+        return {first, kHolds<T, S> ? 0 : rounded_pair(rest, rest, T())};
     }
 
     __device__ __forceinline__ u32 times(u32 pair) const {
