@@ -59,6 +59,7 @@ sort_by_expert(const INDEX* __restrict__ top_k_index, const int* block_counts, i
     __shared__ int offsets[NUM_EXPERTS];        // pairs of each expert, then of all lower ones
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Routing routing = {top_k_index, (u32)num_pairs, expert_map};
+    if (gridDim.x == 1) wait_for_previous_grid();  // which may write top_k_index; else count_by_expert has waited
     count_pairs(routing, counts);
     wait_for_previous_grid();
     release_next_grid();

@@ -70,6 +70,8 @@ class Block(NamedTuple):
 
 def block_of(num_pairs: int, num_experts: int) -> Block:
     """The blocks of a call: one where that does, smaller ones where all of them together are few."""
+    if num_pairs <= 128:
+        return Block(128, 4)
     if num_experts > 256:
         return Block(PAIRS_PER_BLOCK, 8)
     few = PAIRS_PER_BLOCK < num_pairs <= FEW_PAIRS
@@ -149,7 +151,7 @@ def sort_by_expert(
         _kernel("count_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, True)(
             (blocks, 1), threads, stream, top_k_index.data_ptr(), block_counts, num_pairs, map_address
         )
-    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, blocks > 1)(
+    _kernel("sort_by_expert", top_k_index.dtype, num_experts, top_k, block, has_weights, its_map, device, True)(
         (blocks, 1),
         threads,
         stream,
