@@ -3,8 +3,8 @@
 // Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py);
 //                         TRANSPOSED: of [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
 //        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, which the grid before this one may have written
-//        expert_offsets   [NUM_EXPERTS + 1] i32   without INLINE_PAIRS
-//        ticket           u32                      0; counts the tiles that are taken after each cluster's first; without INLINE_PAIRS
+//        expert_offsets   [NUM_EXPERTS + 1] i32   not with INLINE_PAIRS
+//        ticket           u32   0; counts the tiles that are taken after each cluster's first; not with INLINE_PAIRS
 //        top_k_index      [T * TOP_K] INDEX        only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
 //        row_of_slot      [slots] i32             of plan_batch.cu; only with SCATTERS

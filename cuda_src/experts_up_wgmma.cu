@@ -4,8 +4,8 @@
 //                       TRANSPOSED: of [NUM_EXPERTS, HIDDEN, kRows]. Rows: first all of gate, then all of up; INTERLEAVED: gate
 //                       and up in turn; not GATED: INTERMEDIATE rows and no up
 //        hidden_states  [T, HIDDEN] SCALAR
-//        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu; without INLINE_PAIRS
-//        ticket         u32                      0; counts the tiles that are taken after each cluster's first; without INLINE_PAIRS
+//        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu; not with INLINE_PAIRS
+//        ticket         u32   0; counts the tiles that are taken after each cluster's first; not with INLINE_PAIRS
 //        top_k_index    [T * TOP_K] INDEX        only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
 //        factor_map     the same as gate_up_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK

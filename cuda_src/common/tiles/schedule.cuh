@@ -69,7 +69,8 @@ struct Shared {
     int first_tile[NUM_EXPERTS + 1];  // tiles of slots that the lower experts have
     int first_slot[NUM_EXPERTS + 1];
 };
-static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1 + INLINE_PAIRS) * 8 + 15, "cupymoe/kernels/expert_tiles.py counts so much");
+static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1 + INLINE_PAIRS) * 8 + 15,
+              "cupymoe/kernels/expert_tiles.py counts so much");
 
 extern __shared__ __align__(1024) unsigned char block_memory[];  // the ring, then Shared
 
@@ -128,8 +129,9 @@ __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& s
 }
 #endif
 
-// Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for; with
-// INLINE_PAIRS no kernel before could set a counter to zero, and tickets are dealt in turn. One warp of the cluster's first block. The tickets of an expert with 5 tiles of slots and 3 tiles of weight rows, in groups of 4:
+// Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. With
+// INLINE_PAIRS tickets are dealt in turn, as there is no kernel before that could set a counter to zero. One warp of the
+// cluster's first block. The tickets of an expert with 5 tiles of slots and 3 tiles of weight rows, in groups of 4:
 //
 //                 rows 0   rows 1   rows 2
 //       slots 0      0        4        8
