@@ -3,15 +3,17 @@
 // Reads  down_map         TensorMap of down_proj [NUM_EXPERTS, HIDDEN, INTERMEDIATE] SCALAR (kernels/experts_down_wgmma.py);
 //                         TRANSPOSED: of [NUM_EXPERTS, INTERMEDIATE, HIDDEN]
 //        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, which the grid before this one may have written
-//        expert_offsets   [NUM_EXPERTS + 1] i32
-//        ticket           u32                      0; counts the tiles that are taken after each cluster's first
+//        expert_offsets   [NUM_EXPERTS + 1] i32   not with INLINE_PAIRS
+//        ticket           u32   0; counts the tiles that are taken after each cluster's first; not with INLINE_PAIRS
+//        top_k_index      [T * TOP_K] INDEX        only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        bias             [NUM_EXPERTS, HIDDEN] SCALAR, added to the sums; not read without HAS_BIAS
 //        row_of_slot      [slots] i32             of plan_batch.cu; only with SCATTERS
 //        low_map          TensorMap of low [slots, LOW_RANK] SCALAR; only with LOW_RANK
 //        factor_map       the same as down_map, with LOW_RANK in the place of INTERMEDIATE; only with LOW_RANK
 // Writes expert_output    [slots, HIDDEN] SCALAR; with SCATTERS [rows, HIDDEN], the rows of slots and no others
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
-// Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
+// Needs  HIDDEN % 16 == 0 (TRANSPOSED: HIDDEN % 8 == 0), INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a;
+//        INLINE_PAIRS as experts_up_wgmma.cu.
 // Maths  fp32 sums over ascending k, then over an adapter's; rounded to SCALAR.
 // Why    Launched as a programmatic dependent: a block's first weights are under way while experts_up_wgmma still runs elsewhere.
 #include "common/dtypes.cuh"
@@ -34,6 +36,13 @@ typedef SCALAR scalar_t;
 #define ROW_OF_SLOT
 #endif
 #include "common/store_pairs.cuh"
+#if INLINE_PAIRS
+#define PAIRS_PARAMETERS const INDEX* top_k_index, const EXPERT_MAP* expert_map, u64 num_pairs,
+#define SCHEDULE Schedule{{top_k_index, (u32)num_pairs, expert_map}, nullptr}
+#else
+#define PAIRS_PARAMETERS const int* expert_offsets, u32* ticket,
+#define SCHEDULE Schedule{expert_offsets, ticket}
+#endif
 
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN;
@@ -136,8 +145,7 @@ struct DownGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_down_wgmma(const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap intermediate_map,
-                   DENSE_ADAPTER_PARAMETERS const int* expert_offsets, u32* ticket, scalar_t* expert_output,
-                   const scalar_t* bias ROWS_PARAMETER) {
+                   DENSE_ADAPTER_PARAMETERS PAIRS_PARAMETERS scalar_t* expert_output, const scalar_t* bias ROWS_PARAMETER) {
     DownGemm gemm = {intermediate_map, expert_output, bias ROW_OF_SLOT};
-    multiply_experts(gemm, PlainWeights{down_map, DENSE_ADAPTER}, Schedule{expert_offsets, ticket});
+    multiply_experts(gemm, PlainWeights{down_map, DENSE_ADAPTER}, SCHEDULE);
 }

@@ -4,16 +4,18 @@
 //                       TRANSPOSED: of [NUM_EXPERTS, HIDDEN, kRows]. Rows: first all of gate, then all of up; INTERLEAVED: gate
 //                       and up in turn; not GATED: INTERMEDIATE rows and no up
 //        hidden_states  [T, HIDDEN] SCALAR
-//        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
-//        ticket         u32                      0; counts the tiles that are taken after each cluster's first
+//        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu; not with INLINE_PAIRS
+//        ticket         u32   0; counts the tiles that are taken after each cluster's first; not with INLINE_PAIRS
+//        top_k_index    [T * TOP_K] INDEX        only with INLINE_PAIRS; with HAS_EXPERT_MAP also expert_map of common/pairs.cuh
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
 //        factor_map     the same as gate_up_map, with LOW_RANK in the place of HIDDEN; only with LOW_RANK
 //        low            [slots, LOW_RANK] SCALAR, in expert order; only with LOW_RANK
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR
 //        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
 //                       backward; not written without KEEPS_GATE_UP
+//        slot_of_pair   [T * TOP_K] i32          as of sort_by_expert.cu; only with INLINE_PAIRS
 // Grid   any multiple of BLOCKS; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
-// Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
+// Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a; T * TOP_K <= INLINE_PAIRS, or INLINE_PAIRS 0.
 // Maths  fp32 sums over ascending k, then over an adapter's; activation in fp32, of the unrounded sums; one rounding at the store.
 // Why    Gate and up of a column are sums of the same thread, so the activation costs no exchange: the map takes gate rows and
 //        up rows in turn, 8 of each. Of transposed weights it brings 64 gate columns and then the 64 up columns; interleaved
@@ -30,6 +32,15 @@ BLOCK_THREADS, BLOCKS, PRODUCTS, BLOCK_N, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #include "common/store_pairs.cuh"
+#if INLINE_PAIRS
+#define PAIRS_PARAMETERS const INDEX* top_k_index, const EXPERT_MAP* expert_map, u64 num_pairs, int* slot_of_pair,
+#define TOKEN_OF_SLOT
+#define SCHEDULE Schedule{{top_k_index, (u32)num_pairs, expert_map}, slot_of_pair}
+#else
+#define PAIRS_PARAMETERS const int* expert_offsets, const int* token_of_slot, u32* ticket,
+#define TOKEN_OF_SLOT token_of_slot,
+#define SCHEDULE Schedule{expert_offsets, ticket}
+#endif
 
 struct UpGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE;
@@ -40,11 +51,16 @@ struct UpGemm {
     static constexpr int kBoxes = !TRANSPOSED ? 1 : BLOCK_N / (kHalves ? 128 : 64);
     static_assert(!(TRANSPOSED && kHalves) || BLOCK_N == 128, "a part is one box of both halves");
     const scalar_t* tokens;
+#if !INLINE_PAIRS
     const int* token_of_slot;
+#endif
     scalar_t* intermediate;
     const scalar_t* bias;
     scalar_t* gate_up;
 
+#if INLINE_PAIRS
+    __device__ __forceinline__ u32 row(int slot) const { return shared_of_block().pair_of_slot[slot] / TOP_K; }
+#else
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
     // Brings the tile's part of token_of_slot near before the tile begins. One warp.
@@ -52,6 +68,7 @@ struct UpGemm {
         int slot = threadIdx.x % 32 * 32;
         if (slot < slots + 31) asm volatile("prefetch.global.L1 [%0];" ::"l"(token_of_slot + first_slot + min(slot, slots - 1)));
     }
+#endif
 
     // The map is {k, 8 rows, gate or up, eights of rows, expert}, without up {k, 8 rows, 1, eights of rows, expert};
     // TRANSPOSED: {row, k, gate or up, 1, expert}, where they are not halves {row, k, 1, 1, expert}.
@@ -142,8 +159,8 @@ struct UpGemm {
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
 experts_up_wgmma(const __grid_constant__ TensorMap gate_up_map, GATHERED_ADAPTER_PARAMETERS
-                 const scalar_t* hidden_states, const int* expert_offsets, const int* token_of_slot, u32* ticket,
-                 scalar_t* intermediate, const scalar_t* bias, scalar_t* gate_up) {
-    UpGemm gemm = {hidden_states, token_of_slot, intermediate, bias, gate_up};
-    multiply_experts(gemm, PlainWeights{gate_up_map, GATHERED_ADAPTER}, Schedule{expert_offsets, ticket});
+                 const scalar_t* hidden_states, PAIRS_PARAMETERS scalar_t* intermediate, const scalar_t* bias,
+                 scalar_t* gate_up) {
+    UpGemm gemm = {hidden_states, TOKEN_OF_SLOT intermediate, bias, gate_up};
+    multiply_experts(gemm, PlainWeights{gate_up_map, GATHERED_ADAPTER}, SCHEDULE);
 }

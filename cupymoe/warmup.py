@@ -25,6 +25,7 @@ from cupymoe.kernels.expert_tiles import cut, few_pairs
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
+from cupymoe.kernels.unsorted_pairs import MAX_PAIRS
 from cupymoe.modules import Gemma4MoE, Gemma4Router
 from cupymoe.parameters import DTYPES
 from cupymoe.weights.format import PLAIN, join_formats
@@ -50,8 +51,9 @@ def _way(
     load = Load.of(num_tokens, top_k, num_experts, global_num_experts)
     sort = block_of(load.num_pairs, num_experts)
     is_invariant = numerics == INVARIANT
+    few = few_pairs(load) if is_invariant else 0
     of_codes = coded_slots(load) if weight_format != PLAIN else 0
-    by_tiles = *cut(load, intermediate_size), sort, few_pairs(load) if is_invariant else 0, of_codes
+    by_tiles = *cut(load, intermediate_size), sort, few, load.num_pairs <= MAX_PAIRS, of_codes
     ways: list[tuple[Any, ...]]
     if takes_tiles(load, hidden_size, arch, weight_format, is_invariant=is_invariant):
         ways = [by_tiles]

@@ -40,6 +40,11 @@ TILES = ("tests/kernels/test_experts_wgmma.py",)
 ADAPTERS = ("tests/kernels/test_experts_wgmma_adapters.py::test_every_slot",)
 CODED_TILES = ("tests/kernels/test_experts_codes_wgmma.py",)
 BIASED_TILES = ("tests/kernels/test_experts_wgmma.py::test_one_transposed_weight_one_bias_and_float16",)
+UNSORTED_TILES = (
+    "tests/kernels/test_unsorted_pairs.py::test_every_slot",
+    "tests/kernels/test_unsorted_pairs.py::test_masked_pairs",
+)
+UNSORTED_GEMMA_4 = ("tests/kernels/test_unsorted_pairs.py::test_gemma_4_s_sizes",)
 TRANSPOSED_TILES = ("tests/kernels/test_experts_wgmma.py::test_a_transposed_weight_gives_the_same_bits",)
 OUTER_OF_SLOTS = ("tests/kernels/test_experts_outer_wgmma.py",)
 SUMS = ("tests/kernels/test_sum_parts.py",)
@@ -506,6 +511,42 @@ MUTATIONS = (
         "rank == 0;",
         EXPERTS,
         source="experts_up",
+        defines=("INLINE_PAIRS=128",),
+    ),
+    cuda(
+        "the first pair's slot left out of its expert's",
+        "common/tiles/inline_plan.cuh",
+        "keys_below(e * INLINE_PAIRS);",
+        "keys_below(e * INLINE_PAIRS + 1);",
+        UNSORTED_TILES,
+        source="experts_up_wgmma",
+        defines=("INLINE_PAIRS=128",),
+    ),
+    cuda(
+        "the last keys not compared, where they are less than four",
+        "common/tiles/inline_plan.cuh",
+        "i < num_pairs; i += 4",
+        "i + 4 <= num_pairs; i += 4",
+        UNSORTED_TILES,
+        source="experts_down_wgmma",
+        defines=("INLINE_PAIRS=128",),
+    ),
+    cuda(
+        "a slot for masked pairs of the tiles",
+        "common/tiles/inline_plan.cuh",
+        "expert < 0 ? -1 : keys_below(key);",
+        "keys_below(key);",
+        UNSORTED_TILES,
+        source="experts_up_wgmma",
+        defines=("INLINE_PAIRS=128",),
+    ),
+    cuda(
+        "the first tile after those that each block has dealt to nobody",
+        "common/tiles/schedule.cuh",
+        "next_ticket = ticket + cluster_count();",
+        "next_ticket = ticket + cluster_count() + 1;",
+        UNSORTED_GEMMA_4,
+        source="experts_up_wgmma",
         defines=("INLINE_PAIRS=128",),
     ),
     cuda(

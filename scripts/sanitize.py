@@ -137,8 +137,8 @@ def run_experts(
     """The fused backend, with masked pairs and an expert without tokens; the results are checked too."""
     weights = expert_weights(num_experts, hidden_size, intermediate_size, dtype)
     cuda_weights = [weight.cuda() for weight in weights]
-    # The tiles of few tokens, where there are tiles.
-    invariant = [(1, "invariant")] if hidden_size % 16 == 0 else []
+    # The tiles of few tokens, where there are tiles: as few as can be, and as many as need no sort before.
+    invariant = [(1, "invariant"), (32, "invariant")] if hidden_size % 16 == 0 else []
     for tokens, numerics in [*((tokens, "fast") for tokens in counts), *invariant]:
         states = torch.randn(tokens, hidden_size).to(dtype)
         routed = masked_routing(tokens, num_experts)
@@ -414,13 +414,15 @@ def run_batches() -> None:
 
 
 def run_mapped_experts() -> None:
-    """Indices of all experts: every block plans for itself, one plans for all, a sort in one launch and in two."""
+    """Indices of all experts: every block plans for itself, one plans for all, a sort in one launch and in two; and
+    every block of the tiles sorts for itself."""
     expert_map = torch.randperm(128).sub(64).to(torch.int32)  # half of them are not here
     weights = expert_weights(64, HIDDEN_SIZE, 48, torch.bfloat16)
-    for tokens in (1, 100, 700, 3000):
+    for tokens, numerics in (*((tokens, "fast") for tokens in (1, 100, 700, 3000)), (31, "invariant")):
         states, (index, routing) = torch.randn(tokens, HIDDEN_SIZE).bfloat16(), masked_routing(tokens, 128)
         given = [tensor.cuda() for tensor in (states, *weights, index, routing)]
-        output = fused_experts(*given, activation=MoEActivation.GELU_TANH, expert_map=expert_map.cuda())
+        settings = {"activation": MoEActivation.GELU_TANH, "numerics": numerics}
+        output = fused_experts(*given, expert_map=expert_map.cuda(), **settings)
         local = torch.where(index < 128, expert_map[index.clamp(max=127)], -1)
         doubles = (weight.double() for weight in weights)
         truth = reference.experts(states.double(), *doubles, local, routing, MoEActivation.GELU_TANH)

@@ -148,7 +148,8 @@ def test_what_is_refused(settings, error, message, adapted):
 
 
 def test_kernels_with_and_without_a_map_are_compiled_in_ci():
-    for source in ("sort_by_expert", "plan_experts", "experts_up", "experts_down", "lora_shrink_chunks"):
+    streamed = "plan_experts", "experts_up", "experts_down", "lora_shrink_chunks"
+    for source in ("sort_by_expert", *streamed, "experts_up_wgmma", "experts_down_wgmma"):
         have = {"HAS_EXPERT_MAP=1" in each.defines for each in variants() if each.source == source}
         assert have == {False, True}, source
 

@@ -21,7 +21,7 @@ from cupymoe.backends import (
 from cupymoe.backends.fused_adapters import packed_adapters, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.backends.fused_codes import scales_of, stored_weights
-from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight
+from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight, unsorted_pairs
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.combine import combine, combine_workspace
@@ -39,6 +39,7 @@ from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
+from cupymoe.kernels.unsorted_pairs import UnsortedPairs
 from cupymoe.weights.format import PLAIN, formats_of
 
 # Pairs of an expert on average up to which each of arch.BUILDS was measured faster than ``grouped`` on an H200
@@ -51,8 +52,9 @@ class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
     expert on average, and in four beyond. From 32 pairs of an expert on average, beside quantised weights from 16, and
     where the stream can't: tiles for the tensor cores, in four launches up to 1024 pairs and in five beyond. Either
-    takes one more for each weight that has an adapter, and tiles one more for a quantised gate_up_proj. A launch begins
-    while the one before still runs.
+    takes one more for each weight that has an adapter, and tiles one more for a quantised gate_up_proj; up to 128 pairs
+    of plain weights without adapters, where nothing is kept, they take one less. A launch begins while the one before
+    still runs.
 
     Cards without Hopper's tensor-core instructions stream any number of pairs, beyond 8192 in six launches; a launch
     begins while the one before still runs where the card can do that. Gradients are another backend's there.
@@ -317,6 +319,8 @@ def tiles(
     kept: Kept | None = None,
 ) -> torch.Tensor:
     """The way for many tokens, with the arguments of :func:`stream`."""
+    if kept is None and sorts_in_tiles(call):
+        return _unsorted_tiles(call, tensors, out)
     hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors[:5]
     gate_up_bias, down_bias = tensors.gate_up_bias, tensors.down_bias
     pairs = sort_by_expert.sort_by_expert(top_k_index, call.num_experts, expert_map=tensors.expert_map)
@@ -337,3 +341,18 @@ def tiles(
     else:
         expert_output = experts_down_codes_wgmma(intermediate, down_proj, of_down_codes, pairs, shape, down_bias)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out, few=shape.few_pairs > 0)
+
+
+def sorts_in_tiles(call: ExpertsCall) -> bool:
+    """Whether the tiles put the pairs in order themselves, where nothing is kept; else they are sorted before."""
+    is_plain = call.weight_format == PLAIN and not call.adapter_rank
+    return is_plain and call.load.num_pairs <= unsorted_pairs.MAX_PAIRS
+
+
+def _unsorted_tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`tiles`, without a sort before; the bits are those behind one."""
+    pairs = UnsortedPairs.of(tensors.top_k_index, tensors.expert_map)
+    shape = tile_shape(call, tensors, unsorted=pairs.kind)
+    intermediate = experts_up_wgmma(tensors.hidden_states, tensors.gate_up_proj, pairs, shape, tensors.gate_up_bias)
+    expert_output = experts_down_wgmma(intermediate, tensors.down_proj, pairs, shape, tensors.down_bias)
+    return combine(expert_output, pairs.slot_of_pair, tensors.top_k_weights, out, few=True)

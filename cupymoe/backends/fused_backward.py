@@ -33,15 +33,19 @@ from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.sort_by_expert import SortedPairs, sort_by_expert
 from cupymoe.kernels.stored_weight import StoredWeight
 from cupymoe.kernels.sum_parts import sum_parts
+from cupymoe.kernels.unsorted_pairs import PairsKind
 
 _THIRD_TICKET = 2
 """The ticket counter that the way back through gate_up takes; the two kernels before it take the others."""
 
 
-def tile_shape(call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False) -> TileShape:
+def tile_shape(
+    call: ExpertsCall, tensors: ExpertsTensors, *, keeps_gate_up: bool = False, unsorted: PairsKind | None = None
+) -> TileShape:
     """What the tiles of a call are compiled for."""
     has_biases = tensors.gate_up_bias is not None, tensors.down_bias is not None
-    return _tile_shape(call, has_biases, keeps_gate_up, ranks_of(call, tensors), stored_weights(call, tensors))
+    stored = stored_weights(call, tensors)
+    return _tile_shape(call, has_biases, keeps_gate_up, ranks_of(call, tensors), stored, unsorted)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,6 +55,7 @@ def _tile_shape(
     keeps_gate_up: bool,
     ranks: tuple[int, int],
     stored: tuple[StoredWeight, ...],
+    unsorted: PairsKind | None,
 ) -> TileShape:
     return tile_shape_of(
         *cut(call.load, call.intermediate_size),
@@ -67,6 +72,7 @@ def _tile_shape(
         *stored,
         few_pairs=few_pairs(call.load) if call.is_invariant() else 0,
         **({"coded_slots": coded_slots(call.load)} if stored else {}),
+        unsorted=unsorted,
     )
 
 

@@ -50,6 +50,7 @@ from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import stored_weight
+from cupymoe.kernels.unsorted_pairs import PairsKind
 from cupymoe.weights.format import FORMATS
 
 HOPPER_ONLY = (
@@ -168,6 +169,9 @@ def _variants(arch: Arch) -> Iterator[Variant]:
             yield experts_down_wgmma.variant(replace(tile_shape, scatters=True))
         for stores_weighted in (False, True):
             yield experts_down_back_wgmma.variant(tile_shape, stores_weighted)
+    for tile_shape in _unsorted_tile_shapes():
+        yield experts_up_wgmma.variant(tile_shape)
+        yield experts_down_wgmma.variant(tile_shape)
     for dtype, narrowed in ((torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)):
         for top_k in (sizes.top_k_experts, 0):
             yield operand_rows.variant(dtype, sizes.hidden_size, top_k, narrowed)
@@ -332,6 +336,44 @@ def _tile_shapes() -> Iterator[TileShape]:
             has_bias,
             has_bias,
         )
+
+
+def _unsorted_tile_shapes() -> Iterator[TileShape]:
+    """Of a single token and of sixteen at Gemma 4's sizes, with each type of indices and with a map; each other kind of
+    experts of a single token."""
+    sizes = Gemma4MoEConfig.gemma4_26b_a4b()
+
+    def shape(
+        kind: PairsKind,
+        dtype: torch.dtype,
+        few_pairs: int,
+        activation: MoEActivation = sizes.activation,
+        transposed: bool = False,
+        has_bias: bool = False,
+    ) -> TileShape:
+        return tile_shape_of(
+            *CUTS[-1],
+            dtype,
+            activation,
+            sizes.num_experts,
+            sizes.hidden_size,
+            sizes.moe_intermediate_size,
+            transposed,
+            transposed,
+            has_bias,
+            has_bias,
+            few_pairs=few_pairs,
+            unsorted=kind,
+        )
+
+    of_map = PairsKind(torch.int32, sizes.top_k_experts, _map_over(sizes.num_experts))
+    for kind in (*(PairsKind(dtype, sizes.top_k_experts) for dtype in INDEX_TYPES), of_map):
+        for dtype, few_pairs in product((torch.bfloat16, torch.float16), (sizes.top_k_experts, 0)):
+            yield shape(kind, dtype, few_pairs)
+    activations = (sizes.activation, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL)
+    for activation, transposed, has_bias in product(activations, (False, True), (False, True)):
+        kind = PairsKind(torch.int64, sizes.top_k_experts)
+        yield shape(kind, torch.bfloat16, sizes.top_k_experts, activation, transposed, has_bias)
 
 
 def _coded_tile_shapes() -> Iterator[TileShape]:

@@ -15,6 +15,7 @@ from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
 from cupymoe.kernels.tensor_map import tensor_map
+from cupymoe.kernels.unsorted_pairs import MAX_PAIRS, PairsKind
 
 THREADS = 384
 BLOCK_K = 64
@@ -132,20 +133,19 @@ class Tiling:
         )
 
 
-def shared_bytes_of_tiles(stage_bytes: int, num_experts: int, most: int) -> tuple[int, int]:
+def shared_bytes_of_tiles(stage_bytes: int, num_experts: int, most: int, inline_pairs: int = 0) -> tuple[int, int]:
     """How many stages fit, and the shared memory of a block with them: the ring and struct Shared."""
-    barrier_bytes, tile_bytes = 16, 64 + 8 * (num_experts + 1)  # of a stage; struct Shared without these
+    barrier_bytes, tile_bytes = 16, 64 + 8 * (num_experts + 1 + inline_pairs)  # of a stage; struct Shared without these
     stages = (most - tile_bytes - 16) // (stage_bytes + barrier_bytes)
     return stages, -(-(stages * (stage_bytes + barrier_bytes) + tile_bytes) // 16) * 16
 
 
 @functools.cache
-def tiling(blocks: int, products: int, block_n: int, num_experts: int) -> Tiling:
-    """Tiles of ``block_n`` weight rows a block, and as many stages as fit."""
+def tiling(blocks: int, products: int, block_n: int, num_experts: int, inline_pairs: int = 0) -> Tiling:
+    """Tiles of ``block_n`` weight rows a block, and as many stages as fit beside the plan of so many pairs."""
     stage_bytes = (_UNIT_SLOTS * products // blocks + blocks * block_n) * _ROW_BYTES
-    return Tiling(
-        blocks, products, block_n, *shared_bytes_of_tiles(stage_bytes, num_experts, HOPPER.shared_bytes_of_block)
-    )
+    most = HOPPER.shared_bytes_of_block
+    return Tiling(blocks, products, block_n, *shared_bytes_of_tiles(stage_bytes, num_experts, most, inline_pairs))
 
 
 def few_pairs(load: Load) -> int:
@@ -205,6 +205,8 @@ class TileShape:
     """How many experts of plain weights are hit, where these are few, see :func:`few_pairs`; else 0."""
     coded_slots: int = 160
     """The most slots of a tile of a quantised weight, see :func:`cupymoe.kernels.coded_tiles.coded_slots`."""
+    unsorted: PairsKind | None = None
+    """Of pairs that the projections put in order themselves, see :mod:`cupymoe.kernels.unsorted_pairs`; else None."""
 
     @property
     def scales_tokens(self) -> bool:
@@ -228,7 +230,7 @@ class TileShape:
         box_rows = BOX_COLUMNS * self.gate_up_halves if self.gate_up_transposed else 16
         width = self._width_of_few(cut, self.gate_up_rows, box_rows)
         width = width or best_width(*cut, self.gate_up_rows, self.num_experts, box_rows)
-        return tiling(*cut, width, self.num_experts)
+        return tiling(*cut, width, self.num_experts, self._inline_pairs)
 
     @property
     def down(self) -> Tiling:
@@ -237,7 +239,11 @@ class TileShape:
         box_rows = BOX_COLUMNS if self.down_transposed else 16
         width = self._width_of_few(cut, self.hidden_size, box_rows) or _DOWN_WIDTHS.get(cut)
         width = width or best_width(*cut, self.hidden_size, self.num_experts, box_rows)
-        return tiling(*cut, width, self.num_experts)
+        return tiling(*cut, width, self.num_experts, self._inline_pairs)
+
+    @property
+    def _inline_pairs(self) -> int:
+        return 0 if self.unsorted is None else MAX_PAIRS
 
     def _width_of_few(self, cut: tuple[int, int], rows: int, box_rows: int) -> int:
         """Of a projection, where the experts that are hit are few; else 0."""
@@ -273,6 +279,7 @@ class TileShape:
             f"NUM_EXPERTS={self.num_experts}",
             f"HIDDEN={self.hidden_size}",
             f"INTERMEDIATE={self.intermediate_size}",
+            *(() if self.unsorted is None else self.unsorted.defines()),
         )
 
 

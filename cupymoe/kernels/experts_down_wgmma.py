@@ -12,6 +12,7 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
+from cupymoe.kernels.unsorted_pairs import UnsortedPairs
 
 
 def variant(shape: TileShape) -> Variant:
@@ -66,7 +67,7 @@ def _down_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
 def experts_down_wgmma(
     intermediate: torch.Tensor,
     down_proj: torch.Tensor,
-    pairs: Slots,
+    pairs: Slots | UnsortedPairs,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
@@ -81,14 +82,22 @@ def experts_down_wgmma(
             written two launches before it or earlier.
         down_proj: ``[E, H, I]``, 16-byte aligned; contiguous, or where ``shape.down_transposed`` the
             ``transpose(1, 2)`` of a contiguous tensor.
-        pairs: the sorted pairs.
+        pairs: the sorted pairs, or where ``shape.unsorted`` those that ``experts_up_wgmma`` had in the launch just
+            before this one.
         bias: ``[E, H]``, contiguous, where ``shape.has_down_bias``, else None.
         adapter: of down_proj, where ``shape.down_rank``, else None.
-        ticket: which of the ticket counters of ``pairs`` it takes.
+        ticket: which of the ticket counters of sorted ``pairs`` it takes.
         out: ``[T * K, H]``, contiguous, 16-byte aligned, where the output goes; None: new memory.
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
+    of_slots: tuple[int, ...] = ()
+    if isinstance(pairs, UnsortedPairs):
+        its_pairs = pairs.arguments()
+    else:
+        its_pairs = pairs.expert_offsets.data_ptr(), pairs.tickets.data_ptr() + 4 * ticket
+        if shape.scatters:
+            of_slots = (pairs.token_of_slot.data_ptr(),)
     run, blocks = _plan(shape, device)
     run(
         blocks,
@@ -98,10 +107,9 @@ def experts_down_wgmma(
         *slot_map(intermediate),
         *(() if adapter is None else slot_map(adapter.low)),
         *(() if adapter is None else _down_map(adapter.factor.data_ptr(), shape, shape.down_rank)),
-        pairs.expert_offsets.data_ptr(),
-        pairs.tickets.data_ptr() + 4 * ticket,
+        *its_pairs,
         expert_output.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        *((pairs.token_of_slot.data_ptr(),) if shape.scatters else ()),
+        *of_slots,
     )
     return expert_output

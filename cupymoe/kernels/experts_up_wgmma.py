@@ -13,6 +13,7 @@ from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import Slots
 from cupymoe.kernels.tensor_map import tensor_map
+from cupymoe.kernels.unsorted_pairs import UnsortedPairs
 
 
 def variant(shape: TileShape) -> Variant:
@@ -75,7 +76,7 @@ def _gate_up_map(address: int, shape: TileShape, depth: int) -> tuple[int, ...]:
 def experts_up_wgmma(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    pairs: Slots,
+    pairs: Slots | UnsortedPairs,
     shape: TileShape,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
@@ -87,13 +88,20 @@ def experts_up_wgmma(
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
         gate_up_proj: ``[E, 2 I, H]``, or ``[E, I, H]`` of an ungated activation; 16-byte aligned; contiguous, or where
             ``shape.gate_up_transposed`` the ``transpose(1, 2)`` of a contiguous tensor.
-        pairs: the sorted pairs; takes its first ticket counter.
+        pairs: the sorted pairs; takes its first ticket counter. Where ``shape.unsorted``, the pairs as they were
+            chosen, whose slots are written.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
     """
     device = hidden_states.device.index
-    intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
+    its_pairs: tuple[int, ...]
+    if isinstance(pairs, UnsortedPairs):
+        slots, its_pairs = pairs.slot_of_pair.numel(), (*pairs.arguments(), pairs.slot_of_pair.data_ptr())
+    else:
+        slots = pairs.token_of_slot.shape[0]
+        its_pairs = pairs.expert_offsets.data_ptr(), pairs.token_of_slot.data_ptr(), pairs.tickets.data_ptr()
+    intermediate = hidden_states.new_empty((slots, shape.intermediate_size))
     run, blocks = _plan(shape, device)
     run(
         blocks,
@@ -103,9 +111,7 @@ def experts_up_wgmma(
         *(() if adapter is None else _gate_up_map(adapter.factor.data_ptr(), shape, shape.gate_up_rank)),
         *(() if adapter is None else (adapter.low.data_ptr(),)),
         hidden_states.data_ptr(),
-        pairs.expert_offsets.data_ptr(),
-        pairs.token_of_slot.data_ptr(),
-        pairs.tickets.data_ptr(),
+        *its_pairs,
         intermediate.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if gate_up is None else gate_up.data_ptr(),

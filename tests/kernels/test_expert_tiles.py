@@ -11,6 +11,7 @@ from cupymoe import MoEActivation
 from cupymoe.kernels import expert_tiles, experts_down_back_wgmma, experts_down_wgmma, experts_up_wgmma
 from cupymoe.kernels.expert_tiles import CUTS, prefers_tiles, tile_shape_of
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.unsorted_pairs import PairsKind
 from tests.helpers import compiled
 
 SHARED_BYTES_OF_HOPPER = 227 * 1024
@@ -30,6 +31,7 @@ SIZES = [
 ]
 
 
+UNSORTED = PairsKind(torch.int64, 8)
 SILU, SWIGLUOAI, RELU2 = MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL
 
 
@@ -44,29 +46,37 @@ def shape(
     transposed=False,
     has_bias=False,
     few_pairs=0,
+    unsorted=None,
 ):
     """Of which both weights are transposed, or neither, and both have a bias, or neither."""
     kind = (transposed, transposed, has_bias, has_bias)
-    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind, few_pairs=few_pairs)
+    few = {"few_pairs": few_pairs, "unsorted": unsorted}
+    return tile_shape_of(*cut, dtype, activation, num_experts, hidden, intermediate, *kind, **few)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("cut", "few_pairs"), [*((cut, 0) for cut in CUTS), ((1, 2), 1), ((1, 2), 8), ((1, 2), 64)])
-def test_rings_fit_a_multiprocessor(cut, few_pairs, sizes):
-    its_shape = shape(cut, *sizes, few_pairs=few_pairs)
+@pytest.mark.parametrize(
+    ("cut", "few_pairs", "unsorted"),
+    [
+        *((cut, 0, None) for cut in CUTS),
+        *(((1, 2), few, unsorted) for few, unsorted in product((1, 8, 64), (None, UNSORTED))),
+        ((1, 2), 0, UNSORTED),
+    ],
+)
+def test_rings_fit_a_multiprocessor(cut, few_pairs, unsorted, sizes):
+    its_shape = shape(cut, *sizes, few_pairs=few_pairs, unsorted=unsorted)
     for tiling in (its_shape.up, its_shape.down):
         assert tiling.shared_bytes <= SHARED_BYTES_OF_HOPPER
         assert tiling.stages >= STAGES_AT_LEAST
         blocks, products = tiling.blocks, tiling.products
         stage_bytes = (128 * products // blocks + blocks * tiling.block_n) * 128
         assert stage_bytes % 1024 == 0
-        shared_struct = 16 * tiling.stages + 64 + 8 * (sizes[0] + 1)
+        shared_struct = 16 * tiling.stages + 64 + 8 * (sizes[0] + 1) + (8 * 128 if unsorted else 0)
         assert tiling.shared_bytes >= tiling.stages * stage_bytes + shared_struct
         assert tiling.shared_bytes + stage_bytes > SHARED_BYTES_OF_HOPPER
 
 
 def assert_compiles(its_shape):
-    """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
     for variant in (
         experts_up_wgmma.variant(its_shape),
         experts_up_wgmma.variant(replace(its_shape, keeps_gate_up=True)),
@@ -74,10 +84,15 @@ def assert_compiles(its_shape):
         experts_down_wgmma.variant(its_shape.up_back),
         experts_down_back_wgmma.variant(its_shape, stores_weighted=True),
     ):
-        report = compiled(variant, "sm_90a")
-        assert report.spill_bytes <= 64, report.log
-        assert "warning" not in report.log, report.log
-        assert "C75" not in report.log, report.log
+        assert_compiled(variant)
+
+
+def assert_compiled(variant):
+    """Few spills are in the activation, outside the loop over k; a warning would be of serialised products."""
+    report = compiled(variant, "sm_90a")
+    assert report.spill_bytes <= 64, report.log
+    assert "warning" not in report.log, report.log
+    assert "C75" not in report.log, report.log
 
 
 @pytest.mark.slow
@@ -92,6 +107,15 @@ def test_compiles_for_other_models(cut, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_compiles_for_few_tokens(sizes, few_pairs):
     assert_compiles(shape((1, 2), *sizes, few_pairs=few_pairs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("few_pairs", [0, 1, 8])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_compiles_for_pairs_that_are_not_sorted(sizes, few_pairs):
+    its_shape = shape((1, 2), *sizes, few_pairs=few_pairs, unsorted=UNSORTED)
+    for variant in (experts_up_wgmma.variant(its_shape), experts_down_wgmma.variant(its_shape)):
+        assert_compiled(variant)
 
 
 # GPT-OSS, and sizes that divide badly.

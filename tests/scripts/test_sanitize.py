@@ -104,7 +104,7 @@ def test_batches_and_maps_agree_with_their_truth(sanitize, monkeypatch):
     monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
     sanitize.run_batches()
     sanitize.run_mapped_experts()
-    assert len(checked) == 2 * 3 * 6 + 4
+    assert len(checked) == 2 * 3 * 6 + 5
     assert 0.0 < max(checked) < 0.01
     loads = [Load.of(8 * room, 1, 8) for room in (3, 100, 380)]
     assert [batch_cut(load, 128) if prefers_tiles(load) else None for load in loads] == [None, (1, 2), (1, 3)]

@@ -84,7 +84,7 @@ template <class Gemm> struct RowLoader {
     }
 };
 
-// Dense tokens are what the previous grid writes; weights and offsets are older, so the first weights come before its end.
+// Dense tokens are what the previous grid writes; weights, offsets and choices are older, so the first weights come before its end.
 template <class Gemm, class Weights>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Weights& weights, const Schedule& schedule, const Pipeline& pipeline) {
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();

@@ -1,6 +1,9 @@
 // What the warps of a tile kernel do: four of them fill the ring, warpgroups of four, two or three, multiply what is in it.
 #pragma once
 #include "producer.cuh"
+#if INLINE_PAIRS
+#include "inline_plan.cuh"
+#endif
 
 #ifndef CONSUMER_REGISTERS
 #define CONSUMER_REGISTERS 224
@@ -11,7 +14,7 @@
 
 template <class Gemm, class Weights>
 __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights& weights, const Schedule& schedule) {
-    Shared& shared = *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES);
+    Shared& shared = shared_of_block();
     Pipeline pipeline = {shared, shared_address(block_memory)};
     if (threadIdx.x == 0) {
         weights.init();
@@ -31,7 +34,11 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights
         if (LOW_RANK > 0) order_writes_before_bulk_copies();  // which the factor may be
         release_next_grid();
     }
+#if INLINE_PAIRS
+    plan_tiles(schedule, shared);
+#else
     if (threadIdx.x / 32 == CONSUMER_THREADS / 32) count_tiles(schedule.expert_offsets, shared);
+#endif
     sync_cluster();
     if (threadIdx.x < CONSUMER_THREADS) {
         grow_registers<CONSUMER_REGISTERS>();

@@ -9,11 +9,18 @@
 //
 // Includers define BLOCKS of a cluster, UNIT_SLOTS, TILE_SLOTS, TILE_ROWS of a weight, STAGES, STAGE_BYTES, the first TOKEN_BYTES
 // of which are tokens, and LOW_RANK, of an adapter, or 0. A Gemm gives kDepth (k), kRows (weight rows of an expert) and
-// prefetch_rows().
+// prefetch_rows(). With INLINE_PAIRS every block finds out for itself which slots there are (inline_plan.cuh), instead of
+// sort_by_expert.cu before it.
 #pragma once
 #include "../cluster.cuh"
 #include "../ring.cuh"
 #include "../warp.cuh"
+#ifndef INLINE_PAIRS
+#define INLINE_PAIRS 0
+#endif
+#if INLINE_PAIRS
+#include "../pairs.cuh"
+#endif
 
 #define GROUP_TILES 8
 #ifndef CONSUMER_THREADS
@@ -39,21 +46,35 @@ template <class Gemm> __device__ __forceinline__ bool is_of_adapter(u32 step) { 
 
 template <class Gemm> __device__ __forceinline__ u32 step_of_adapter(u32 step) { return step - kDepthSteps<Gemm>; }
 
+#if INLINE_PAIRS
+struct Schedule {
+    Routing routing;    // of at most INLINE_PAIRS pairs
+    int* slot_of_pair;  // [num_pairs], which the first block writes as sort_by_expert.cu does; nullptr: nobody
+};
+#else
 struct Schedule {
     const int* expert_offsets;  // [NUM_EXPERTS + 1]
     u32* ticket;                // zero before the launch
 };
+#endif
 
 struct Shared {
     u64 filled[STAGES], emptied[STAGES];
     u64 tile_ready[2], tile_read[2];
     Tile tiles[2];
+#if INLINE_PAIRS
+    alignas(16) u32 keys[INLINE_PAIRS];  // expert * INLINE_PAIRS + pair; ~0: masked, or no pair
+    int pair_of_slot[INLINE_PAIRS];
+#endif
     int first_tile[NUM_EXPERTS + 1];  // tiles of slots that the lower experts have
     int first_slot[NUM_EXPERTS + 1];
 };
-static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1) * 8 + 15, "cupymoe/kernels/expert_tiles.py counts so much");
+static_assert(sizeof(Shared) <= STAGES * 16 + 64 + (NUM_EXPERTS + 1 + INLINE_PAIRS) * 8 + 15,
+              "cupymoe/kernels/expert_tiles.py counts so much");
 
 extern __shared__ __align__(1024) unsigned char block_memory[];  // the ring, then Shared
+
+__device__ __forceinline__ Shared& shared_of_block() { return *reinterpret_cast<Shared*>(block_memory + STAGES * STAGE_BYTES); }
 
 // In a block of the cluster; to itself a lone block arrives as any other, which compute-sanitizer wants.
 __device__ __forceinline__ void arrive_in(u32 barrier, u32 rank) {
@@ -87,6 +108,7 @@ struct Pipeline {
     }
 };
 
+#if !INLINE_PAIRS
 // Fills first_slot and first_tile. One warp.
 __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& shared) {
     constexpr int kRounds = NUM_EXPERTS / 32 + 1;
@@ -105,9 +127,11 @@ __device__ __forceinline__ void count_tiles(const int* expert_offsets, Shared& s
         [&](int expert, int sum) { shared.first_tile[expert] = sum; });
     if (lane == 0) shared.first_tile[NUM_EXPERTS] = tiles;
 }
+#endif
 
-// Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. One warp
-// of the cluster's first block. The tickets of an expert with 5 tiles of slots and 3 tiles of weight rows, in groups of 4:
+// Shows the cluster its index-th tile and orders the ticket after it, whose way to memory and back nobody waits for. With
+// INLINE_PAIRS tickets are dealt in turn, as there is no kernel before that could set a counter to zero. One warp of the
+// cluster's first block. The tickets of an expert with 5 tiles of slots and 3 tiles of weight rows, in groups of 4:
 //
 //                 rows 0   rows 1   rows 2
 //       slots 0      0        4        8
@@ -120,13 +144,25 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
     constexpr u32 kColumns = (Gemm::kRows + TILE_ROWS - 1) / TILE_ROWS;
     const Shared& shared = pipeline.shared;
     u32 lane = threadIdx.x % 32, ticket = __shfl_sync(FULL_WARP, next_ticket, 0), expert = 0;
+#if INLINE_PAIRS
+    next_ticket = ticket + cluster_count();
+#else
     if (lane == 0) next_ticket = cluster_count() + atomicAdd(schedule.ticket, 1u);
+#endif
 #pragma unroll 8
     for (u32 base = 1; base <= NUM_EXPERTS; base += 32) {
         bool before = base + lane <= NUM_EXPERTS && shared.first_tile[base + lane] * kColumns <= ticket;
         expert += __popc(__ballot_sync(FULL_WARP, before));
     }
     u32 words[4] = {~0u, 0, 0, 0};
+#if INLINE_PAIRS
+    if (expert < NUM_EXPERTS) {  // of one tile of slots
+        words[0] = expert;
+        words[1] = shared.first_slot[expert];
+        words[2] = shared.first_slot[expert + 1] - words[1];
+        words[3] = ticket - shared.first_tile[expert] * kColumns;
+    }
+#else
     if (expert < NUM_EXPERTS) {
         u32 tiles = shared.first_tile[expert + 1] - shared.first_tile[expert];
         u32 of_expert = ticket - shared.first_tile[expert] * kColumns;
@@ -144,6 +180,7 @@ __device__ __forceinline__ void take_tile(const Gemm& gemm, const Schedule& sche
         words[2] = lane == 0 ? of_first_block : slots - of_first_block;
         words[3] = of_group / height;
     }
+#endif
     if (lane < BLOCKS) {
         wait_barrier(pipeline.tile_read(index), index / 2 % 2 ^ 1);
         if (BLOCKS == 1) {
