@@ -2,10 +2,12 @@
 //
 // Reads  expert_num_tokens [NUM_EXPERTS] i32   clamped to [0, max_tokens]
 //
-// plan_batch, for the tiles: slots are the rows that count, one after the other.
-// Writes expert_offsets    [NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of slots
+// plan_batch, for the tiles: slots are the rows that count, one after the other. With two plans the tiles are launched in two cuts,
+// and here it is decided which of the launches computes: the second from many_from slots an expert on average on, else the first.
+// Writes expert_offsets    [plans, NUM_EXPERTS + 1] i32   first slot of each expert; the last is the number of slots; of the plan that
+//                                                  is not taken zeros, so that its launch finds no tile
 //        row_of_slot       [NUM_EXPERTS * max_tokens] i32   row j of expert e is e * max_tokens + j; slots past the last stay as they are
-//        tickets           [TICKETS] u32           zeros, as of sort_by_expert.cu
+//        tickets           [plans, TICKETS] u32    zeros, as of sort_by_expert.cu
 //
 // plan_batch_chunks, for the weight stream: a slot is a row, and those that don't count are in no chunk.
 // Writes chunks            [..] Chunk   by expert, then slot; at most min(P, NUM_EXPERTS + P / chunk_tokens) of P = NUM_EXPERTS * max_tokens
@@ -39,14 +41,19 @@ struct Batch {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS)
-plan_batch(const int* expert_num_tokens, int* expert_offsets, int* row_of_slot, u32* tickets, u64 max_tokens) {
+plan_batch(const int* expert_num_tokens, int* expert_offsets, int* row_of_slot, u32* tickets, u64 max_tokens, u64 plans, u64 many_from) {
     wait_for_previous_grid();
     release_next_grid();
     Batch batch = {expert_num_tokens, (int)max_tokens};
     int expert = blockIdx.x, first = batch.pieces_below(expert, 1), count = batch.count(expert);
-    if (threadIdx.x == 0) expert_offsets[expert] = first;
-    if (threadIdx.x == 0 && expert == NUM_EXPERTS - 1) expert_offsets[NUM_EXPERTS] = first + count;
-    if (expert == 0 && threadIdx.x < TICKETS) tickets[threadIdx.x] = 0;
+    int slots = batch.pieces_below(NUM_EXPERTS, 1);
+    u32 taken = plans > 1 && (u64)slots >= NUM_EXPERTS * many_from;
+    if (threadIdx.x < plans) {
+        int* offsets = expert_offsets + threadIdx.x * (NUM_EXPERTS + 1);
+        offsets[expert] = threadIdx.x == taken ? first : 0;
+        if (expert == NUM_EXPERTS - 1) offsets[NUM_EXPERTS] = threadIdx.x == taken ? slots : 0;
+    }
+    if (expert == 0 && threadIdx.x < plans * TICKETS) tickets[threadIdx.x] = 0;
     for (int row = threadIdx.x; row < count; row += BLOCK_THREADS) row_of_slot[first + row] = expert * batch.max_tokens + row;
 }
 

@@ -571,6 +571,20 @@ MUTATIONS = (
         PLAN_BATCH,
     ),
     cuda(
+        "the bound between the cuts of a batch",
+        "plan_batch.cu",
+        "(u64)slots >= NUM_EXPERTS * many_from",
+        "(u64)slots > NUM_EXPERTS * many_from",
+        PLAN_BATCH,
+    ),
+    cuda(
+        "the rows of a batch in both of its plans",
+        "plan_batch.cu",
+        "offsets[expert] = threadIdx.x == taken ? first : 0;",
+        "offsets[expert] = first;",
+        PLAN_BATCH,
+    ),
+    cuda(
         "rows of a batch stored in slot order",
         "experts_down_wgmma.cu",
         "of_rows.first_slot = row_of_slot[tile.first_slot];",

@@ -42,6 +42,7 @@ from cupymoe.kernels.combine import combine
 from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.dequantize import dequantize
 from cupymoe.kernels.dtypes import SCALARS
+from cupymoe.kernels.expert_tiles import MANY_SLOTS
 from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
 from cupymoe.kernels.grouped_linear import grouped_linear
@@ -396,11 +397,13 @@ def run_quantised(name: str) -> None:
 
 
 def run_batches() -> None:
-    """Rows that lie by expert: the weight stream and both cuts of the tiles, also of codes; counts of every kind."""
-    counts = torch.tensor([0, 1, 63, 64, 65, 400, -3, 17], dtype=torch.int32)
-    plain = expert_weights(len(counts), 192, 128, torch.bfloat16)
+    """Rows that lie by expert: the weight stream, tiles of one cut, and of two with few rows and with many, also of
+    codes; counts of every kind."""
+    of_every_kind = torch.tensor([0, 1, 63, 64, 65, 400, -3, 17], dtype=torch.int32)
+    rooms = (3, of_every_kind), (100, of_every_kind), (380, of_every_kind), (380, of_every_kind + MANY_SLOTS)
+    plain = expert_weights(len(of_every_kind), 192, 128, torch.bfloat16)
     codes = [random_weight("int4_g32", *weight.shape) for weight in plain]
-    for weights, room in product((plain, codes), (3, 100, 380)):
+    for weights, (room, counts) in product((plain, codes), rooms):
         doubles = [w.double() if isinstance(w, torch.Tensor) else w.dequantize().cpu() for w in weights]
         states, out = (torch.randn(len(counts), room, 192).bfloat16() for _ in range(2))
         output, on_gpu = out.cuda(), [weight.cuda() for weight in weights]

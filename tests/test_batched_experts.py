@@ -4,14 +4,20 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, QuantizedExperts, QuantizedWeight, batched_experts, quantize, reference
+from cupymoe.backends import BatchTensors, fused_batched
+from cupymoe.kernels.expert_tiles import MANY_SLOTS
+from cupymoe.kernels.stored_weight import stored_weight
+from cupymoe.ops import experts_call
 from tests.helpers import no_host_sync, poison_free_memory, relative_error, slow_on_cuda, transposed
 
 ACTIVATION = MoEActivation.GELU_TANH
 UNWRITTEN = 7.0
 COUNTS = [0, 1, 63, 64, 65, 10**6, -3, 17]
 """Of eight experts; one has more than there are, and one less than none."""
+MANY = [250, 190, 250, 242, 250, 10**6, 249, 250]
+"""The same, of which the tiles are cut for many rows: more than 240 on average."""
 MAX_TOKENS = [1, 3, 16, 31, 64, 100, 250, 700]
-"""On a Hopper card the weight stream, in three of its regimes, and from 32 rows on both cuts of the tiles."""
+"""On a Hopper card the weight stream, in three of its regimes, and tiles from 32 rows on, from 240 in two cuts."""
 
 
 def random_batch(max_tokens, counts=COUNTS, hidden=128, intermediate=96, *, dtype, device, activation=ACTIVATION):
@@ -66,12 +72,18 @@ def test_counted_rows_and_no_others(device, max_tokens, dtype):
 
 
 @slow_on_cuda
-@pytest.mark.parametrize("max_tokens", [5, 70, 250])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_of_each_expert(device, dtype):
+    check(*random_batch(700, MANY, dtype=dtype, device=device))
+
+
+@slow_on_cuda
+@pytest.mark.parametrize(("max_tokens", "counts"), [(5, COUNTS), (70, COUNTS), (250, COUNTS), (250, MANY)])
 @pytest.mark.parametrize("activation", [MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_other_experts(device, max_tokens, activation, is_transposed):
+def test_other_experts(device, max_tokens, counts, activation, is_transposed):
     states, counts, *weights = random_batch(
-        max_tokens, hidden=192, dtype=torch.bfloat16, device=device, activation=activation
+        max_tokens, counts, hidden=192, dtype=torch.bfloat16, device=device, activation=activation
     )
     check(states, counts, *(map(transposed, weights) if is_transposed else weights), activation)
 
@@ -84,7 +96,7 @@ def test_sizes_that_no_fast_kernel_takes(device, max_tokens):
 
 @slow_on_cuda
 @pytest.mark.parametrize("counts", [[0] * 8, [0] * 7 + [5], [5] + [0] * 7, [10**6] * 8])
-@pytest.mark.parametrize("max_tokens", [5, 70])
+@pytest.mark.parametrize("max_tokens", [5, 70, 250])
 def test_no_rows_and_all(device, counts, max_tokens):
     check(*random_batch(max_tokens, counts, dtype=torch.bfloat16, device=device))
 
@@ -215,6 +227,45 @@ def test_hidden_states_may_lie_anywhere(device):
     assert torch.equal(out, expected)
 
 
+# --- both cuts of the tiles -------------------------------------------------------------------------------------------
+
+
+def call_of(room):
+    states, _, *weights = random_batch(room, dtype=torch.bfloat16, device="cpu")
+    rows = states.flatten(0, 1)
+    return experts_call(rows, *weights, rows[:, :1], ACTIVATION)
+
+
+@pytest.mark.parametrize(("room", "plans"), [(100, ["few"]), (239, ["few"]), (240, ["few", "many"])])
+def test_each_projection_is_launched_in_every_cut_that_may_be_wanted(monkeypatch, room, plans):
+    """With the slots of its own plan, and all up projections, into one memory, before the down projections."""
+    launches = []
+
+    def plan_batch(counts, max_tokens, many_from=None):
+        return ("few",) if many_from is None else ("few", "many")
+
+    def up(rows, gate_up_proj, slots, shape, out):
+        launches.append(("up", slots, (shape.blocks, shape.products), out.data_ptr()))
+
+    def down(intermediate, down_proj, slots, shape, out):
+        launches.append(("down", slots, (shape.blocks, shape.products), intermediate.data_ptr()))
+
+    monkeypatch.setattr(fused_batched, "plan_batch", plan_batch)
+    monkeypatch.setattr(fused_batched, "experts_up_wgmma", up)
+    monkeypatch.setattr(fused_batched, "experts_down_wgmma", down)
+    batch = BatchTensors(*random_batch(room, dtype=torch.bfloat16, device="cpu"))
+    fused_batched.tiles(call_of(room), batch, torch.empty_like(batch.rows))
+    cuts = {"few": (1, 2), "many": (1, 3)}
+    expected = [(projection, plan, cuts[plan]) for projection in ("up", "down") for plan in plans]
+    assert [launch[:3] for launch in launches] == expected
+    assert len({launch[3] for launch in launches}) == 1
+
+
+def test_quantised_weights_are_launched_once():
+    stored = stored_weight("int4_g32", torch.bfloat16)
+    assert len(fused_batched._tile_shapes(call_of(700), (stored, stored))) == 1
+
+
 # --- as a running model calls it --------------------------------------------------------------------------------------
 
 
@@ -222,6 +273,7 @@ def test_hidden_states_may_lie_anywhere(device):
 @pytest.mark.parametrize("max_tokens", [5, 128, 300])
 @pytest.mark.parametrize("format", [None, "int4"])
 def test_counts_may_change_between_replays(max_tokens, format):
+    """From few rows to many and back, too."""
     states, counts, *weights = random_batch(max_tokens, dtype=torch.bfloat16, device="cuda")
     weights = weights if format is None else [*quantize(*weights, format)]
     states.copy_(torch.randn_like(states))
@@ -230,8 +282,8 @@ def test_counts_may_change_between_replays(max_tokens, format):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         batched_experts(states, counts, *weights, activation=ACTIVATION, out=out)
-    for _ in range(5):
-        counts.copy_(torch.randint(-1, max_tokens + 3, counts.shape, device="cuda"))
+    for least in (-1, -1, max_tokens - 30, max_tokens - 30, -1):
+        counts.copy_(torch.randint(least, max_tokens + 3, counts.shape, device="cuda"))
         out.fill_(UNWRITTEN)
         graph.replay()
         expected = torch.full_like(states, UNWRITTEN)
@@ -259,8 +311,24 @@ def test_the_host_never_waits_and_bits_stay(max_tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("max_tokens", [16, 128, 256])
-def test_at_the_sizes_of_gemma_4(max_tokens):
+@pytest.mark.parametrize("sizes", [(8, 128, 96), (32, 512, 704), (16, 2816, 704)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_bits_do_not_depend_on_the_cut(sizes, is_transposed):
+    """One row fewer, and all are computed by the launches for few; those for many have another cut at each size."""
+    states, counts, *weights = random_batch(
+        2 * MANY_SLOTS, [MANY_SLOTS] * sizes[0], *sizes[1:], dtype=torch.bfloat16, device="cuda"
+    )
+    weights = [transposed(weight) for weight in weights] if is_transposed else weights
+    of_many = check(states, counts, *weights)
+    counts[-1] -= 1
+    of_few = check(states, counts, *weights)
+    of_many[-1, MANY_SLOTS - 1] = UNWRITTEN
+    assert torch.equal(of_few, of_many)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("least", "max_tokens"), [(0, 16), (0, 128), (0, 256), (240, 256)])
+def test_at_the_sizes_of_gemma_4(least, max_tokens):
     """128 experts, few of which are full."""
-    counts = torch.randint(0, max_tokens + 1, (128,)).tolist()
+    counts = torch.randint(least, max_tokens + 1, (128,)).tolist()
     check(*random_batch(max_tokens, counts, 2816, 704, dtype=torch.bfloat16, device="cuda"))

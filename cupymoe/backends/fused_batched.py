@@ -3,7 +3,9 @@
     plan_batch -> experts_up -> experts_down          the weight stream
     plan_batch -> experts_up_wgmma -> experts_down_wgmma    tiles
 
-How many rows count is on the device alone, so which way and which tiles are taken goes by how many there may be.
+How many rows count is on the device alone, so which way is taken goes by how many there may be. Tiles of plain weights
+are then cut for few rows or for many. Where there may be many, each projection is launched in both cuts, and plan_batch
+leaves one of them without rows, so that its launch ends at once.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
-from cupymoe.kernels.expert_tiles import TileShape, batch_cut, tile_shape_of
+from cupymoe.kernels.expert_tiles import MANY_SLOTS, TileShape, batch_cuts, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
 from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
-from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
+from cupymoe.kernels.plan_batch import BatchSlots, plan_batch, plan_batch_chunks
 from cupymoe.kernels.stored_weight import StoredWeight
 
 
@@ -41,8 +43,25 @@ def stream(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, arch: A
 
 def tiles(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
     """The same with many."""
-    slots = plan_batch(batch.expert_num_tokens, batch.max_tokens)
-    shape = _tile_shape(call, stored_weights(call, batch))
+    stored = stored_weights(call, batch)
+    shapes = _tile_shapes(call, stored)
+    plans = plan_batch(batch.expert_num_tokens, batch.max_tokens, MANY_SLOTS if len(shapes) > 1 else None)
+    if stored:
+        (slots,), (shape,) = plans, shapes
+        _coded_tiles(call, batch, output, slots, shape)
+        return
+    rows = batch.rows
+    intermediate = rows.new_empty((len(rows), call.intermediate_size))
+    for slots, shape in zip(plans, shapes, strict=True):
+        experts_up_wgmma(rows, batch.gate_up_proj, slots, shape, out=intermediate)
+    for slots, shape in zip(plans, shapes, strict=True):
+        experts_down_wgmma(intermediate, batch.down_proj, slots, shape, out=output)
+
+
+def _coded_tiles(
+    call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, slots: BatchSlots, shape: TileShape
+) -> None:
+    """With at least one quantised weight."""
     of_gate_up, of_down = scales_of(call, batch)
     if of_gate_up is None:
         intermediate = experts_up_wgmma(batch.rows, batch.gate_up_proj, slots, shape)
@@ -79,22 +98,28 @@ def _stream_shape(call: ExpertsCall, stored: tuple[StoredWeight, ...], arch: Arc
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_shape(call: ExpertsCall, stored: tuple[StoredWeight, ...]) -> TileShape:
-    return tile_shape_of(
-        *batch_cut(call.load, call.intermediate_size),
-        call.dtype,
-        call.activation,
-        call.num_experts,
-        call.hidden_size,
-        call.intermediate_size,
-        call.gate_up_transposed,
-        call.down_transposed,
-        False,
-        False,
-        False,
-        0,
-        0,
-        *stored,
-        scatters=True,
-        **({"coded_slots": coded_slots(call.load)} if stored else {}),
+def _tile_shapes(call: ExpertsCall, stored: tuple[StoredWeight, ...]) -> tuple[TileShape, ...]:
+    """For few rows, and for many where there may be so many. Beside a quantised weight one, for as many as there may
+    be: the tiles of codes have no such cuts."""
+    cuts = batch_cuts(call.load, call.intermediate_size)
+    return tuple(
+        tile_shape_of(
+            *cut,
+            call.dtype,
+            call.activation,
+            call.num_experts,
+            call.hidden_size,
+            call.intermediate_size,
+            call.gate_up_transposed,
+            call.down_transposed,
+            False,
+            False,
+            False,
+            0,
+            0,
+            *stored,
+            scatters=True,
+            **({"coded_slots": coded_slots(call.load)} if stored else {}),
+        )
+        for cut in (cuts[-1:] if stored else cuts)
     )

@@ -49,7 +49,8 @@ _TILES_FROM_OF_CODES = 16
 _CUTS_FROM = ((368, 2, 2), (240, 1, 3), (0, 1, 2))
 CUTS = tuple(cut[1:] for cut in _CUTS_FROM)
 """Blocks of a cluster and products of a warpgroup, wherever they are the fastest for the gate_up projection."""
-_MOST_EXPECTED_OF_BATCH = 256
+MANY_SLOTS = _CUTS_FROM[-2][0]
+"""Slots of an expert on average, from which on a batch is not cut as one of few rows."""
 # Of intermediate sizes, which are the depth of the down projection. Below the first its stores take most of the time,
 # and two blocks store wider rows.
 _SHALLOW = 512
@@ -81,14 +82,17 @@ def cut(load: Load, intermediate_size: int) -> tuple[int, int]:
     return chosen
 
 
-def batch_cut(load: Load, intermediate_size: int) -> tuple[int, int]:
-    """The same for a batch, of which the host knows only how many rows there is room for.
+def batch_cuts(load: Load, intermediate_size: int) -> tuple[tuple[int, int], ...]:
+    """The same for a batch, of which the host knows only how many rows there is room for: the cut for few rows, and
+    where there is room for :data:`MANY_SLOTS` of an expert the one for so many, too.
 
-    Where that is a lot, fewer of them count as a rule. The cut for 240 slots and more serves all of these: at 512 it
-    takes 5% longer than the next one, which at 256 takes 12% longer than it.
+    That serves all greater numbers: at 512 it takes 5% longer than the next one, which at 256 takes 12% longer than it,
+    and a third launch of each projection would cost those of fewer rows more.
     """
-    most_expected = _MOST_EXPECTED_OF_BATCH * load.num_experts
-    return cut(load._replace(expected_pairs=min(load.expected_pairs, most_expected)), intermediate_size)
+    few, many = (
+        cut(load._replace(expected_pairs=slots * load.num_experts), intermediate_size) for slots in (0, MANY_SLOTS)
+    )
+    return (few, many) if load.pairs_per_expert >= MANY_SLOTS else (few,)
 
 
 def down_cut(gate_up_cut: tuple[int, int], intermediate_size: int, transposed: bool) -> tuple[int, int]:

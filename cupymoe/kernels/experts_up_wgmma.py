@@ -81,6 +81,7 @@ def experts_up_wgmma(
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
     adapter: AdapterStep | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -93,6 +94,7 @@ def experts_up_wgmma(
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
         adapter: of gate_up_proj, where ``shape.gate_up_rank``, else None.
+        out: ``[T * K, I]``, contiguous, 16-byte aligned, where the output goes; None: new memory.
     """
     device = hidden_states.device.index
     its_pairs: tuple[int, ...]
@@ -101,7 +103,7 @@ def experts_up_wgmma(
     else:
         slots = pairs.token_of_slot.shape[0]
         its_pairs = pairs.expert_offsets.data_ptr(), pairs.token_of_slot.data_ptr(), pairs.tickets.data_ptr()
-    intermediate = hidden_states.new_empty((slots, shape.intermediate_size))
+    intermediate = hidden_states.new_empty((slots, shape.intermediate_size)) if out is None else out
     run, blocks = _plan(shape, device)
     run(
         blocks,

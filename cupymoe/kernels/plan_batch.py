@@ -21,7 +21,10 @@ THREADS = 128
 
 
 class BatchSlots(NamedTuple):
-    """The rows that count of a batch ``[E, max_tokens]``, one after the other; what the tiles take for sorted pairs."""
+    """The rows that count of a batch ``[E, max_tokens]``, one after the other; what the tiles take for sorted pairs.
+
+    Of two for one batch, each for a cut of the tiles, one has them all and the other none.
+    """
 
     expert_offsets: torch.Tensor
     """``[E + 1]`` int32: first slot of each expert; the last is the number of slots."""
@@ -43,29 +46,37 @@ def _kernel(entry: str, num_experts: int, device: int, arch: Arch | None = None)
     return kernel(variant(num_experts), entry, device, dependent=True, arch=arch)
 
 
-def plan_batch(expert_num_tokens: torch.Tensor, max_tokens: int) -> BatchSlots:
-    """The slots of a batch.
+def plan_batch(
+    expert_num_tokens: torch.Tensor, max_tokens: int, many_from: int | None = None
+) -> tuple[BatchSlots, ...]:
+    """The slots of a batch: one plan, or two, the first of which has them where they are few and the second where they
+    are many.
 
     Args:
         expert_num_tokens: ``[E]`` int32, contiguous: how many rows of each expert count; taken as 0 where negative, and
             as ``max_tokens`` where more.
         max_tokens: rows of an expert, those that don't count too.
+        many_from: how many slots an expert has on average, from which on they are many; None: there is one plan.
     """
     device, num_experts = expert_num_tokens.get_device(), len(expert_num_tokens)
+    plans = 1 if many_from is None else 2
     # One allocation, as of the sorted pairs.
-    sizes = [num_experts + 1, num_experts * max_tokens, TICKETS]
-    slots = BatchSlots._make(expert_num_tokens.new_empty(sum(sizes)).split_with_sizes(sizes))
+    sizes = [plans * (num_experts + 1), num_experts * max_tokens, plans * TICKETS]
+    expert_offsets, row_of_slot, tickets = expert_num_tokens.new_empty(sum(sizes)).split_with_sizes(sizes)
     _kernel("plan_batch", num_experts, device)(
         (num_experts, 1),
         THREADS,
         current_stream(device),
         expert_num_tokens.data_ptr(),
-        slots.expert_offsets.data_ptr(),
-        slots.token_of_slot.data_ptr(),
-        slots.tickets.data_ptr(),
+        expert_offsets.data_ptr(),
+        row_of_slot.data_ptr(),
+        tickets.data_ptr(),
         max_tokens,
+        plans,
+        many_from or 0,
     )
-    return slots
+    of_each = zip(expert_offsets.chunk(plans), tickets.chunk(plans), strict=True)
+    return tuple(BatchSlots(offsets, row_of_slot, its_tickets) for offsets, its_tickets in of_each)
 
 
 def plan_batch_chunks(

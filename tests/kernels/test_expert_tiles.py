@@ -173,9 +173,13 @@ def test_bounds_are_those_that_were_measured():
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (5888, 32768)] == [(2, 2)] * 2
 
 
-def test_the_cut_of_a_batch_is_for_fewer_rows_than_there_may_be():
-    cuts = [expert_tiles.batch_cut(Load.of(128 * room, 1, 128), 704) for room in (32, 239, 240, 368, 8192)]
-    assert cuts == [(1, 2)] * 2 + [(1, 3)] * 3
+def test_a_batch_is_cut_for_few_rows_and_where_there_may_be_many_for_these_too():
+    """The bound is that of other calls; of one rank of eight the second cut is another, as of these."""
+    cuts = [expert_tiles.batch_cuts(Load.of(128 * room, 1, 128), 704) for room in (32, 239, 240, 368, 8192)]
+    assert cuts == [((1, 2),)] * 2 + [((1, 2), (1, 3))] * 3
+    assert expert_tiles.batch_cuts(Load.of(16 * 1024, 1, 16), 704) == ((1, 2), (2, 2))
+    most, many = (Load.of(128 * (expert_tiles.MANY_SLOTS - less), 1, 128) for less in (1, 0))
+    assert (expert_tiles.cut(most, 704), expert_tiles.cut(many, 704)) == expert_tiles.batch_cuts(many, 704)
 
 
 def rows_of_box(tensor_map, start, row_bytes):

@@ -93,7 +93,7 @@ def test_rows_of_a_batch(max_tokens):
     rows = torch.randn(12 * max_tokens, 264, device="cuda").to(BF16)
     counts = torch.randint(-1, max_tokens + 2, (12,), dtype=torch.int32, device="cuda")
     counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
-    slots = plan_batch(counts, max_tokens)
+    (slots,) = plan_batch(counts, max_tokens)
     poison_free_memory()
     narrowed, factors = operand_rows(rows, slots, narrowed=True)
     copied, _ = operand_rows(rows, slots, narrowed=False)

@@ -34,11 +34,39 @@ def batch_shape(num_experts, max_tokens):
 def test_slots(num_experts, max_tokens):
     counts, kept = random_counts(num_experts, max_tokens)
     poison_free_memory()
-    slots = plan_batch(counts.cuda(), max_tokens)
+    (slots,) = plan_batch(counts.cuda(), max_tokens)
     assert slots.expert_offsets.tolist() == [0, *itertools.accumulate(kept)]
+    check_rows_and_tickets(slots, kept, max_tokens)
+
+
+def check_rows_and_tickets(slots, kept, max_tokens):
     rows = [expert * max_tokens + row for expert, count in enumerate(kept) for row in range(count)]
     assert slots.token_of_slot[: len(rows)].tolist() == rows
     assert slots.tickets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+@pytest.mark.parametrize("beyond", [None, -1, 0, 1])
+def test_one_of_two_plans_has_the_slots(num_experts, beyond):
+    """Of as many slots as make them many, of one fewer and one more; and of none at all."""
+    many_from, max_tokens = 5, 9
+    counts = torch.full((num_experts,), 0 if beyond is None else many_from, dtype=torch.int32)
+    if beyond is not None:
+        half = num_experts // 2
+        counts[half] += beyond
+        counts[:half] -= 3  # what counts is how many there are in all
+        counts[num_experts - half :] += 3
+    kept = counts.tolist()
+    poison_free_memory()
+    few, many = plan_batch(counts.cuda(), max_tokens, many_from)
+    is_many = sum(kept) >= many_from * num_experts
+    assert is_many == (beyond is not None and beyond >= 0)
+    offsets, none = [0, *itertools.accumulate(kept)], [0] * (num_experts + 1)
+    assert few.expert_offsets.tolist() == (none if is_many else offsets)
+    assert many.expert_offsets.tolist() == (offsets if is_many else none)
+    for slots in (few, many):
+        check_rows_and_tickets(slots, kept, max_tokens)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
-from cupymoe.kernels.expert_tiles import CUTS, batch_cut, cut, prefers_tiles
+from cupymoe.kernels.expert_tiles import CUTS, batch_cuts, cut, prefers_tiles
 from cupymoe.kernels.load import Load
 from cupymoe.verification.result import relative_error
 
@@ -97,17 +97,18 @@ def test_training_steps_agree_with_their_truth(sanitize, monkeypatch):
 
 
 def test_batches_and_maps_agree_with_their_truth(sanitize, monkeypatch):
-    """On the CPU, by the reference; the rooms of a batch reach the stream and both cuts."""
+    """On the CPU, by the reference; the rooms of a batch reach the stream, one cut and both."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
     checked = []
     monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
     sanitize.run_batches()
     sanitize.run_mapped_experts()
-    assert len(checked) == 2 * 3 * 6 + 5
+    assert len(checked) == 2 * (3 * 6 + 8) + 5
     assert 0.0 < max(checked) < 0.01
     loads = [Load.of(8 * room, 1, 8) for room in (3, 100, 380)]
-    assert [batch_cut(load, 128) if prefers_tiles(load) else None for load in loads] == [None, (1, 2), (1, 3)]
+    cuts = [batch_cuts(load, 128) if prefers_tiles(load) else () for load in loads]
+    assert cuts == [(), ((1, 2),), ((1, 2), (1, 3))]
 
 
 def test_planted_faults_compile(sanitize):
