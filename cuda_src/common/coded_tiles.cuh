@@ -228,10 +228,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[SUMS], LaneRows<Gemm
         wait_barrier(pipeline.filled(turn.stage), turn.parity);
         rows.load(stored, pipeline.weights(turn.stage), step, 0);
     };
-    // 16 k: those of a chunk where there are registers for their operands.
-    constexpr bool kHasRoom = WARPGROUPS == 3 ? kSlots <= 96 : kSlots == 32 && Codec::kBits == 4 && sizeof(SCALE_SCALAR) < 4;
-    constexpr int kAtOnce = kHasRoom && !HAS_ZEROS ? 2 : 1;
-    constexpr int kChunks = 512 / Codec::kBits / CHUNK_K;  // in 64 bytes of codes
+    constexpr int kAtOnce = WARPGROUPS == 3 && kSlots <= 96 && !HAS_ZEROS ? 2 : 1;  // 16 k: as operands have registers
     u32 lane = threadIdx.x % 32, previous = 0;
     await_stage(0);
     for (u32 step = 0; step < kSteps<Gemm>; step++) {
@@ -239,38 +236,33 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[SUMS], LaneRows<Gemm
         u64 tokens = tile_descriptor(pipeline.tokens(stage));
         // The last chunk of the stage that begins inside of the depth.
         int last = Gemm::kDepth % BLOCK_K && step + 1 == kSteps<Gemm> ? (Gemm::kDepth % BLOCK_K - 1) / CHUNK_K : BLOCK_K / CHUNK_K - 1;
-#pragma unroll 1  // of longer rows of codes, whose addresses would take registers
-        for (int part = 0; part <= last; part += kChunks) {
 #pragma unroll
-            for (int in_part = 0; in_part < kChunks; in_part++) {
-                int chunk = part + in_part;
+        for (int chunk = 0; chunk < BLOCK_K / CHUNK_K; chunk++) {
 #pragma unroll
-                for (int first = 0; first < CHUNK_K / 16; first += kAtOnce) {
-                    Fragment operands[kAtOnce];
+            for (int first = 0; first < CHUNK_K / 16; first += kAtOnce) {
+                Fragment operands[kAtOnce];
 #pragma unroll
-                    for (int i = 0; i < kAtOnce; i++) operands[i] = rows.fragment(stored, in_part * (CHUNK_K / 16) + first + i);
-                    begin_products();
+                for (int i = 0; i < kAtOnce; i++) operands[i] = rows.fragment(stored, chunk * (CHUNK_K / 16) + first + i);
+                begin_products();
 #pragma unroll
-                    for (int i = 0; i < kAtOnce; i++) {
-                        int k16 = in_part * (CHUNK_K / 16) + first + i;
-                        u64 of_k16 = tokens + k16 / 4 * (TILE_SLOTS * ROW_BYTES / 16) + k16 % 4 * 2;
-                        multiply_fragment<kSlots>(sums, operands[i], of_k16, step > 0 || part > 0 || k16 > 0, OPERAND());
-                    }
-                    commit_products();
-                    if (first + kAtOnce == CHUNK_K / 16) {
-                        if (chunk < last) {
-                            rows.load(stored, pipeline.weights(stage), step, chunk + 1);
-                        } else {
-                            turn.next();
-                            if (step + 1 < kSteps<Gemm>) await_stage(step + 1);
-                        }
-                    }
-                    wait_for_all_but_last_products();
-                    if (chunk == 0 && first == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));
+                for (int i = 0; i < kAtOnce; i++) {
+                    int k16 = chunk * (CHUNK_K / 16) + first + i;
+                    u64 of_k16 = tokens + k16 / 4 * (TILE_SLOTS * ROW_BYTES / 16) + k16 % 4 * 2;
+                    multiply_fragment<kSlots>(sums, operands[i], of_k16, step > 0 || k16 > 0, OPERAND());
                 }
-                if (chunk == last) break;
+                commit_products();
+                if (first + kAtOnce == CHUNK_K / 16) {
+                    if (chunk < last) {
+                        rows.load(stored, pipeline.weights(stage), step, chunk + 1);
+                    } else {
+                        turn.next();
+                        if (step + 1 < kSteps<Gemm>) await_stage(step + 1);
+                    }
+                }
+                wait_for_all_but_last_products();
+                if (chunk == 0 && first == 0 && step > 0 && lane == 0) arrive(pipeline.emptied(previous));
             }
-            tokens += kChunks * CHUNK_K / 64 * (TILE_SLOTS * ROW_BYTES / 16);
+            if (chunk == last) break;
         }
         previous = stage;
     }

@@ -92,7 +92,7 @@ class _Cut(NamedTuple):
 # By the most slots of a tile. In int4 at Gemma 4's sizes on an H200 a call with 16 slots an expert takes 196 us by
 # tiles of 32 slots, 210 with rows of 64 bytes, and 222 by tiles of 160; with 64 slots an expert by tiles of 96 it takes
 # 316 us, 318 with rows of 64 bytes, and 334 by tiles of 160 (benchmarks/NOTES.md).
-_CUTS = {32: _Cut(6, 128, 72), 64: _Cut(5, 128, 88), 96: _Cut(4, 128, 104), 160: _Cut(3, 64, 152)}
+_CUTS = {32: _Cut(6, 128, 72), 64: _Cut(5, 128, 88), 96: _Cut(4, 64, 104), 160: _Cut(3, 64, 152)}
 SLOTS = (*_CUTS,)
 """The most of a tile, by :func:`coded_slots`."""
 # The most slots of an expert, on average, that the first three serve: most experts have few enough for one tile then.

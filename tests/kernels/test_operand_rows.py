@@ -95,6 +95,8 @@ def test_rows_of_a_batch(max_tokens):
     counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
     (slots,) = plan_batch(counts, max_tokens)
     poison_free_memory()
+    garbage = torch.full_like(rows, torch.nan)  # whose memory the next tensor of its size gets
+    del garbage
     narrowed, factors = operand_rows(rows, slots, narrowed=True)
     copied, _ = operand_rows(rows, slots, narrowed=False)
     kept = int(counted.sum())
