@@ -24,23 +24,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_batched import TOKENS as BATCHED_TOKENS
-from bench_batched import measure_batched
-from bench_experts import Bench
-from bench_lora import measure_lora
-from bench_models import MODELS, measure_models, report_name
-from bench_models import TOKENS as MODELS_TOKENS
-from bench_peers import imported_contender
-from bench_portable import TOKENS as PORTABLE_TOKENS
-from bench_portable import measure_portable
-from bench_quantised import LAYERS as QUANTISED_LAYERS
-from bench_quantised import TOKENS as QUANTISED_TOKENS
-from bench_quantised import formats, measure_quantised
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_stages import STAGES_TOKENS, measure_stages
-from bench_timing import free_memory
-from bench_training import measure_host, measure_training
-from readme_table import (
+from cupymoe import Gemma4MoEConfig
+from cupymoe.audit.targets import TargetError
+from scripts.benchmarks.batched import TOKENS as BATCHED_TOKENS
+from scripts.benchmarks.batched import measure_batched
+from scripts.benchmarks.experts import Bench
+from scripts.benchmarks.lora import measure_lora
+from scripts.benchmarks.models import MODELS, measure_models, report_name
+from scripts.benchmarks.models import TOKENS as MODELS_TOKENS
+from scripts.benchmarks.peers import imported_contender
+from scripts.benchmarks.portable import TOKENS as PORTABLE_TOKENS
+from scripts.benchmarks.portable import measure_portable
+from scripts.benchmarks.quantised import LAYERS as QUANTISED_LAYERS
+from scripts.benchmarks.quantised import TOKENS as QUANTISED_TOKENS
+from scripts.benchmarks.quantised import formats, measure_quantised
+from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.stages import STAGES_TOKENS, measure_stages
+from scripts.benchmarks.timing import free_memory
+from scripts.benchmarks.training import measure_host, measure_training
+from scripts.readme_table import (
     Report,
     batched_table,
     experts_table,
@@ -59,9 +61,6 @@ from readme_table import (
     training_table,
     ways_table,
 )
-
-from cupymoe import Gemma4MoEConfig
-from cupymoe.audit.targets import TargetError
 
 
 def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

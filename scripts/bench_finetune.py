@@ -23,15 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_model import build, gemma4_26b_a4b, synchronized_ms
-from bench_model import small_plan as small_model_plan
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_timing import free_memory, percentiles
 from peft import LoraConfig, get_peft_model
-from readme_table import finetune_table, heading
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from cupymoe.integrations.peft import use_low_rank
+from scripts.bench_model import build, gemma4_26b_a4b, synchronized_ms
+from scripts.bench_model import small_plan as small_model_plan
+from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.timing import free_memory, percentiles
+from scripts.readme_table import finetune_table, heading
 
 PEER, OURS = "grouped_mm", "cupymoe"
 SEEDS = (0, 1)

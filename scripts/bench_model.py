@@ -25,13 +25,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_timing import capture, free_memory, percentiles
-from readme_table import greedy_table, heading, model_table
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
 from cupymoe import Gemma4MoEConfig, quantize
 from cupymoe.integrations.transformers import replace_routers
+from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.timing import capture, free_memory, percentiles
+from scripts.readme_table import greedy_table, heading, model_table
 
 PEER, OURS, ROUTED = "grouped_mm", "cupymoe", "cupymoe + router"
 LAYER_STRENGTH = 0.02

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's ow
 
 @pytest.fixture(scope="module")
 def bench_finetune():
-    import bench_finetune
+    from scripts import bench_finetune
 
     return bench_finetune
 
@@ -40,7 +40,7 @@ def test_small_trains_every_recipe_and_writes_nothing(bench_finetune, tmp_path):
 @pytest.mark.slow
 def test_losses_fall_and_both_are_alike(bench_finetune, bench, tmp_path):
     """And readme_table.py renders finetune.json."""
-    import readme_table
+    from scripts import readme_table
 
     found = bench.run()
     assert bench_finetune.failures(found) == []

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 @pytest.fixture(scope="module")
 def bench_model():
-    import bench_model
+    from scripts import bench_model
 
     return bench_model
 
@@ -218,7 +218,7 @@ def test_a_wrong_token_fails(bench_model, bench):
 @pytest.mark.slow
 def test_tables_of_a_report(bench, tmp_path):
     """readme_table.py renders model.json."""
-    import readme_table
+    from scripts import readme_table
 
     report = {"device": "x", "date": "y", "versions": {}, "cuda_src_sha256": "z", **bench.run()}
     path = tmp_path / "model.json"

@@ -16,23 +16,17 @@ from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, batch_cut, cut, prefers_tiles
 from cupymoe.kernels.load import Load
 from cupymoe.verification.result import relative_error
+from scripts import sanitize
 
 
-@pytest.fixture(scope="module")
-def sanitize():
-    import sanitize
-
-    return sanitize
-
-
-def test_every_kernel_is_watched(sanitize):
+def test_every_kernel_is_watched():
     entries = sanitize.entry_points()
     kernels = sum(cuda_sources.expanded(name).count("__global__") for name in cuda_sources.names())
     assert len({*entries}) == len(entries) == kernels
     assert {*entries} >= {*cuda_sources.names(), "count_by_expert"}
 
 
-def test_every_regime_and_every_cut_is_reached(sanitize):
+def test_every_regime_and_every_cut_is_reached():
     reached = set()
     for num_experts, hidden_size, counts in sanitize.CASES:
         for count in counts:
@@ -43,7 +37,7 @@ def test_every_regime_and_every_cut_is_reached(sanitize):
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_build_reaches_every_regime(sanitize, monkeypatch, name):
+def test_a_build_reaches_every_regime(monkeypatch, name):
     """By calls that the reference answers here."""
     reached = set()
 
@@ -64,7 +58,7 @@ def test_a_build_reaches_every_regime(sanitize, monkeypatch, name):
     assert [planned for _, planned in reached].count(False) == 1
 
 
-def test_quantised_calls_reach_every_regime(sanitize):
+def test_quantised_calls_reach_every_regime():
     def reached(load):
         return None if prefers_tiles(load, has_codes=True) else regime(load, 128, has_codes=True)
 
@@ -72,7 +66,7 @@ def test_quantised_calls_reach_every_regime(sanitize):
     assert {reached(Load.of(count, sanitize.TOP_K, 64)) for count in sanitize.QUANTISED_TOKENS} == every
 
 
-def test_training_reaches_both_ways_and_every_cut(sanitize):
+def test_training_reaches_both_ways_and_every_cut():
     """Kinds of the stream, and cuts of the tiles, by which all gradients go."""
     reached, cuts = set(), set()
     for num_experts, hidden_size, counts in sanitize.TRAINED:
@@ -83,7 +77,7 @@ def test_training_reaches_both_ways_and_every_cut(sanitize):
     assert (reached, cuts) == ({True, False, *CUTS}, {*CUTS})
 
 
-def test_training_steps_agree_with_their_truth(sanitize, monkeypatch):
+def test_training_steps_agree_with_their_truth(monkeypatch):
     """On the CPU, by the reference in the dtype of the parameters."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     monkeypatch.setattr(
@@ -96,7 +90,7 @@ def test_training_steps_agree_with_their_truth(sanitize, monkeypatch):
     assert 0.0 < max(checked) < 0.02
 
 
-def test_batches_and_maps_agree_with_their_truth(sanitize, monkeypatch):
+def test_batches_and_maps_agree_with_their_truth(monkeypatch):
     """On the CPU, by the reference; the rooms of a batch reach the stream and both cuts."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
@@ -110,7 +104,7 @@ def test_batches_and_maps_agree_with_their_truth(sanitize, monkeypatch):
     assert [batch_cut(load, 128) if prefers_tiles(load) else None for load in loads] == [None, (1, 2), (1, 3)]
 
 
-def test_planted_faults_compile(sanitize):
+def test_planted_faults_compile():
     nvrtc = import_nvrtc()
     assert {*sanitize.FAULTS} == {*sanitize.TOOLS}
     for tool in sanitize.TOOLS:
@@ -141,7 +135,7 @@ esac
     ],
     ids=["clean", "a blind tool", "a finding", "a suite cut short"],
 )
-def test_verdict(sanitize, monkeypatch, tmp_path, missing, suite, exit_code, message):
+def test_verdict(monkeypatch, tmp_path, missing, suite, exit_code, message):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL.format(missing=missing, suite=suite))
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
@@ -160,6 +154,6 @@ def test_verdict(sanitize, monkeypatch, tmp_path, missing, suite, exit_code, mes
     assert "the kernels fail without a tool" in result.output
 
 
-def test_a_traceback_is_no_report(sanitize):
+def test_a_traceback_is_no_report():
     assert not sanitize.reports_planted('File "sanitize.py", in planted_fault\n========= ERROR SUMMARY: 0 errors')
     assert sanitize.reports_planted("\n=========     at planted_fault+0x70 in planted.cu:1")

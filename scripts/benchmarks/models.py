@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_adapters import reason
-from bench_experts import checked
-from bench_peers import WEIGHT_STD, Case, Inputs, Oracle, make_cases
-from bench_timing import FLOOR, capture, free_memory, measure_ceilings, time_in_turn
 
 from cupymoe import Gemma4MoEConfig, fused_experts, reference
+from scripts.benchmarks.experts import checked
+from scripts.benchmarks.libraries import reason
+from scripts.benchmarks.peers import WEIGHT_STD, Case, Inputs, Oracle, make_cases
+from scripts.benchmarks.timing import FLOOR, capture, free_memory, measure_ceilings, time_in_turn
 
 TOKENS = (1, 4, 16, 32, 48, 128, 512, 1024, 4096, 8192)
 SECONDS_PER_CONTENDER = 0.1

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 import torch
-from bench_adapters import installed_contenders, reason
-from bench_invariance import NAME, bits_equal, invariant_contender
-from bench_peers import (
+
+from cupymoe import Gemma4MoEConfig
+from scripts.benchmarks.invariance import NAME, bits_equal, invariant_contender
+from scripts.benchmarks.libraries import installed_contenders, reason
+from scripts.benchmarks.peers import (
     LAYERS,
     PEER_ERROR_LIMIT,
     SKEWED,
@@ -25,8 +27,8 @@ from bench_peers import (
     transformers_contenders,
     ways_of_fused,
 )
-from bench_report import timed_kernels
-from bench_timing import (
+from scripts.benchmarks.report import timed_kernels
+from scripts.benchmarks.timing import (
     Captured,
     Ceilings,
     capture,
@@ -39,8 +41,6 @@ from bench_timing import (
     time_in_turn,
     wall_us,
 )
-
-from cupymoe import Gemma4MoEConfig
 
 ERROR_LIMIT = 0.0042
 """transformers' own relative error at this shape, which ours may not exceed."""

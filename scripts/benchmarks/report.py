@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import click
-from readme_table import Report
 
 from cupymoe.kernels import cuda_sources, jit
 from cupymoe.reports import kernel_hashes, versions
+from scripts.readme_table import Report
 
 
 def report_heading(device: str) -> Report:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_peers import Case, Layer, Oracle, make_cases
-from bench_timing import capture, free_memory, percentiles, time_in_turn
 from torch import nn
 
 from cupymoe import Gemma4MoEConfig, LowRank, fused_experts, refresh_adapters
 from cupymoe.activation import MoEActivation
 from cupymoe.verification.transformers_peer import experts_of
+from scripts.benchmarks.experts import Bench
+from scripts.benchmarks.peers import Case, Layer, Oracle, make_cases
+from scripts.benchmarks.timing import capture, free_memory, percentiles, time_in_turn
 
 RANK = 16
 TOKENS = (1, 16, 4096)
@@ -150,8 +151,8 @@ def oracles(cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig
 
 @torch.inference_mode(False)  # a change of inference tensors can't be seen, so that no copy of them is kept
 @torch.no_grad()
-def measure_lora(bench: Any) -> dict[str, Any]:
-    """What ``lora.json`` holds beside the heading; ``bench`` is a ``bench_experts.Bench``, and keeps what was wrong."""
+def measure_lora(bench: Bench) -> dict[str, Any]:
+    """What ``lora.json`` holds beside the heading; ``bench`` keeps what was wrong."""
     rows = []
     for name, dtype in DTYPES.items():
         adapters = [Adapters.of(layer, dtype) for layer in bench.layers]

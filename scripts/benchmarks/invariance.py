@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_peers import Case, Contender, Inputs, make_inputs
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig
+from scripts.benchmarks.peers import Case, Contender, Inputs, make_inputs
 
 NAME = "cupymoe:invariant"
 OTHER_TOKENS = 512

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_peers import PEER_ERROR_LIMIT, Case, Contender, Layer, Oracle, make_inputs, relative_error
 
 from cupymoe import Gemma4MoEConfig
+from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Case, Contender, Layer, Oracle, make_inputs, relative_error
 
 Bind = Callable[[Case], Callable[[], torch.Tensor]]
 

@@ -12,8 +12,14 @@ from typing import Any
 
 import click
 import torch
-from bench_experts import ERROR_LIMIT
-from bench_peers import (
+
+from cupymoe import Gemma4MoEConfig, QuantizedExperts, QuantizedWeight, fused_experts, quantize, reference
+from cupymoe.backends import ExpertsCall, ExpertsTensors
+from cupymoe.backends.fused import FusedBackend
+from cupymoe.kernels.arch import BUILDS, HOPPER, Arch
+from cupymoe.ops import experts_call
+from scripts.benchmarks.experts import ERROR_LIMIT, Bench
+from scripts.benchmarks.peers import (
     Case,
     Contender,
     Inputs,
@@ -23,13 +29,7 @@ from bench_peers import (
     make_inputs,
     mean_hit_experts,
 )
-from bench_timing import FLOOR, Captured, capture, free_memory, time_in_turn
-
-from cupymoe import Gemma4MoEConfig, QuantizedExperts, QuantizedWeight, fused_experts, quantize, reference
-from cupymoe.backends import ExpertsCall, ExpertsTensors
-from cupymoe.backends.fused import FusedBackend
-from cupymoe.kernels.arch import BUILDS, HOPPER, Arch
-from cupymoe.ops import experts_call
+from scripts.benchmarks.timing import FLOOR, Captured, capture, free_memory, time_in_turn
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BUILD, BUILD_TOKENS = "sm_86", 128
@@ -120,7 +120,7 @@ def call_of(
 class Quantised:
     """The layers in one format, beside the bf16 weights that they were rounded from."""
 
-    def __init__(self, bench: Any, name: str, quantised: Callable[[Layer], QuantizedExperts]) -> None:
+    def __init__(self, bench: Bench, name: str, quantised: Callable[[Layer], QuantizedExperts]) -> None:
         self.bench, self.config, self.name = bench, bench.config, name
         self.weights = [quantised(layer) for layer in bench.layers]
 
@@ -168,9 +168,10 @@ def bf16_call(config: Gemma4MoEConfig, case: Case) -> Callable[[], torch.Tensor]
     return partial(fused_experts, states, *case.weights, index, routing, activation=config.activation)
 
 
-def measure_quantised(bench: Any, tokens: tuple[int, ...] = TOKENS, names: Sequence[str] = ()) -> dict[str, Any]:
-    """What ``quantised.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench`` of :data:`LAYERS` layers,
-    keeps what was wrong. ``names`` are those of formats; none: all.
+def measure_quantised(bench: Bench, tokens: tuple[int, ...] = TOKENS, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``quantised.json`` holds beside the heading; ``bench``, of :data:`LAYERS` layers, keeps what was wrong.
+
+    ``names`` are those of formats; none: all.
 
     Raises:
         click.ClickException: the card is not Hopper's, and runs the kernels of one architecture, its own.

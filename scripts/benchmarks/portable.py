@@ -13,14 +13,15 @@ from typing import Any
 
 import click
 import torch
-from bench_peers import Case, Contender, Oracle, floor_bytes, floor_flops, make_cases, mean_hit_experts
-from bench_timing import FLOOR, free_memory, time_in_turn
 
 from cupymoe import Gemma4MoEConfig
 from cupymoe.backends import ExpertsTensors
 from cupymoe.backends.fused import FusedBackend
 from cupymoe.kernels.arch import BUILDS, HOPPER, Arch
 from cupymoe.ops import experts_call
+from scripts.benchmarks.experts import Bench
+from scripts.benchmarks.peers import Case, Contender, Oracle, floor_bytes, floor_flops, make_cases, mean_hit_experts
+from scripts.benchmarks.timing import FLOOR, free_memory, time_in_turn
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PEERS = {"cupymoe": "hopper", "cupymoe:grouped": "grouped", "grouped_mm": "grouped_mm"}
@@ -44,7 +45,7 @@ def floor_ms(config: Gemma4MoEConfig, tokens: int, hit_experts: float) -> float:
     return float(f"{max(read, floor_flops(config, tokens) / FLOOR.bf16_tflops / 1e9):.5g}")
 
 
-def measure_rows(bench: Any, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure_rows(bench: Bench, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     """One for each number of tokens and build."""
     rows = []
     for count in tokens:
@@ -66,8 +67,8 @@ def measure_rows(bench: Any, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_portable(bench: Any, tokens: tuple[int, ...] = TOKENS) -> dict[str, Any]:
-    """What ``portable.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong.
+def measure_portable(bench: Bench, tokens: tuple[int, ...] = TOKENS) -> dict[str, Any]:
+    """What ``portable.json`` holds beside the heading; ``bench`` keeps what was wrong.
 
     Raises:
         click.ClickException: the card is not Hopper's, and runs the kernels of one architecture, its own.

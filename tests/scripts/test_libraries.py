@@ -14,6 +14,9 @@ import torch
 
 from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.activation import MoEActivation as Ours
+from scripts.benchmarks import experts, libraries
+from scripts.benchmarks.peers import Contender, Oracle, make_cases, make_layers, relative_error
+from scripts.readme_table import experts_table, percentiles_table
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
 ABSENT = {name: f"{name} is not measured: No module named '{name}'" for name in ("vllm", "sglang", "sonicmoe")}
@@ -32,13 +35,6 @@ class _Absent:
     def find_spec(name, _path=None, _target=None):
         if name in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-@pytest.fixture
-def adapters():
-    import bench_adapters
-
-    return bench_adapters
 
 
 @pytest.fixture
@@ -222,25 +218,21 @@ def put_sonicmoe(put):
 STUBS = {"vllm": put_vllm, "sglang": put_sglang, "sonicmoe": put_sonicmoe}
 
 
-def measured(adapters):
-    from bench_peers import make_layers
-
+def measured():
     _, layers = make_layers(CONFIG, "cpu")
-    return layers, *adapters.installed_contenders(CONFIG, layers)
+    return layers, *libraries.installed_contenders(CONFIG, layers)
 
 
-def test_says_so_where_no_package_is_installed(adapters):
-    _, found, notes = measured(adapters)
+def test_says_so_where_no_package_is_installed():
+    _, found, notes = measured()
     assert not found
     assert notes == list(ABSENT.values())
 
 
 @pytest.mark.parametrize("name", STUBS)
-def test_calls_its_package_as_the_release_wants_it(adapters, put, name):
-    from bench_peers import Oracle, make_cases, relative_error
-
+def test_calls_its_package_as_the_release_wants_it(put, name):
     STUBS[name](put)
-    layers, found, notes = measured(adapters)
+    layers, found, notes = measured()
     assert notes == [note for absent, note in ABSENT.items() if absent != name]
     (case, *_) = make_cases(CONFIG, layers, 37)
     before = [argument.clone() for argument in (*case.inputs, *case.weights)]
@@ -250,9 +242,9 @@ def test_calls_its_package_as_the_release_wants_it(adapters, put, name):
     assert all(map(torch.equal, before, (*case.inputs, *case.weights)))
 
 
-def test_a_wrong_result_is_not_measured(adapters, put):
+def test_a_wrong_result_is_not_measured(put):
     put_vllm(put, scale=1.02)
-    _, found, notes = measured(adapters)
+    _, found, notes = measured()
     assert not found
     assert notes[0].startswith("vllm is not measured: a relative error of 0.02")
 
@@ -275,17 +267,17 @@ def _raise(error):
     ],
     ids=["raises", "raises nothing readable", "other signature", "returns nothing", "nan"],
 )
-def test_what_goes_wrong_in_a_call_is_a_note(adapters, put, fused_experts, note):
+def test_what_goes_wrong_in_a_call_is_a_note(put, fused_experts, note):
     put("vllm.model_executor.layers.fused_moe", fused_experts=fused_experts, MoEActivation=VllmActivation)
-    _, found, notes = measured(adapters)
+    _, found, notes = measured()
     assert not found
     assert notes[0].startswith(f"vllm is not measured: {note}")
     assert notes[1:] == [ABSENT["sglang"], ABSENT["sonicmoe"]]
 
 
-def test_another_release_without_the_name_is_a_note(adapters, put):
+def test_another_release_without_the_name_is_a_note(put):
     put("vllm.model_executor.layers.fused_moe", fused_experts=None)
-    _, found, notes = measured(adapters)
+    _, found, notes = measured()
     assert not found
     assert notes[0].startswith("vllm is not measured: ImportError: cannot import name 'MoEActivation'")
 
@@ -302,22 +294,18 @@ class FakeGraph:
 
 
 @pytest.fixture
-def bench_of(adapters, monkeypatch):
+def bench_of(monkeypatch):
     """A Bench on the CPU, whose graphs are plain calls."""
-    import bench_experts
-
-    monkeypatch.setattr(bench_experts, "capture", FakeGraph)
-    monkeypatch.setattr(bench_experts, "ERROR_LIMIT", 0.01)
+    monkeypatch.setattr(experts, "capture", FakeGraph)
+    monkeypatch.setattr(experts, "ERROR_LIMIT", 0.01)
 
     def make(imported=None):
-        return bench_experts.Bench(CONFIG, torch.device("cpu"), imported or {}, installed=True)
+        return experts.Bench(CONFIG, torch.device("cpu"), imported or {}, installed=True)
 
     return make
 
 
 def captured(bench, tokens):
-    from bench_peers import Oracle, make_cases
-
     cases = make_cases(CONFIG, bench.layers, tokens)
     peers = {name: each for name, each in bench.contenders(cases).items() if name in ("cupymoe", "vllm")}
     return bench.captured(peers, cases, [Oracle.of(CONFIG, case) for case in cases])
@@ -347,17 +335,14 @@ def test_a_package_that_goes_wrong_at_more_tokens_leaves_and_the_run_goes_on(put
 
 
 def test_a_peer_asked_for_by_that_name_takes_its_place_and_may_fail_the_run(put, bench_of):
-    from bench_peers import Contender
-
     put_vllm(put)
     bench = bench_of({"vllm": Contender(lambda case: lambda: torch.zeros_like(case.inputs.hidden_states))})
     captured(bench, 3)
     assert any("vllm has a relative error of 1.00" in failure for failure in bench.failures)
 
 
-def test_the_tables_and_the_plot_take_peers_that_leave(adapters):
-    from readme_plot import figure
-    from readme_table import experts_table, percentiles_table
+def test_the_tables_and_the_plot_take_peers_that_leave():
+    from scripts.readme_plot import figure
 
     def row(tokens, *names):
         ms = {name: {"p20": 0.1, "p50": 0.2, "p80": 0.3} for name in ("cupymoe", *names)}

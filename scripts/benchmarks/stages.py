@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench_peers import make_inputs
-from bench_timing import Call, capture, free_memory, time_in_turn
 
 from cupymoe import Gemma4MoEConfig
 from cupymoe.kernels.combine import combine
@@ -16,6 +14,8 @@ from cupymoe.kernels.gated_activation import gated_activation
 from cupymoe.kernels.gather import gather
 from cupymoe.kernels.route import route
 from cupymoe.kernels.sort_by_expert import sort_by_expert
+from scripts.benchmarks.peers import make_inputs
+from scripts.benchmarks.timing import Call, capture, free_memory, time_in_turn
 
 STAGES_TOKENS = 16384
 COPIES = ("memcpy", "copy kernel")

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 import torch
-from bench_lora import RANK, Adapters, peft_experts, wrappers_of
-from bench_peers import PEER_ERROR_LIMIT, Case, Layer, make_cases
-from bench_timing import FLOOR, free_memory, percentiles
 
 from cupymoe import Gemma4MoEConfig, fused_experts, lora_experts
 from cupymoe.gradients import experts_backward
 from cupymoe.verification.transformers_peer import experts_of
+from scripts.benchmarks.experts import Bench
+from scripts.benchmarks.lora import RANK, Adapters, peft_experts, wrappers_of
+from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Case, Layer, make_cases
+from scripts.benchmarks.timing import FLOOR, free_memory, percentiles
 
 TOKENS = (1024, 4096, 8192, 16384)
 MODES = ("full", "frozen", "lora")
@@ -302,14 +303,14 @@ def wrong(error: dict[str, dict[str, float]], tokens: int, mode: str) -> list[st
     return lines
 
 
-def differentiable_layers(bench: Any) -> list[Layer]:
-    """The first layer of a ``bench_experts.Bench``, whose own are inference tensors."""
+def differentiable_layers(bench: Bench) -> list[Layer]:
+    """The first of the layers, whose own are inference tensors."""
     return [type(layer)(*(weight.clone() for weight in layer)) for layer in bench.layers[:1]]
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def measure_rows(bench: Any) -> list[dict[str, Any]]:
+def measure_rows(bench: Bench) -> list[dict[str, Any]]:
     """One for each number of tokens and mode."""
     layers = differentiable_layers(bench)
     rows = []
@@ -334,15 +335,15 @@ def measure_rows(bench: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_training(bench: Any) -> dict[str, Any]:
-    """What ``training.json`` holds beside the heading; ``bench``, a ``bench_experts.Bench``, keeps what was wrong."""
+def measure_training(bench: Bench) -> dict[str, Any]:
+    """What ``training.json`` holds beside the heading; ``bench`` keeps what was wrong."""
     ceilings = bench.ceilings()
     return {"ceilings": ceilings._asdict(), "floor": FLOOR._asdict(), "rank": RANK, "rows": measure_rows(bench)}
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def measure_host(bench: Any) -> list[dict[str, Any]]:
+def measure_host(bench: Bench) -> list[dict[str, Any]]:
     """The ``"training"`` of ``host.json``: microseconds until the calls of forward and backward return, by mode.
 
     In a block, so that the host's caches are warm and the GPU is never waited for; with ``"alone"`` as in the rows of

@@ -13,9 +13,6 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_experts import ERROR_LIMIT
-from bench_peers import PEER_ERROR_LIMIT, Layer
-from bench_timing import Captured, capture, free_memory, time_in_turn
 
 from cupymoe import Gemma4MoEConfig, batched_experts, moe_activation, reference
 from cupymoe.backends import BatchTensors, ExpertsCall, fused, fused_backward
@@ -29,6 +26,9 @@ from cupymoe.kernels.plan_batch import BatchSlots
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.sort_by_expert import TICKETS
 from cupymoe.ops import experts_call
+from scripts.benchmarks.experts import ERROR_LIMIT, Bench
+from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Layer
+from scripts.benchmarks.timing import Captured, capture, free_memory, time_in_turn
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256)
 """Of an expert, on average."""
@@ -147,7 +147,7 @@ def relative_error(config: Gemma4MoEConfig, batches: list[Batch], outputs: list[
     return float(f"{(torch.stack(of_difference).norm() / torch.stack(of_truth).norm()).item():.4g}")
 
 
-def measure_row(bench: Any, tokens: int, max_tokens: int) -> dict[str, Any]:
+def measure_row(bench: Bench, tokens: int, max_tokens: int) -> dict[str, Any]:
     """One of the ``"rows"``; what is wrong goes to ``bench.failures``."""
     config = bench.config
     batches = [make_batch(config, layer, tokens, max_tokens) for layer in bench.layers]
@@ -172,9 +172,9 @@ def measure_row(bench: Any, tokens: int, max_tokens: int) -> dict[str, Any]:
     return {"tokens_per_expert": tokens, "max_tokens": max_tokens, "error": errors, "ms": ms}
 
 
-def measure_batched(bench: Any, tokens: tuple[int, ...] = TOKENS) -> dict[str, Any]:
+def measure_batched(bench: Bench, tokens: tuple[int, ...] = TOKENS) -> dict[str, Any]:
     """What ``batched.json`` holds beside the heading: each number of tokens in room for twice as many, and for
-    :data:`MAX_TOKENS`. ``bench``, a ``bench_experts.Bench``, keeps what was wrong.
+    :data:`MAX_TOKENS`. ``bench`` keeps what was wrong.
 
     Raises:
         click.ClickException: the card is not Hopper's, whose kernels are measured.

@@ -179,7 +179,7 @@ def first_call_seconds() -> tuple[dict[str, dict[str, float]], set[str]]:
                     **os.environ,
                     "CUPY_CACHE_DIR": folder,
                     "CUDA_CACHE_DISABLE": "1",  # the driver's, which NVRTC asks too
-                    "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+                    "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
                 },
                 capture_output=True,
                 encoding="utf-8",
