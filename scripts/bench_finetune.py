@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from cupymoe.integrations.peft import use_low_rank
-from scripts.bench_model import build, gemma4_26b_a4b, synchronized_ms
-from scripts.bench_model import small_plan as small_model_plan
+from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, small_gemma4
 from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
-from scripts.benchmarks.timing import free_memory, percentiles
+from scripts.benchmarks.timing import free_memory, percentiles, synchronized_ms
 from scripts.readme_table import finetune_table, heading
 
 PEER, OURS = "grouped_mm", "cupymoe"
@@ -74,7 +74,7 @@ class Plan:
 
 def small_plan() -> Plan:
     """The same on a model that a CPU trains in seconds."""
-    config = small_model_plan().config
+    config = small_gemma4()
     config.initializer_range = config.hidden_size**-0.5  # logits as far apart as those of the large model
     return Plan(config, length=64, steps=16, warm_up=2, chunk=40, rank=4, learning_rate=1e-2)
 
@@ -88,7 +88,8 @@ def batches(plan: Plan, device: torch.device) -> torch.Tensor:
     drawn = shares.multinomial(
         plan.steps * plan.tokens, replacement=True, generator=torch.Generator().manual_seed(DATA_SEED)
     )
-    return (drawn + plan.config.vocab_size // 4).view(shape).to(device)
+    ids: torch.Tensor = drawn + plan.config.vocab_size // 4
+    return ids.view(shape).to(device)
 
 
 def loss_of(model: Gemma4ForCausalLM, ids: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -165,7 +166,7 @@ class FinetuneBench:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            ms = [synchronized_ms(lambda ids=ids: step(ids)) for ids in self.batches]
+            ms = [synchronized_ms(partial(step, ids)) for ids in self.batches]
         finally:
             self.model.gradient_checkpointing_disable()
             adapted.unload()

@@ -68,6 +68,8 @@ class Gemma4TextRouter(Gemma4Router, modeling_gemma4.Gemma4TextRouter):  # type:
     Its ``config`` and ``norm`` stay transformers' own, and each call reads them, as it does in transformers.
     """
 
+    norm: Any
+
     @property
     def numerics(self) -> str:  # type: ignore[override]
         """As ``experts_implementation`` says, for the experts and the routers of a model."""

@@ -142,10 +142,9 @@ def oracles(cases: list[Case], adapters: list[Adapters], config: Gemma4MoEConfig
     """Of the cases on weights merged in float64: 6 GB of one layer at a time."""
     found: dict[int, Oracle] = {}
     for layer, each in enumerate(adapters):
-        its = [i for i, case in enumerate(cases) if case.layer == layer]
-        weights = each.merged(cases[its[0]].weights, torch.float64) if its else None
-        for i in its:
-            found[i] = Oracle.of(config, cases[i]._replace(weights=weights))
+        if its := [i for i, case in enumerate(cases) if case.layer == layer]:
+            weights = each.merged(cases[its[0]].weights, torch.float64)
+            found |= {i: Oracle.of(config, cases[i]._replace(weights=weights)) for i in its}
     return [found[i] for i in range(len(cases))]
 
 

@@ -23,7 +23,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, fused_experts, reference
 from scripts.benchmarks.experts import checked
 from scripts.benchmarks.libraries import reason
-from scripts.benchmarks.peers import WEIGHT_STD, Case, Inputs, Oracle, make_cases
+from scripts.benchmarks.peers import WEIGHT_STD, Inputs, Oracle, count_of_cases, make_inputs
 from scripts.benchmarks.timing import FLOOR, capture, free_memory, measure_ceilings, time_in_turn
 
 TOKENS = (1, 4, 16, 32, 48, 128, 512, 1024, 4096, 8192)
@@ -112,6 +112,14 @@ class Weights(NamedTuple):
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
 
+class Case(NamedTuple):
+    """One call: the layer's number, its weights, its input."""
+
+    layer: int
+    weights: Weights
+    inputs: Inputs
+
+
 def cells_of(names: Iterable[str], tokens: Sequence[int]) -> list[Cell]:
     """The rows of a run, one model's after the other's."""
     return [Cell(name, ep, count) for name in names for ep in MODELS[name].ranks for count in tokens]
@@ -154,10 +162,14 @@ def masked(inputs: Inputs, num_experts: int) -> Inputs:
     return Inputs(states, index.where(is_here, num_experts), weights.where(is_here, 0))
 
 
-def cases_of(cell: Cell, layers: list[Any]) -> list[Case]:
-    """The calls of a graph."""
-    cases = make_cases(cell.model.config, layers, cell.tokens)
-    return [case._replace(inputs=masked(case.inputs, case.weights.num_experts)) for case in cases]
+def cases_of(cell: Cell, layers: list[Weights]) -> list[Case]:
+    """The calls of a graph, which the layers take in turn."""
+    cases = []
+    for i in range(count_of_cases(cell.tokens)):
+        layer, weights = i % len(layers), layers[i % len(layers)]
+        inputs = make_inputs(cell.model.config, cell.tokens, weights.down_proj.device)
+        cases.append(Case(layer, weights, masked(inputs, weights.num_experts)))
+    return cases
 
 
 def kept(cases: Sequence[Case]) -> tuple[float, float]:
@@ -188,9 +200,15 @@ def oracle_of(config: Gemma4MoEConfig, case: Case, count: int) -> Oracle:
     experts = experts[experts < here]
     position = torch.full((here + 1,), -1, device=states.device)
     position[experts] = torch.arange(len(experts), device=states.device)
-    gate_up_proj, down_proj, *biases = (None if tensor is None else tensor[experts] for tensor in case.weights)
+    up, down, *biases = case.weights
     truth = reference.experts(
-        states[rows].double(), gate_up_proj, down_proj, position[index[rows]], weights[rows], config.activation, *biases
+        states[rows].double(),
+        up[experts],
+        down[experts],
+        position[index[rows]],
+        weights[rows],
+        config.activation,
+        *(None if bias is None else bias[experts] for bias in biases),
     )
     return Oracle(rows, truth)
 
@@ -231,11 +249,16 @@ def transformers_module(model: Model, ep: int, weights: Weights) -> Any:
             module = GptOssExperts(GptOssConfig(**sizes))
         else:
             module = MixtralExperts(MixtralConfig(**sizes, hidden_act=config.hidden_activation))
-    parameters = {"gate_up_proj": weights.gate_up_proj, "down_proj": weights.down_proj}
+    parameters: dict[str, torch.Tensor | None] = {"gate_up_proj": weights.gate_up_proj, "down_proj": weights.down_proj}
     if model.is_gpt_oss:
-        parameters = {name: weight.transpose(1, 2) for name, weight in parameters.items()}
-        parameters |= {"gate_up_proj_bias": weights.gate_up_bias, "down_proj_bias": weights.down_bias}
+        parameters = {
+            "gate_up_proj": weights.gate_up_proj.transpose(1, 2),
+            "down_proj": weights.down_proj.transpose(1, 2),
+            "gate_up_proj_bias": weights.gate_up_bias,
+            "down_proj_bias": weights.down_bias,
+        }
     for name, parameter in parameters.items():
+        assert parameter is not None
         assert getattr(module, name).shape == parameter.shape
         setattr(module, name, torch.nn.Parameter(parameter, requires_grad=False))
     module._is_expert_parallel = ep > 1  # a transformers that does not read it looks for masked pairs in every call

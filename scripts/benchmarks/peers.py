@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from cupymoe.verification.transformers_peer import experts_of
 LAYERS = 3
 WEIGHT_STD = 0.02
 ORACLE_TOKENS = 256
-CASES_UP_TO = {4: 24, 64: 12, 256: 6, 1024: 3, math.inf: 2}
+CASES_UP_TO: Mapping[float, int] = {4: 24, 64: 12, 256: 6, 1024: 3, math.inf: 2}
 """Calls in one graph, by the number of tokens up to which they serve."""
 PEER_ERROR_LIMIT = 0.01
 """Above it a peer did not compute what we do, and its time says nothing."""
@@ -101,9 +101,16 @@ def make_inputs(config: Gemma4MoEConfig, tokens: int, device: torch.device | str
     )
 
 
-def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int, routing: str | None = None) -> list[Case]:
-    """Enough calls that no weights stay cached and a graph's start does not count; the layers take turns."""
-    count = next(count for limit, count in CASES_UP_TO.items() if tokens <= limit)
+def count_of_cases(tokens: int, up_to: Mapping[float, int] = CASES_UP_TO) -> int:
+    """Enough calls that no weights stay cached and a graph's start does not count."""
+    return next(count for limit, count in up_to.items() if tokens <= limit)
+
+
+def make_cases(
+    config: Gemma4MoEConfig, layers: list[Layer], tokens: int, routing: str | None = None, count: int | None = None
+) -> list[Case]:
+    """Calls that the layers take in turn; by default as many as :func:`count_of_cases` says."""
+    count = count or count_of_cases(tokens)
     device = layers[0].down_proj.device
     return [
         Case(i % len(layers), layers[i % len(layers)], make_inputs(config, tokens, device, routing))
@@ -113,7 +120,7 @@ def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int, routin
 
 def mean_hit_experts(cases: list[Case]) -> float:
     """Experts with at least one token, on average over the cases."""
-    return sum(case.inputs.top_k_index.unique().numel() for case in cases) / len(cases)
+    return float(sum(case.inputs.top_k_index.unique().numel() for case in cases)) / len(cases)
 
 
 def floor_bytes(config: Gemma4MoEConfig, tokens: int, hit_experts: float, element_size: int = 2) -> int:
@@ -152,7 +159,7 @@ def relative_error(oracles: list[Oracle], outputs: list[torch.Tensor]) -> float:
     difference = torch.stack(
         [output[rows].double().sub(truth).norm() for (rows, truth), output in zip(oracles, outputs, strict=True)]
     )
-    return (difference.norm() / torch.stack([truth.norm() for _, truth in oracles]).norm()).item()
+    return float(difference.norm() / torch.stack([truth.norm() for _, truth in oracles]).norm())
 
 
 def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, Contender], list[str]]:

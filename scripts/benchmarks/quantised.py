@@ -6,6 +6,7 @@ through random experts, so that already at one token they read 0.5 GB of distinc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +26,9 @@ from scripts.benchmarks.peers import (
     Inputs,
     Layer,
     Oracle,
+    count_of_cases,
     floor_flops,
-    make_inputs,
+    make_cases,
     mean_hit_experts,
 )
 from scripts.benchmarks.timing import FLOOR, Captured, capture, free_memory, time_in_turn
@@ -35,8 +37,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BUILD, BUILD_TOKENS = "sm_86", 128
 """Another card's build of the kernels, and the most tokens that it is measured with."""
 LAYERS = 4
-CASES = 32
-"""Calls in one graph at few tokens; fewer where one reads all experts of a layer."""
+CASES_UP_TO = {4: 32, 64: 12, math.inf: LAYERS}
+"""Calls in one graph, by the number of tokens up to which they serve; few where one reads all experts of a layer."""
 ORACLE_TOKENS = 8
 """Of a call, whose experts are dequantised to float64."""
 ERROR_LIMITS = {"stream": 0.0030, "tiles": ERROR_LIMIT}
@@ -60,10 +62,15 @@ def _quantized(format: str, layer: Layer) -> QuantizedExperts:
     return quantize(*layer, format)
 
 
+def both(experts: QuantizedExperts) -> list[QuantizedWeight]:
+    """Its weights, which :func:`cupymoe.quantize` has made of plain ones."""
+    return [weight for weight in experts if isinstance(weight, QuantizedWeight)]
+
+
 def bytes_of_expert(weight: QuantizedWeight) -> float:
     """Of its codes and scales, without the padding of rows."""
     _, rows, k = weight.shape
-    row = k * weight.format.bits / 8
+    row: float = k * weight.format.bits / 8
     for of_groups in (weight.group_scales, weight.group_zeros):
         if of_groups is not None:
             row += of_groups.shape[2] * of_groups.element_size()
@@ -72,18 +79,10 @@ def bytes_of_expert(weight: QuantizedWeight) -> float:
     return rows * row
 
 
-def floor_ms(config: Gemma4MoEConfig, tokens: int, hit_experts: float, experts: QuantizedExperts) -> float:
+def floor_ms(config: Gemma4MoEConfig, tokens: int, hit_experts: float, experts: Sequence[QuantizedWeight]) -> float:
     """Fewest milliseconds of a call on an H100: reading the hit experts once, or the products of all pairs."""
     read = hit_experts * sum(bytes_of_expert(weight) for weight in experts) / FLOOR.read_tbs / 1e9
     return float(f"{max(read, floor_flops(config, tokens) / FLOOR.bf16_tflops / 1e9):.5g}")
-
-
-def make_cases(config: Gemma4MoEConfig, layers: list[Layer], tokens: int) -> list[Case]:
-    """Calls that read each layer's weights in turn."""
-    count = CASES if tokens <= 4 else 12 if tokens <= 64 else LAYERS
-    device = layers[0].down_proj.device
-    numbers = [i % len(layers) for i in range(count)]
-    return [Case(number, layers[number], make_inputs(config, tokens, device)) for number in numbers]
 
 
 def oracle(config: Gemma4MoEConfig, weights: Iterable[torch.Tensor | QuantizedWeight], inputs: Inputs) -> Oracle:
@@ -105,7 +104,7 @@ def oracle(config: Gemma4MoEConfig, weights: Iterable[torch.Tensor | QuantizedWe
 
 
 def call_of(
-    config: Gemma4MoEConfig, backend: FusedBackend, weights: QuantizedExperts, inputs: Inputs
+    config: Gemma4MoEConfig, backend: FusedBackend, weights: Sequence[QuantizedWeight], inputs: Inputs
 ) -> tuple[ExpertsCall, Callable[[], torch.Tensor]]:
     """A call of the fused backend, as it stands for this card or another, and what makes it."""
     states, index, routing = inputs
@@ -122,11 +121,11 @@ class Quantised:
 
     def __init__(self, bench: Bench, name: str, quantised: Callable[[Layer], QuantizedExperts]) -> None:
         self.bench, self.config, self.name = bench, bench.config, name
-        self.weights = [quantised(layer) for layer in bench.layers]
+        self.weights = [both(quantised(layer)) for layer in bench.layers]
 
     def rows(self, tokens: int) -> list[dict[str, Any]]:
         """One for this card's kernels, and with few tokens one for the other card's build."""
-        cases = make_cases(self.config, self.bench.layers, tokens)
+        cases = make_cases(self.config, self.bench.layers, tokens, count=count_of_cases(tokens, CASES_UP_TO))
         backends = {HOPPER.name: FusedBackend()}
         if tokens <= BUILD_TOKENS:
             backends[BUILD] = FusedBackend(BUILDS[BUILD])

@@ -143,6 +143,17 @@ def issue_us(call: Call) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
+def synchronized_ms(call: Callable[[], Any]) -> float:
+    """Wall clock of a call to the end of its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
 _FIRST_CALL = """
 import time, torch
 from cupymoe import Gemma4MoE, Gemma4MoEConfig

@@ -17,6 +17,7 @@ from cupymoe.kernels.expert_tiles import CUTS, batch_cut, cut, prefers_tiles
 from cupymoe.kernels.load import Load
 from cupymoe.verification.result import relative_error
 from scripts import sanitize
+from scripts.sanitizer import calls, inputs
 
 
 def test_every_kernel_is_watched():
@@ -28,9 +29,9 @@ def test_every_kernel_is_watched():
 
 def test_every_regime_and_every_cut_is_reached():
     reached = set()
-    for num_experts, hidden_size, counts in sanitize.CASES:
+    for num_experts, hidden_size, counts in calls.CASES:
         for count in counts:
-            load = Load.of(count, sanitize.TOP_K, num_experts)
+            load = Load.of(count, inputs.TOP_K, num_experts)
             tiled = prefers_tiles(load) and tiles_reason(load, hidden_size) is None
             reached.add(cut(load, 48) if tiled else regime(load, 48))
     assert reached == {*CUTS, *(regime(Load.of(count, 1, 1), 48) for count in range(1, 1000))}
@@ -51,8 +52,8 @@ def test_a_build_reaches_every_regime(monkeypatch, name):
             return reference.experts(*tensors[:5], call.activation).to(call.dtype)
 
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
-    monkeypatch.setattr(sanitize, "FusedBackend", Backend)
-    sanitize.run_build(name)
+    monkeypatch.setattr(calls, "FusedBackend", Backend)
+    calls.run_build(name)
     every = {regime(Load.of(count, 1, experts), 48, BUILDS[name]) for experts in (1, 64) for count in range(1, 5000)}
     assert {each for each, planned in reached if planned} == every
     assert [planned for _, planned in reached].count(False) == 1
@@ -62,15 +63,15 @@ def test_quantised_calls_reach_every_regime():
     def reached(load):
         return None if prefers_tiles(load, has_codes=True) else regime(load, 128, has_codes=True)
 
-    every = {reached(Load.of(count, sanitize.TOP_K, 64)) for count in range(1, 1200)}
-    assert {reached(Load.of(count, sanitize.TOP_K, 64)) for count in sanitize.QUANTISED_TOKENS} == every
+    every = {reached(Load.of(count, inputs.TOP_K, 64)) for count in range(1, 1200)}
+    assert {reached(Load.of(count, inputs.TOP_K, 64)) for count in calls.QUANTISED_TOKENS} == every
 
 
 def test_training_reaches_both_ways_and_every_cut():
     """Kinds of the stream, and cuts of the tiles, by which all gradients go."""
     reached, cuts = set(), set()
-    for num_experts, hidden_size, counts in sanitize.TRAINED:
-        for load in (Load.of(count, sanitize.TOP_K, num_experts) for count in counts):
+    for num_experts, hidden_size, counts in calls.TRAINED:
+        for load in (Load.of(count, inputs.TOP_K, num_experts) for count in counts):
             assert tiles_reason(load, hidden_size) is None
             reached.add(cut(load, 48) if prefers_tiles(load) else regime(load, 48).inline_pairs > 0)
             cuts.add(cut(load, 48))
@@ -81,11 +82,11 @@ def test_training_steps_agree_with_their_truth(monkeypatch):
     """On the CPU, by the reference in the dtype of the parameters."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     monkeypatch.setattr(
-        sanitize, "fused_experts", lambda *tensors, activation, backend: fused_experts(*tensors, activation=activation)
+        calls, "fused_experts", lambda *tensors, activation, backend: fused_experts(*tensors, activation=activation)
     )
     checked = []
-    monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
-    sanitize.run_training(8, 32, (3, 20), 24, torch.bfloat16)
+    monkeypatch.setattr(inputs, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
+    calls.run_training(8, 32, (3, 20), 24, torch.bfloat16)
     assert len(checked) == 2 * (5 + 7)
     assert 0.0 < max(checked) < 0.02
 
@@ -95,9 +96,9 @@ def test_batches_and_maps_agree_with_their_truth(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
     checked = []
-    monkeypatch.setattr(sanitize, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
-    sanitize.run_batches()
-    sanitize.run_mapped_experts()
+    monkeypatch.setattr(inputs, "relative_error", lambda *tensors: checked.append(relative_error(*tensors)) or 0.0)
+    calls.run_batches()
+    calls.run_mapped_experts()
     assert len(checked) == 2 * 3 * 6 + 4
     assert 0.0 < max(checked) < 0.01
     loads = [Load.of(8 * room, 1, 8) for room in (3, 100, 380)]
