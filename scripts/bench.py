@@ -38,12 +38,9 @@ from scripts.benchmarks.portable import measure_portable
 from scripts.benchmarks.quantised import LAYERS as QUANTISED_LAYERS
 from scripts.benchmarks.quantised import TOKENS as QUANTISED_TOKENS
 from scripts.benchmarks.quantised import formats, measure_quantised
-from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.report import Report, report_folder, report_heading, timed_kernels, write_report
 from scripts.benchmarks.stages import STAGES_TOKENS, measure_stages
-from scripts.benchmarks.timing import free_memory
-from scripts.benchmarks.training import measure_host, measure_training
-from scripts.readme_table import (
-    Report,
+from scripts.benchmarks.tables import (
     batched_table,
     experts_table,
     first_call_table,
@@ -61,6 +58,8 @@ from scripts.readme_table import (
     training_table,
     ways_table,
 )
+from scripts.benchmarks.timing import free_memory
+from scripts.benchmarks.training import measure_host, measure_training
 
 
 def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -30,8 +30,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 from cupymoe.integrations.peft import use_low_rank
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, small_gemma4
 from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.tables import finetune_table, heading
 from scripts.benchmarks.timing import free_memory, percentiles, synchronized_ms
-from scripts.readme_table import finetune_table, heading
 
 PEER, OURS = "grouped_mm", "cupymoe"
 SEEDS = (0, 1)

@@ -28,8 +28,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, random_tokens, small_gemma4
 from scripts.benchmarks.model_contenders import CONTENDERS_OF, PEER, YARDSTICK, Contenders, QuantisedContenders
 from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.tables import greedy_table, heading, model_table
 from scripts.benchmarks.timing import capture, free_memory, percentiles, synchronized_ms
-from scripts.readme_table import greedy_table, heading, model_table
 
 
 @dataclass(frozen=True)

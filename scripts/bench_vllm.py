@@ -29,9 +29,9 @@ from cupymoe.integrations import vllm as plugin
 from scripts.bench import parse_tokens
 from scripts.benchmarks.experts import checked
 from scripts.benchmarks.peers import Case, Inputs, Oracle, make_cases, make_layers
-from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.report import Report, report_folder, report_heading, timed_kernels, write_report
+from scripts.benchmarks.tables import heading, vllm_table
 from scripts.benchmarks.timing import capture, free_memory, time_in_turn
-from scripts.readme_table import Report, heading, vllm_table
 
 OURS, THEIRS = "cupymoe", "vllm_triton"
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))

@@ -15,7 +15,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from scripts.readme_table import Report, peers, together
+from scripts.benchmarks.report import Report
+from scripts.benchmarks.tables import peers, together
 
 matplotlib.rcParams["svg.hashsalt"] = "cupymoe"  # the same report gives the same file
 

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import click
 
 from cupymoe.kernels import cuda_sources, jit
 from cupymoe.reports import kernel_hashes, versions
-from scripts.readme_table import Report
+
+Report = dict[str, Any]
 
 
 def report_heading(device: str) -> Report:

@@ -12,7 +12,7 @@ from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.backends import registry
 from cupymoe.kernels import jit
 from cupymoe.reports import kernel_hashes
-from scripts import bench, readme_table
+from scripts import bench
 from scripts.benchmarks import (
     batched,
     experts,
@@ -22,6 +22,7 @@ from scripts.benchmarks import (
     portable,
     quantised,
     report,
+    tables,
     timing,
     training,
 )
@@ -105,7 +106,7 @@ def test_every_build_is_timed_beside_hopper_and_its_peers(built, monkeypatch):
         assert list(row["ms"]) == ["cupymoe", "hopper", "grouped", "grouped_mm"]
         assert 0 < row["floor_ms"] < 1
     assert [failure.partition(" has")[0] for failure in built.failures] == ["cupymoe:sm_86"] * 2
-    assert "| sm_86" in readme_table.portable_table({"rows": rows}).replace("|  ", "| ")
+    assert "| sm_86" in tables.portable_table({"rows": rows}).replace("|  ", "| ")
 
 
 def test_builds_are_timed_on_hopper_only(built, monkeypatch):
@@ -150,7 +151,7 @@ def test_quantised_experts_are_timed_beside_bf16_ones_and_their_own_truth(built,
     (up, down) = layers.weights[0]
     assert quantised.bytes_of_expert(up) + quantised.bytes_of_expert(down) == 128 * 34 + 64 * 36
     assert not built.failures
-    assert "| int4_g32 | sm_90a |    200 |" in readme_table.quantised_table({"rows": rows})
+    assert "| int4_g32 | sm_90a |    200 |" in tables.quantised_table({"rows": rows})
 
 
 def test_batches_are_timed_beside_packed_rows_and_torch(built, monkeypatch):
@@ -170,7 +171,7 @@ def test_batches_are_timed_beside_packed_rows_and_torch(built, monkeypatch):
         assert 0 < row["error"]["cupymoe"] < 0.004
         assert 0 < row["error"]["bmm"] < 0.01
     assert [failure.partition(" has")[0] for failure in built.failures] == ["gemms"] * 2
-    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(readme_table.batched_table({"rows": rows}).split())
+    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(tables.batched_table({"rows": rows}).split())
 
 
 def test_batches_are_timed_on_hopper_only(built, monkeypatch):
@@ -345,7 +346,7 @@ def test_the_host_s_time_of_a_training_step(built, monkeypatch):
         for us in row["us"].values():
             assert us.keys() == {"forward", "backward", "step", "alone"}
             assert 0 < us["forward"]["p20"] < us["step"]["p50"] < 1e7
-    assert readme_table.training_host_table({"training": rows}).count("grouped_mm") == 2
+    assert tables.training_host_table({"training": rows}).count("grouped_mm") == 2
 
 
 @pytest.mark.parametrize(

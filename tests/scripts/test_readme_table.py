@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from cupymoe.reports import kernel_hashes
 from scripts import readme_table
+from scripts.benchmarks import tables
 from tests.helpers import ROOT
 
 
@@ -23,7 +24,7 @@ def lines_of(part):
 def test_committed_reports():
     parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy", "recipes")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
-    shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
+    shown = [(tables.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line]
@@ -36,11 +37,11 @@ def test_the_readme_s_tables_are_of_the_committed_reports():
     decode, prefill, model = (read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names)
     training = read(ROOT / "benchmarks" / "nvidia-h200" / "training.json")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
-    assert readme_table.model_table(model) in readme
-    assert readme_table.training_table(training) in readme
+    assert tables.experts_table(tables.together([decode, prefill])) in readme
+    assert tables.model_table(model) in readme
+    assert tables.training_table(training) in readme
     finetune = read(ROOT / "benchmarks" / "nvidia-h200" / "finetune.json")
-    assert readme_table.finetune_table(finetune) in readme
+    assert tables.finetune_table(finetune) in readme
 
 
 MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
@@ -48,7 +49,7 @@ MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
 
 @pytest.mark.skipif(not MODELS.exists(), reason="no report of other models' sizes is committed")
 def test_the_readme_s_table_of_models_is_of_the_committed_report():
-    assert readme_table.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def times(**medians):
@@ -237,7 +238,7 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
     ],
 )
 def test_a_row_of_each_table(table, report, header, row):
-    lines = [" ".join(line.split()) for line in getattr(readme_table, table)(report).splitlines()]
+    lines = [" ".join(line.split()) for line in getattr(tables, table)(report).splitlines()]
     assert (lines[0], lines[-1]) == (header, row)
 
 
@@ -245,7 +246,7 @@ def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
     """The ratio to the floor of each number of tokens, and in brackets how many times as fast as the peer."""
     both = times(cupymoe=0.1, grouped_mm=0.09)
     rows = [{"model": "a", "ep": ep, "tokens": 4, "floor_ms": 0.08, "ms": both} for ep in (1, 8)]
-    lines = readme_table.models_table({"rows": rows}).splitlines()
+    lines = tables.models_table({"rows": rows}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "a, one of 8 ranks"]
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["1.25 (0.90x)"] * 2
 
@@ -253,7 +254,7 @@ def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
 def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise():
     first = {"device": "first", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
     last = {"device": "last", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
-    assert readme_table.together([first, last]) == {
+    assert tables.together([first, last]) == {
         "device": "last",
         "rows": [{"tokens": 1, "of": "first"}, {"tokens": 4, "of": "last"}, {"tokens": 8, "of": "last"}],
     }
