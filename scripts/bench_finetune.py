@@ -28,9 +28,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from cupymoe.integrations.peft import use_low_rank
+from scripts.benchmarks.command import begin, measured_device
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, small_gemma4
-from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
-from scripts.benchmarks.tables import finetune_table, heading
+from scripts.benchmarks.report import report_folder, timed_kernels, write_report
+from scripts.benchmarks.tables import finetune_table
 from scripts.benchmarks.timing import free_memory, percentiles, synchronized_ms
 
 PEER, OURS = "grouped_mm", "cupymoe"
@@ -245,13 +246,8 @@ def main(layers: int, small: bool, output: Path, seed: int) -> None:
     Exits with 1 if the losses of both differ by more than the noise of two seeds; the report is written first.
     """
     warnings.simplefilter("ignore")  # transformers' and PEFT's own
-    on_cuda = torch.cuda.is_available()
-    if not on_cuda and not small:
-        raise click.ClickException("bench_finetune.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    torch.manual_seed(seed)
-    start = report_heading(torch.cuda.get_device_name(device) if on_cuda else "cpu")
-    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    device = measured_device("bench_finetune.py", is_small=small)
+    start = begin(device, seed)
     began = time.perf_counter()
     bench = FinetuneBench(small_plan() if small else Plan(gemma4_26b_a4b(layers)), device)
     click.echo(f"built in {time.perf_counter() - began:.0f} s")

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
+from scripts.benchmarks.command import begin, measured_device
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, random_tokens, small_gemma4
 from scripts.benchmarks.model_contenders import CONTENDERS_OF, PEER, YARDSTICK, Contenders, QuantisedContenders
-from scripts.benchmarks.report import report_folder, report_heading, timed_kernels, write_report
-from scripts.benchmarks.tables import greedy_table, heading, model_table
+from scripts.benchmarks.report import report_folder, timed_kernels, write_report
+from scripts.benchmarks.tables import greedy_table, model_table
 from scripts.benchmarks.timing import capture, free_memory, percentiles, synchronized_ms
 
 
@@ -322,13 +323,8 @@ def main(layers: int, experts: str, small: bool, output: Path, seed: int) -> Non
     Exits with 1 if a logit is not finite or a token differs beyond rounding; the report is written first, and says so.
     """
     warnings.simplefilter("ignore")  # transformers' own
-    on_cuda = torch.cuda.is_available()
-    if not on_cuda and not small:
-        raise click.ClickException("bench_model.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    torch.manual_seed(seed)
-    start = report_heading(torch.cuda.get_device_name(device) if on_cuda else "cpu")
-    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    device = measured_device("bench_model.py", is_small=small)
+    start = begin(device, seed)
     plan = small_plan() if small else Plan(gemma4_26b_a4b(layers))
     began = time.perf_counter()
     contenders = CONTENDERS_OF[experts]

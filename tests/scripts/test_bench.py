@@ -1,5 +1,6 @@
 """bench.py without a GPU: what it refuses, and that a peer's function gets what the experts are given."""
 
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from scripts.benchmarks import (
     timing,
     training,
 )
+from tests.helpers import ROOT
 from tests.scripts.replayed import Replayed
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
@@ -73,6 +75,48 @@ def test_says_that_it_needs_a_gpu():
     result = CliRunner().invoke(bench.main, [])
     assert result.exit_code == 1
     assert "measures a CUDA GPU, and torch sees none" in result.output
+
+
+REPORTS = ROOT / "benchmarks" / "nvidia-h200"
+SHOWN = {
+    "decode": ("skewed", "percentiles", "experts"),
+    "prefill": ("skewed", "memory", "percentiles", "experts"),
+    "sweep": ("ways",),
+    "lora": ("lora",),
+    "training": ("training",),
+    "portable": ("portable",),
+}
+
+
+@pytest.mark.parametrize("regime", SHOWN)
+@pytest.mark.parametrize("failures", [[], ["a contender was wrong"]])
+def test_a_regime_shows_its_tables_and_writes_its_report_if_nothing_was_wrong(monkeypatch, tmp_path, regime, failures):
+    report = json.loads((REPORTS / f"{regime}.json").read_text(encoding="utf-8"))
+
+    class Bench:
+        def __init__(self, config, device, imported, installed, layers):
+            self.failures = failures
+
+        def experts(self, *tokens, **settings):
+            return {key: report[key] for key in ("rows", "skewed") if key in report}
+
+        def memory(self, tokens):
+            return report["memory"]
+
+        def sweep(self, tokens):
+            return {"rows": report["rows"]}
+
+    monkeypatch.setattr(bench, "Bench", Bench)
+    for name in ("lora", "training", "portable"):
+        monkeypatch.setattr(bench, f"measure_{name}", lambda bench, tokens=None: report)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    result = CliRunner().invoke(bench.main, ["--regime", regime, "--output", str(tmp_path)])
+    assert result.exit_code == bool(failures), result.output
+    places = [result.output.index(getattr(tables, f"{name}_table")(report)) for name in SHOWN[regime]]
+    assert places == sorted(places)
+    assert [path.name for path in tmp_path.glob("*/*")] == ([] if failures else [f"{regime}.json"])
 
 
 @pytest.fixture
