@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import Gemma4MoEConfig
-from cupymoe.audit.targets import TargetError
+from cupymoe.tools.audit.targets import TargetError
 from scripts.benchmarks.batched import TOKENS as BATCHED_TOKENS
 from scripts.benchmarks.batched import measure_batched
 from scripts.benchmarks.command import begin, measured_device, parse_tokens

@@ -11,7 +11,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe.reports import stale_reason
+from cupymoe.tools.reports import stale_reason
 from scripts.benchmarks.tables import TABLES, experts_table, heading, together
 
 

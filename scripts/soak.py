@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, reference
 from cupymoe.kernels import cuda_sources, jit
-from cupymoe.verification.experts import bound
-from cupymoe.verification.result import SHAPES, relative_error
+from cupymoe.tools.verification.experts import bound
+from cupymoe.tools.verification.result import SHAPES, relative_error
 
 MAX_TOKENS = 8192
 CHECK_EVERY = 100

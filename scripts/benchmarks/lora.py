@@ -18,7 +18,7 @@ from torch import nn
 
 from cupymoe import Gemma4MoEConfig, LowRank, fused_experts, refresh_adapters
 from cupymoe.activation import MoEActivation
-from cupymoe.verification.transformers_peer import experts_of
+from cupymoe.tools.verification.transformers_peer import experts_of
 from scripts.benchmarks.experts import Bench
 from scripts.benchmarks.peers import Case, Layer, Oracle, make_cases
 from scripts.benchmarks.timing import capture, free_memory, percentiles, time_in_turn

@@ -12,12 +12,12 @@ import torch
 
 import cupymoe
 from cupymoe import Gemma4MoEConfig, reference
-from cupymoe.audit.targets import resolve
 from cupymoe.backends import ExpertsTensors, fused, registry
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.load import Load
 from cupymoe.ops import experts_call
-from cupymoe.verification.transformers_peer import experts_of
+from cupymoe.tools.audit.targets import resolve
+from cupymoe.tools.verification.transformers_peer import experts_of
 
 LAYERS = 3
 WEIGHT_STD = 0.02

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cupymoe.kernels import cuda_sources, jit
-from cupymoe.reports import kernel_hashes, versions
+from cupymoe.tools.reports import kernel_hashes, versions
 
 Report = dict[str, Any]
 

@@ -26,7 +26,7 @@ import torch
 
 from cupymoe import Gemma4MoEConfig, fused_experts, lora_experts
 from cupymoe.gradients import experts_backward
-from cupymoe.verification.transformers_peer import experts_of
+from cupymoe.tools.verification.transformers_peer import experts_of
 from scripts.benchmarks.experts import Bench
 from scripts.benchmarks.lora import RANK, Adapters, peft_experts, wrappers_of
 from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Case, Layer, make_cases

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from cupymoe import QuantizedWeight
-from cupymoe.verification.result import relative_error
+from cupymoe.tools.verification.result import relative_error
 from cupymoe.weights import FORMATS
 
 HIDDEN_SIZE = 64

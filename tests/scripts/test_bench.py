@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.backends import registry
 from cupymoe.kernels import jit
-from cupymoe.reports import kernel_hashes
+from cupymoe.tools.reports import kernel_hashes
 from scripts import bench
 from scripts.benchmarks import (
     batched,

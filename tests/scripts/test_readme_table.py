@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cupymoe.reports import kernel_hashes
+from cupymoe.tools.reports import kernel_hashes
 from scripts import readme_table
 from scripts.benchmarks import tables
 from tests.helpers import ROOT

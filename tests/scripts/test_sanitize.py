@@ -15,7 +15,7 @@ from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, batch_cut, cut, prefers_tiles
 from cupymoe.kernels.load import Load
-from cupymoe.verification.result import relative_error
+from cupymoe.tools.verification.result import relative_error
 from scripts import sanitize
 from scripts.sanitizer import calls, inputs
 

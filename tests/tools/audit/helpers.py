@@ -6,9 +6,9 @@ from itertools import count
 import torch
 from click.testing import CliRunner
 
-from cupymoe import audit
-from cupymoe.audit.measured import CANDIDATES
-from cupymoe.cli import main
+from cupymoe.tools import audit
+from cupymoe.tools.audit.measured import CANDIDATES
+from cupymoe.tools.cli import main
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ASKED = "gelu_pytorch_tanh"

@@ -6,9 +6,9 @@ from enum import Enum
 import pytest
 import torch
 
-from cupymoe.audit.measured import CANDIDATES
-from tests.audit.helpers import invoke
+from cupymoe.tools.audit.measured import CANDIDATES
 from tests.helpers import transformers_gemma4
+from tests.tools.audit.helpers import invoke
 
 
 class SonicActivation(Enum):

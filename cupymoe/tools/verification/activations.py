@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
 from cupymoe.functional import moe_activation
-from cupymoe.verification.result import Result, Setting, relative_error, ulp_error
+from cupymoe.tools.verification.result import Result, Setting, relative_error, ulp_error
 
 # Where erf and tanh GELU differ most, in float64, and by how much on standard normal gates.
 _LARGEST_DIFFERENCE, _AT = 4.73e-4, 2.70

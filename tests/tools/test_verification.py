@@ -8,14 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cupymoe import Gemma4Router, MoEActivation, audit, moe_activation, reference, verification
+from cupymoe import Gemma4Router, MoEActivation, moe_activation, reference
 from cupymoe.backends.reference import ReferenceBackend
-from cupymoe.cli import main
 from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.jit import CompileError
-from cupymoe.verification import activations, batched, compilation, experts, routing, transformers_peer
-from cupymoe.verification.experts import Errors
-from cupymoe.verification.result import SHAPES, Setting
+from cupymoe.tools import audit, verification
+from cupymoe.tools.cli import main
+from cupymoe.tools.verification import activations, batched, compilation, experts, routing, transformers_peer
+from cupymoe.tools.verification.experts import Errors
+from cupymoe.tools.verification.result import SHAPES, Setting
 from cupymoe.warmup import NUM_TOKENS
 from tests.helpers import ROOT, transformers_gemma4
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from cupymoe.audit import targets
-from tests.audit.helpers import ASKED, invoke
+from cupymoe.tools.audit import targets
 from tests.helpers import transformers_gemma4
+from tests.tools.audit.helpers import ASKED, invoke
 
 
 @pytest.mark.usefixtures("_cpu")
@@ -25,11 +25,11 @@ def test_what_runs_on_a_cpu_agrees(target, dtype):
 
 @pytest.mark.usefixtures("_cpu")
 def test_exit_1_and_json_of_a_contradiction():
-    result = invoke("tests.audit.helpers:erf", "--json", "--seed", "3")
+    result = invoke("tests.tools.audit.helpers:erf", "--json", "--seed", "3")
     assert result.exit_code == 1
     report = json.loads(result.output)
     assert {key: report[key] for key in ("target", "activation", "dtype", "seed", "verdict")} == {
-        "target": "tests.audit.helpers:erf",
+        "target": "tests.tools.audit.helpers:erf",
         "activation": ASKED,
         "dtype": "float32",
         "seed": 3,
@@ -51,7 +51,7 @@ def test_exit_1_and_json_of_a_contradiction():
     activation = report["findings"][1]
     assert (activation["value"], activation["expected"]) == ("GELU (erf)", "GELU (tanh)")
     assert 1.5e-4 < activation["measured"]["errors"]["gelu_tanh"] < 2.5e-4
-    assert invoke("tests.audit.helpers:erf", "--activation", "gelu").exit_code == 0
+    assert invoke("tests.tools.audit.helpers:erf", "--activation", "gelu").exit_code == 0
 
 
 @pytest.mark.usefixtures("_cpu")
@@ -65,7 +65,7 @@ def test_exit_1_and_json_of_a_contradiction():
 )
 def test_a_target_that_refuses_a_probe_is_unclear(target, reason):
     """What it refuses says nothing of what it computes; the other probes still run."""
-    target = f"tests.audit.helpers:{target}"
+    target = f"tests.tools.audit.helpers:{target}"
     result = invoke(target)
     assert result.exit_code == 0, result.output
     assert f"{target} is unclear" in result.output
@@ -84,13 +84,13 @@ def test_a_target_that_refuses_a_probe_is_unclear(target, reason):
     [
         ("nothing", "is not 'cupymoe', 'transformers:NAME', 'vllm', 'sglang' or"),
         ("no_such_module:f", "ModuleNotFoundError"),
-        ("tests.audit.helpers:no_such_function", "AttributeError"),
-        ("tests.audit.helpers:NOT_A_FUNCTION", "is a int, not a function"),
-        ("tests.audit.helpers:refusing", "RuntimeError: no kernel for this card"),
-        ("tests.audit.helpers:leaving", "SystemExit: 0"),
-        ("tests.audit.leaves:experts", "can't be imported: SystemExit: 0"),
-        ("tests.audit.helpers:wrong_shape", "must return a tensor of shape [64, 256], got [64, 255]"),
-        ("tests.audit.helpers:of_complex_numbers", "must return a floating-point tensor, got torch.complex64"),
+        ("tests.tools.audit.helpers:no_such_function", "AttributeError"),
+        ("tests.tools.audit.helpers:NOT_A_FUNCTION", "is a int, not a function"),
+        ("tests.tools.audit.helpers:refusing", "RuntimeError: no kernel for this card"),
+        ("tests.tools.audit.helpers:leaving", "SystemExit: 0"),
+        ("tests.tools.audit.leaves:experts", "can't be imported: SystemExit: 0"),
+        ("tests.tools.audit.helpers:wrong_shape", "must return a tensor of shape [64, 256], got [64, 255]"),
+        ("tests.tools.audit.helpers:of_complex_numbers", "must return a floating-point tensor, got torch.complex64"),
         ("transformers:no_such", "registered: ['eager', "),
         ("transformers:deepgemm", "requires bfloat16"),
         ("transformers:sonicmoe", "ImportError: sonic-moe requires"),
@@ -123,7 +123,7 @@ def test_a_target_beside_the_caller_is_found(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("_cpu")
 def test_what_a_target_prints_is_not_in_the_json():
-    result = invoke("tests.audit.helpers:printing", "--json")
+    result = invoke("tests.tools.audit.helpers:printing", "--json")
     assert json.loads(result.stdout)["verdict"] == "agrees"
     assert "a word from the target" in result.stderr
 

@@ -11,7 +11,7 @@ from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.catalog import compilations
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.offline_cache import compile_offline
-from cupymoe.verification.result import Result, Setting
+from cupymoe.tools.verification.result import Result, Setting
 
 
 def checks(setting: Setting) -> Iterator[Result]:

@@ -5,8 +5,8 @@ from importlib import metadata
 
 import pytest
 
-from cupymoe import reports
 from cupymoe.kernels import cuda_sources, cupy_import
+from cupymoe.tools import reports
 from tests.helpers import ROOT
 
 HASHES = reports.kernel_hashes(["combine", "gather", "route"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cupymoe.verification import activations, batched, compilation, experts, routing, zero_copy
-from cupymoe.verification.checkpoint import run as checkpoint_layers
-from cupymoe.verification.result import Result, Setting
+from cupymoe.tools.verification import activations, batched, compilation, experts, routing, zero_copy
+from cupymoe.tools.verification.checkpoint import run as checkpoint_layers
+from cupymoe.tools.verification.result import Result, Setting
 
 
 def run(setting: Setting, checkpoint: str | None = None) -> Iterator[Result]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cupymoe import audit
-from cupymoe.audit.measured import CANDIDATES, LAYOUTS, NUM_EXPERTS, random_case, relative
-from tests.audit.helpers import (
+from cupymoe.tools import audit
+from cupymoe.tools.audit.measured import CANDIDATES, LAYOUTS, NUM_EXPERTS, random_case, relative
+from tests.tools.audit.helpers import (
     DTYPES,
     clamped,
     contradictions,

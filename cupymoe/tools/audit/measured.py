@@ -12,8 +12,8 @@ import torch
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.audit.targets import Target
-from cupymoe.verification.result import relative_error
+from cupymoe.tools.audit.targets import Target
+from cupymoe.tools.verification.result import relative_error
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 256, 128, 2  # multiples of what known kernels ask for
 

@@ -14,14 +14,14 @@ import click
 import torch
 
 import cupymoe
-from cupymoe import reports, verification
 from cupymoe.backends import DIRECTIONS, INVARIANT, ExpertsCall, registry, serving
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.checkpoint.files import on_disk
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
-from cupymoe.verification.result import DTYPES, SHAPES, Setting
+from cupymoe.tools import reports, verification
+from cupymoe.tools.verification.result import DTYPES, SHAPES, Setting
 from cupymoe.weights import FORMATS
 
 _COLORS = {"pass": "green", "fail": "red", "skipped": "yellow"}
@@ -242,7 +242,7 @@ def audit(target: str, activation: str, dtype: str | None, as_json: bool, seed: 
     It is imported and run: audit only what you trust. Exits with 1 if a result contradicts the config, with 2 if the
     target can't be run. An `unclear` result is not a contradiction.
     """
-    from cupymoe import audit as auditing
+    from cupymoe.tools import audit as auditing
 
     device = _device()
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cupymoe import reports
 from cupymoe.backends import registry
-from cupymoe.cli import main
 from cupymoe.kernels import catalog, cuda_sources, cupy_import, jit
+from cupymoe.tools import reports
+from cupymoe.tools.cli import main
 from cupymoe.weights import FORMATS
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from cupymoe.kernels.bridge import as_cupy, as_torch
-from cupymoe.verification.result import Result, Setting
+from cupymoe.tools.verification.result import Result, Setting
 
 
 def checks(setting: Setting) -> Iterator[Result]:

@@ -9,7 +9,7 @@ import torch
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.audit.measured import (
+from cupymoe.tools.audit.measured import (
     CANDIDATES,
     HIDDEN,
     INTERMEDIATE,

@@ -12,8 +12,8 @@ from cupymoe import checkpoint
 from cupymoe.checkpoint import CheckpointError
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.modules import Gemma4MoE
-from cupymoe.verification import experts, routing
-from cupymoe.verification.result import Result, Setting
+from cupymoe.tools.verification import experts, routing
+from cupymoe.tools.verification.result import Result, Setting
 from cupymoe.weights import QuantizedWeight
 from cupymoe.weights.quantized import Weight
 

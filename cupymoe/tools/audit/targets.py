@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from cupymoe.audit.hosts import HOSTS
 from cupymoe.functional import fused_experts
-from cupymoe.verification.transformers_peer import experts_of
+from cupymoe.tools.audit.hosts import HOSTS
+from cupymoe.tools.verification.transformers_peer import experts_of
 
 # hidden_states [T, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], top_k_index and top_k_weights [T, K] -> [T, H]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

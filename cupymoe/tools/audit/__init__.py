@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cupymoe.audit import probes
-from cupymoe.audit.measured import NUM_EXPERTS, Finding, Subject, candidate_name, random_case
-from cupymoe.audit.targets import FORMS, Target, TargetError, resolve
+from cupymoe.tools.audit import probes
+from cupymoe.tools.audit.measured import NUM_EXPERTS, Finding, Subject, candidate_name, random_case
+from cupymoe.tools.audit.targets import FORMS, Target, TargetError, resolve
 
 __all__ = ["FORMS", "Finding", "Subject", "Target", "TargetError", "audit", "prepare", "resolve", "verdict"]
 

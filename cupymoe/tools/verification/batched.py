@@ -9,8 +9,8 @@ import torch
 from cupymoe import reference
 from cupymoe.backends import BatchTensors
 from cupymoe.functional import batched_experts
-from cupymoe.verification.experts import bound
-from cupymoe.verification.result import Result, Setting, relative_error
+from cupymoe.tools.verification.experts import bound
+from cupymoe.tools.verification.result import Result, Setting, relative_error
 
 _ROOMS, _ROOMS_ON_GPU = (8,), (8, 128, 256)  # rows of an expert: on a Hopper card the weight stream, and each cut
 _ORACLE_ROWS = 1024

@@ -9,8 +9,8 @@ import torch
 from cupymoe import reference
 from cupymoe.functional import route
 from cupymoe.modules import Gemma4Router
-from cupymoe.verification import transformers_peer
-from cupymoe.verification.result import Result, Setting
+from cupymoe.tools.verification import transformers_peer
+from cupymoe.tools.verification.result import Result, Setting
 
 _TOKENS = 512
 BOUND = 1e-6

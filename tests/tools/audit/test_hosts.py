@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from cupymoe.audit import hosts
-from tests.audit.helpers import invoke, with_activation
+from cupymoe.tools.audit import hosts
 from tests.helpers import transformers_gemma4
+from tests.tools.audit.helpers import invoke, with_activation
 
 pytestmark = [pytest.mark.usefixtures("_cpu"), pytest.mark.filterwarnings("ignore")]
 

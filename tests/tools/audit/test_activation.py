@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from cupymoe import MoEActivation, audit, reference
-from cupymoe.audit.measured import CANDIDATES, candidate_name
-from tests.audit.helpers import (
+from cupymoe import MoEActivation, reference
+from cupymoe.tools import audit
+from cupymoe.tools.audit.measured import CANDIDATES, candidate_name
+from tests.tools.audit.helpers import (
     DTYPES,
     fifth_is_silu,
     findings_of,
@@ -219,4 +220,4 @@ def test_json_has_no_infinity():
     def refuse(constant):
         raise AssertionError(constant)
 
-    json.loads(invoke("tests.audit.helpers:not_a_number", "--json").output, parse_constant=refuse)
+    json.loads(invoke("tests.tools.audit.helpers:not_a_number", "--json").output, parse_constant=refuse)
