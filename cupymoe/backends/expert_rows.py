@@ -19,7 +19,7 @@ from torch.nn.functional import grouped_mm
 
 from cupymoe import reference
 from cupymoe.activation import MoEActivation
-from cupymoe.backends import DIFFERENTIABLE, Direction, ExpertsCall, ExpertsTensors, Kept
+from cupymoe.backends import DIFFERENTIABLE, BatchTensors, Direction, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import adapters_of, packed
 from cupymoe.gradients import activation_backward
 from cupymoe.lora import LowRank, Packed
@@ -466,6 +466,16 @@ class RowsBackend:
         tensors = in_local_experts(tensors)
         rows = self.rows(tensors.top_k_index, call.num_experts)
         return forward(rows, call, on_demand(call, tensors), out)[0]
+
+    def forward_batch(
+        self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, *, keeps_others: bool
+    ) -> None:
+        """See :class:`cupymoe.backends.Backend`; the rows go as tokens that chose one expert each."""
+        if keeps_others:
+            computed = self.forward(call, batch.as_routed()).view(output.shape)
+            output.copy_(torch.where(batch.counted.unsqueeze(2), computed, output))
+        else:
+            self.forward(call, batch.as_routed(), output.flatten(0, 1))
 
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """See :class:`cupymoe.backends.Backend`."""

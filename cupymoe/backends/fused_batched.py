@@ -14,15 +14,12 @@ import torch
 
 from cupymoe.backends import BatchTensors, ExpertsCall
 from cupymoe.backends.fused_codes import scales_of, stored_weights
+from cupymoe.backends.fused_products import down_product, up_product
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
 from cupymoe.kernels.expert_tiles import TileShape, batch_cut, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
-from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
-from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
 from cupymoe.kernels.stored_weight import StoredWeight
 
@@ -43,14 +40,8 @@ def tiles(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
     slots = plan_batch(batch.expert_num_tokens, batch.max_tokens)
     shape = _tile_shape(call, stored_weights(call, batch))
     of_gate_up, of_down = scales_of(call, batch)
-    if of_gate_up is None:
-        intermediate = experts_up_wgmma(batch.rows, batch.gate_up_proj, slots, shape)
-    else:
-        intermediate = experts_up_codes_wgmma(batch.rows, batch.gate_up_proj, of_gate_up, slots, shape)
-    if of_down is None:
-        experts_down_wgmma(intermediate, batch.down_proj, slots, shape, out=output)
-    else:
-        experts_down_codes_wgmma(intermediate, batch.down_proj, of_down, slots, shape, out=output)
+    intermediate = up_product(batch.rows, batch.gate_up_proj, of_gate_up, slots, shape)
+    down_product(intermediate, batch.down_proj, of_down, slots, shape, out=output)
 
 
 @functools.lru_cache(maxsize=4096)
