@@ -13,7 +13,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, check_replaceable, let_compute_as, own_forward, runs_as
 from cupymoe.integrations import numerics_of
-from cupymoe.integrations.transformers import served
+from cupymoe.integrations.served import served
 from cupymoe.modules import Gemma4Router
 
 _ROUTER_FORWARDS = (
