@@ -19,14 +19,14 @@ FAULTS = (
     ),
     launcher(
         "the last expert's rows not activated",
-        "backends/expert_rows.py",
+        "backends/row_products.py",
         "num_rows=self.offsets[-1:]",
         "num_rows=self.offsets[-2:-1]",
         EXPERTS,
     ),
     launcher(
         "the first row of a step given to the expert before it",
-        "backends/expert_rows.py",
+        "backends/row_products.py",
         "torch.where(slots < self.offsets[first], output, product)",
         "torch.where(slots <= self.offsets[first], output, product)",
         QUANTISED,
