@@ -7,7 +7,7 @@ knows all on the host. ``bmm`` multiplies all rows, those that don't count too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.sort_by_expert import TICKETS
 from cupymoe.ops import experts_call
 from scripts.benchmarks.experts import ERROR_LIMIT, Bench
-from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Layer
+from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Layer, error_of_all
 from scripts.benchmarks.timing import Captured, capture, free_memory, time_in_turn
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256)
@@ -130,9 +130,10 @@ def all_gemms(config: Gemma4MoEConfig, batches: list[Batch]) -> list[Callable[[]
     return [zeroing, *others]
 
 
-def relative_error(config: Gemma4MoEConfig, batches: list[Batch], outputs: list[torch.Tensor], packed: bool) -> float:
-    """Of some experts that have rows, in norm, to float64; of outputs as they lie, or ``packed``."""
-    of_difference, of_truth = [], []
+def compared(
+    config: Gemma4MoEConfig, batches: list[Batch], outputs: list[torch.Tensor], packed: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of some experts that have any, of outputs as they lie, or ``packed``; and the same in float64."""
     for batch, output in zip(batches, outputs, strict=True):
         ends = batch.counts.cumsum(0).tolist()
         hit = batch.counts.nonzero().flatten()
@@ -141,10 +142,7 @@ def relative_error(config: Gemma4MoEConfig, batches: list[Batch], outputs: list[
             gate_up, down = (weight[expert].double() for weight in batch.weights)
             states = batch.hidden_states[expert, :count].double()
             truth = reference.activate(states @ gate_up.T, config.activation) @ down.T
-            got = output[ends[expert] - count : ends[expert]] if packed else output[expert, :count]
-            of_difference.append((got.double() - truth).norm())
-            of_truth.append(truth.norm())
-    return float(f"{(torch.stack(of_difference).norm() / torch.stack(of_truth).norm()).item():.4g}")
+            yield output[ends[expert] - count : ends[expert]] if packed else output[expert, :count], truth
 
 
 def measure_row(bench: Bench, tokens: int, max_tokens: int) -> dict[str, Any]:
@@ -161,7 +159,8 @@ def measure_row(bench: Bench, tokens: int, max_tokens: int) -> dict[str, Any]:
         for output in graph.outputs:
             output.fill_(torch.nan)
         graph.graph.replay()
-        errors[name] = relative_error(config, batches, graph.outputs, packed=name == "gemms")
+        pairs = compared(config, batches, graph.outputs, packed=name == "gemms")
+        errors[name] = float(f"{error_of_all(pairs):.4g}")
         limit = PEER_ERROR_LIMIT if name == "bmm" else ERROR_LIMIT
         if not errors[name] <= limit:
             bench.failures.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
@@ -154,12 +154,17 @@ class Oracle(NamedTuple):
         return cls(rows, truth)
 
 
+def error_of_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Norm of outputs' differences from their truths over the norm of these, all taken as one: single tokens scatter by
+    10%."""
+    norms = [torch.stack([output.double().sub(truth).norm(), truth.norm()]) for output, truth in pairs]
+    difference, truth = torch.stack(norms).norm(dim=0)
+    return float(difference / truth)
+
+
 def relative_error(oracles: list[Oracle], outputs: list[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the truth, all outputs taken as one: single tokens scatter by 10%."""
-    difference = torch.stack(
-        [output[rows].double().sub(truth).norm() for (rows, truth), output in zip(oracles, outputs, strict=True)]
-    )
-    return float(difference.norm() / torch.stack([truth.norm() for _, truth in oracles]).norm())
+    """Of the tokens that the oracles have."""
+    return error_of_all((output[rows], truth) for (rows, truth), output in zip(oracles, outputs, strict=True))
 
 
 def cupymoe_contenders(config: Gemma4MoEConfig, case: Case) -> tuple[dict[str, Contender], list[str]]:
