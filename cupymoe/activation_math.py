@@ -2,7 +2,7 @@
 
 The reference computes with them, the gradients differentiate with them, and the kernels are compiled with their
 parameters (``cuda_src/common/activations.cuh`` words the functions themselves a second time, in CUDA).
-``cupymoe/verification/activations.py`` has another wording of each, to check this one.
+``cupymoe/tools/verification/activations.py`` has another wording of each, to check this one.
 """
 
 from __future__ import annotations

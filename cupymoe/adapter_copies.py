@@ -180,10 +180,7 @@ class AdapterCopy:
         if weight.is_cuda:
             stream = torch.cuda.current_stream()
             self._packing, self._streams = stream.record_event(), {stream.cuda_stream: stream}
-        self._storages = [
-            StorageWeakRef(parameter.untyped_storage())  # type: ignore[no-untyped-call]
-            for parameter in adapters.parameters
-        ]
+        self._storages = [StorageWeakRef(parameter.untyped_storage()) for parameter in adapters.parameters]
         return True
 
     def _keep(

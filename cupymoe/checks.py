@@ -41,6 +41,10 @@ class _AsPlain(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    def is_contiguous(self) -> bool:
+        """Its codes always are."""
+        return True
+
 
 def describe(name: str, tensor: torch.Tensor | _AsPlain) -> Description:
     """A tensor's description, or the error of what is none."""
@@ -229,45 +233,32 @@ def _check_described_adapter(
 
 def check_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    *,
-    activation: MoEActivation,
-    backend: str,
-) -> None:
-    """The arguments of a call of the experts with plain weights; a kind of call that has passed is only looked up."""
-    tensors = hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights
-    _check_tensors(activation, backend, tensors, gate_up_bias, down_bias)
-    if not gate_up_proj.is_contiguous():
-        _check_transposed("gate_up_proj", gate_up_proj)
-    if not down_proj.is_contiguous():
-        _check_transposed("down_proj", down_proj)
-
-
-_Tensors = tuple[torch.Tensor, torch.Tensor | _AsPlain, torch.Tensor | _AsPlain, torch.Tensor, torch.Tensor]
-
-
-def _check_tensors(
-    activation: MoEActivation,
-    backend: str,
-    tensors: _Tensors,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    activation: MoEActivation,
+    backend: str,
 ) -> None:
-    """All but the layout of the weights."""
+    """The arguments of a call of the experts, quantised or not; a kind of call that has passed is only looked up."""
+    gate_up: torch.Tensor | _AsPlain
+    down: torch.Tensor | _AsPlain
+    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
+        dtype = describe("hidden_states", hidden_states).dtype
+        gate_up, down = _as_plain("gate_up_proj", gate_up_proj, dtype), _as_plain("down_proj", down_proj, dtype)
+    else:
+        gate_up, down = gate_up_proj, down_proj
     biases = () if gate_up_bias is None and down_bias is None else (gate_up_bias, down_bias)
-    if not _passed(_check_kind, activation, backend, tensors=(*tensors, *biases)):
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors
+    tensors = (hidden_states, gate_up, down, top_k_index, top_k_weights, *biases)
+    if not _passed(_check_kind, activation, backend, tensors=tensors):
         _check_described(
             activation,
             backend,
             describe("hidden_states", hidden_states),
-            describe("gate_up_proj", gate_up_proj),
-            describe("down_proj", down_proj),
+            describe("gate_up_proj", gate_up),
+            describe("down_proj", down),
             describe("top_k_index", top_k_index),
             describe("top_k_weights", top_k_weights),
             None if gate_up_bias is None else describe("gate_up_bias", gate_up_bias),
@@ -276,29 +267,10 @@ def _check_tensors(
     if biases:
         _check_bias_layout("gate_up_bias", gate_up_bias)
         _check_bias_layout("down_bias", down_bias)
-
-
-def check_quantized_experts(
-    hidden_states: torch.Tensor,
-    gate_up_proj: Weight,
-    down_proj: Weight,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    *,
-    activation: MoEActivation,
-    backend: str,
-) -> None:
-    """The arguments of a call of the experts of which at least one weight is quantised."""
-    dtype = describe("hidden_states", hidden_states).dtype
-    gate_up, down = _as_plain("gate_up_proj", gate_up_proj, dtype), _as_plain("down_proj", down_proj, dtype)
-    _check_tensors(
-        activation, backend, (hidden_states, gate_up, down, top_k_index, top_k_weights), gate_up_bias, down_bias
-    )
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
-            _check_transposed(name, weight)
+    if not gate_up.is_contiguous():
+        _check_transposed("gate_up_proj", gate_up)
+    if not down.is_contiguous():
+        _check_transposed("down_proj", down)
 
 
 def check_batch(
@@ -315,8 +287,8 @@ def check_batch(
     if not _passed(_check_kind_of_batch, activation, tensors=tensors):
         names = ("hidden_states", "expert_num_tokens", "gate_up_proj", "down_proj")
         _check_described_batch(activation, *map(describe, names, tensors))
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if isinstance(weight, torch.Tensor) and not weight.is_contiguous():
+    for name, weight in zip(("gate_up_proj", "down_proj"), weights, strict=True):
+        if not weight.is_contiguous():
             _check_transposed(name, weight)
 
 
@@ -374,7 +346,8 @@ def _as_plain(name: str, weight: Weight, dtype: torch.dtype) -> torch.Tensor | _
     return weight
 
 
-def _check_transposed(name: str, weight: torch.Tensor) -> None:
+def _check_transposed(name: str, weight: torch.Tensor | _AsPlain) -> None:
+    assert isinstance(weight, torch.Tensor)
     _, rows, columns = weight.shape
     usual = weight.stride() == (rows * columns, 1, rows)  # asked first, because a view takes three times as long
     if not usual and not weight.transpose(1, 2).is_contiguous():

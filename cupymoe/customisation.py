@@ -64,7 +64,7 @@ def runs_as(module: nn.Module, cls: type[nn.Module], methods: Mapping[str, Any])
         type(module) is cls
         and not has_hooks(module)
         and module._compiled_call_impl is None
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not _has_any_global_hook()
     )
 
 

@@ -103,7 +103,7 @@ def _call_of(experts: Any, caller: nn.Module, tokens: int, top_k: int) -> tuple[
         gate_up_proj, down_proj, gate_up_bias, _ = experts.projections()
         name, activation, numerics = experts.backend, experts.activation, experts.numerics
     else:
-        from cupymoe.integrations.transformers import served
+        from cupymoe.integrations.served import served
 
         gate_up_proj, down_proj, gate_up_bias, _, activation = served(experts)
         name, numerics = "auto", numerics_of(experts)

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import BatchTensors
+from cupymoe.calls import call_experts, member_of, taken_apart
 from cupymoe.checks import (
     check_activation_input,
-    check_adapter,
     check_batch,
-    check_expert_map,
-    check_experts,
     check_numerics,
     check_out,
-    check_quantized_experts,
     check_same,
     check_served_by_kernel,
-    check_settings,
     check_shape,
     describe,
     overlap,
 )
 from cupymoe.kernels.route import MAX_EXPERTS
 from cupymoe.lora import LowRank
-from cupymoe.reference import work_dtype
-from cupymoe.weights.dequantize import Buffers
-from cupymoe.weights.format import WeightFormat, join_formats
-from cupymoe.weights.quantized import QuantizedWeight, Weight
-
-
-def _member(activation: MoEActivation | str) -> MoEActivation:
-    return activation if isinstance(activation, MoEActivation) else MoEActivation.from_str(activation)
+from cupymoe.weights.quantized import Weight
 
 
 def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torch.Tensor:
@@ -51,7 +38,7 @@ def moe_activation(activation: MoEActivation | str, input: torch.Tensor) -> torc
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    member = _member(activation)
+    member = member_of(activation)
     check_activation_input(input, member)
     output: torch.Tensor
     if member is member.member:
@@ -84,7 +71,7 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         RuntimeError: a gradient was asked for; :func:`moe_activation` is the differentiable form.
     """
-    member = _member(activation)
+    member = member_of(activation)
     given_input, given_output = check_activation_input(input, member), describe("output", output)
     check_shape("output", given_output, (*input.shape[:-1], member.output_size(input.shape[-1])))
     check_same("output", given_output, "input", given_input, dtype=True)
@@ -225,61 +212,10 @@ def fused_experts(
             not serve the call.
         RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
-    member = _member(activation)
-    check_settings(numerics, keep)
-    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
-        return _quantized_experts(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            top_k_index,
-            top_k_weights,
-            activation=member,
-            backend=backend,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            out=out,
-            expert_map=expert_map,
-            global_num_experts=global_num_experts,
-            numerics=numerics,
-            keep=keep,
-        )
-    check_experts(
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        top_k_index,
-        top_k_weights,
-        gate_up_bias,
-        down_bias,
-        activation=member,
-        backend=backend,
-    )
-    if expert_map is not None or global_num_experts is not None:
-        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
-    if top_k_weights.dtype != (work := work_dtype(hidden_states.dtype)):
-        top_k_weights = top_k_weights.to(work)
-    if out is not None:
-        tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        biases = (gate_up_bias, down_bias)
-        check_out(out, *tensors, *(each for each in (*biases, expert_map) if each is not None))
-        settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
-        torch.ops.cupymoe.fused_experts_out(*tensors, *_NO_ADAPTERS, *biases, *_UNQUANTISED, expert_map, *settings, out)
-        return out
-    if torch.is_grad_enabled() and _may_keep_gate_up(
-        keep, backend, hidden_states, gate_up_proj, down_proj, top_k_weights, gate_up_bias, down_bias
-    ):
-        settings = (member.value, *_UNSCALED, "plain", numerics, global_num_experts, backend)
-        tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-        return _differentiated(*tensors, *_NO_ADAPTERS, gate_up_bias, down_bias, *_UNQUANTISED, expert_map, *settings)
-    # Each None by itself: to unpack tuples of them would take 0.2 us.
-    output: torch.Tensor = ops.dispatch(
-        torch.ops.cupymoe.fused_experts.default,
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights,
-        None, None, None, None, gate_up_bias, down_bias, None, None, None, None, None, None, expert_map,
-        member.value, 1.0, 1.0, "plain", numerics, global_num_experts, backend,
+    return call_experts(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, None, gate_up_bias, down_bias, out,
+        expert_map, global_num_experts, activation, backend, numerics, keep,
     )  # fmt: skip
-    return output
 
 
 def batched_experts(
@@ -317,12 +253,10 @@ def batched_experts(
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         RuntimeError: only a slow backend serves the call on CUDA, and ``CUPYMOE_ON_SLOW`` is ``error``.
     """
-    member = _member(activation)
+    member = member_of(activation)
     check_batch(hidden_states, expert_num_tokens, gate_up_proj, down_proj, member)
-    gate_up, *of_gate_up = _buffers(gate_up_proj)
-    down, *of_down = _buffers(down_proj)
-    weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
-    batch = BatchTensors(hidden_states, expert_num_tokens, gate_up, down, *of_gate_up, *of_down)
+    gate_up, down, of_quantised, weight_format = taken_apart(gate_up_proj, down_proj)
+    batch = BatchTensors(hidden_states, expert_num_tokens, gate_up, down, *of_quantised)
     if out is not None:
         check_out(out, *(each for each in batch if each is not None))
         torch.ops.cupymoe.batched_experts_out(*batch, member.value, weight_format, out)
@@ -335,115 +269,6 @@ def batched_experts(
         torch.ops.cupymoe.batched_experts.default, *batch, member.value, weight_format
     )
     return computed
-
-
-# Of the op's arguments: the factors of both adapters, and what these are multiplied with; scales, zeros and row_scales
-# of both weights.
-_NO_ADAPTERS = (None,) * 4
-_UNSCALED = (1.0, 1.0)
-_UNQUANTISED = (None,) * 6
-
-
-_KEPT_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def _may_keep_gate_up(keep: str, backend: str, hidden_states: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a gradient will be asked for that a backend may compute from gate_up."""
-    return (
-        keep == "gate_up"
-        # Whoever runs an exported graph asks for no gradient. Not torch.compiler.is_exporting(), which is true in every
-        # compiled function up to torch 2.11.
-        and not torch.compiler._is_exporting_flag
-        and backend != "reference"
-        and hidden_states.is_cuda
-        and hidden_states.dtype in _KEPT_DTYPES
-        and (hidden_states.requires_grad or any(other is not None and other.requires_grad for other in others))
-    )
-
-
-def _differentiated(*arguments: Any) -> torch.Tensor:
-    """The output, gate_up kept if the gradients are computed from it. A compiled graph does not know, and keeps it."""
-    if torch.compiler.is_compiling() or ops.keeps_gate_up(*arguments):
-        output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts_keeping.default, *arguments)[0]
-    else:
-        output = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
-    return output
-
-
-def _quantized_experts(
-    hidden_states: torch.Tensor,
-    gate_up_proj: Weight,
-    down_proj: Weight,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    *,
-    activation: MoEActivation,
-    backend: str = "auto",
-    gate_up_adapter: LowRank | None = None,
-    down_adapter: LowRank | None = None,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    out: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None,
-    global_num_experts: int | None,
-    numerics: str,
-    keep: str,
-) -> torch.Tensor:
-    """:func:`fused_experts` and :func:`lora_experts` where at least one weight is quantised."""
-    biases = gate_up_bias, down_bias
-    check_quantized_experts(
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, *biases,
-        activation=activation, backend=backend,
-    )  # fmt: skip
-    if expert_map is not None or global_num_experts is not None:
-        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
-    adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
-    gate_up_codes, *of_gate_up = _buffers(gate_up_proj)
-    down_codes, *of_down = _buffers(down_proj)
-    weights = top_k_weights.to(work_dtype(hidden_states.dtype))
-    tensors = hidden_states, gate_up_codes, down_codes, top_k_index, weights
-    quantised = (*of_gate_up, *of_down)
-    weight_format = join_formats(_format(gate_up_proj), _format(down_proj))
-    settings = (activation.value, *scalings, weight_format, numerics, global_num_experts, backend)
-    arguments = (*tensors, *adapters, *biases, *quantised, expert_map, *settings)
-    if out is not None:
-        check_out(out, *tensors, *(each for each in (*biases, *quantised, expert_map) if each is not None))
-        torch.ops.cupymoe.fused_experts_out(*arguments, out)
-        return out
-    if torch.is_grad_enabled() and _may_keep_gate_up(keep, backend, *tensors[:3], weights, *adapters, *biases):
-        return _differentiated(*arguments)
-    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
-    return output
-
-
-def _buffers(weight: Weight) -> Buffers:
-    """Of a quantised weight; a plain one is where the codes would be."""
-    return weight.tensors() if isinstance(weight, QuantizedWeight) else (weight, None, None, None)
-
-
-def _format(weight: Weight) -> WeightFormat | None:
-    return weight.format if isinstance(weight, QuantizedWeight) else None
-
-
-def _adapters(
-    gate_up_adapter: LowRank | None,
-    down_adapter: LowRank | None,
-    gate_up_proj: Weight,
-    down_proj: Weight,
-    hidden_states: torch.Tensor,
-) -> tuple[list[torch.Tensor | None], list[float]]:
-    """The op's factors of both adapters, which are checked, and what these are multiplied with."""
-    factors: list[torch.Tensor | None] = []
-    scalings: list[float] = []
-    for name, adapter, weight in (
-        ("gate_up_adapter", gate_up_adapter, gate_up_proj),
-        ("down_adapter", down_adapter, down_proj),
-    ):
-        if adapter is not None:
-            check_adapter(name, adapter, weight, hidden_states)
-        factors += (None, None) if adapter is None else (adapter.a, adapter.b)
-        scalings.append(1.0 if adapter is None else adapter.scaling)
-    return factors, scalings
 
 
 def lora_experts(
@@ -481,35 +306,7 @@ def lora_experts(
     Raises:
         TypeError, ValueError, RuntimeError: as of :func:`fused_experts`, or naming the adapter.
     """
-    member = _member(activation)
-    check_settings(numerics, keep)
-    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
-        return _quantized_experts(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            top_k_index,
-            top_k_weights,
-            activation=member,
-            gate_up_adapter=gate_up_adapter,
-            down_adapter=down_adapter,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            expert_map=expert_map,
-            global_num_experts=global_num_experts,
-            numerics=numerics,
-            keep=keep,
-        )
-    experts = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    check_experts(*experts, gate_up_bias, down_bias, activation=member, backend="auto")
-    if expert_map is not None or global_num_experts is not None:
-        global_num_experts = check_expert_map(expert_map, global_num_experts, down_proj.shape[0], hidden_states)
-    adapters, scalings = _adapters(gate_up_adapter, down_adapter, gate_up_proj, down_proj, hidden_states)
-    weights = top_k_weights.to(work_dtype(hidden_states.dtype))
-    settings = (member.value, *scalings, "plain", numerics, global_num_experts, "auto")
-    biases = (gate_up_bias, down_bias)
-    arguments = (*experts[:4], weights, *adapters, *biases, *_UNQUANTISED, expert_map, *settings)
-    if torch.is_grad_enabled() and _may_keep_gate_up(keep, "auto", *experts[:3], weights, *adapters, *biases):
-        return _differentiated(*arguments)
-    output: torch.Tensor = ops.dispatch(torch.ops.cupymoe.fused_experts.default, *arguments)
-    return output
+    return call_experts(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, (gate_up_adapter, down_adapter),
+        gate_up_bias, down_bias, None, expert_map, global_num_experts, activation, "auto", numerics, keep,
+    )  # fmt: skip

@@ -65,7 +65,7 @@ def selective_checkpoint_contexts() -> tuple[AbstractContextManager[Any], Abstra
     """
     ops = [torch.ops.cupymoe.fused_experts_keeping.default, torch.ops.cupymoe.fused_experts.default]
     contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(ops)  # type: ignore[no-untyped-call]
+    contexts = create_selective_checkpoint_contexts(ops)
     return contexts
 
 
@@ -93,10 +93,7 @@ def accumulate_in_float32(module: nn.Module) -> list[RemovableHandle]:
         raise ValueError(f"module must have a parameter that requires a gradient; {type(module).__name__} has none")
     for parameter in parameters:
         parameter.main_grad = getattr(parameter, "main_grad", None)  # type: ignore[attr-defined]
-    return [
-        parameter.register_post_accumulate_grad_hook(_add_to_main_grad)  # type: ignore[no-untyped-call]
-        for parameter in parameters
-    ]
+    return [parameter.register_post_accumulate_grad_hook(_add_to_main_grad) for parameter in parameters]
 
 
 @torch.no_grad()

@@ -362,7 +362,7 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     elif isinstance(part, MoEExperts):
         settings = part.activation, part.backend, part.is_transposed, part.keep
     else:
-        from cupymoe.integrations.transformers import activation_of
+        from cupymoe.integrations.served import activation_of
 
         try:
             settings = activation_of(part), keep_of(part)

@@ -17,6 +17,8 @@ how long the calls of a training step take to return.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,28 +26,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_batched import TOKENS as BATCHED_TOKENS
-from bench_batched import measure_batched
-from bench_experts import Bench
-from bench_lora import measure_lora
-from bench_models import MODELS, measure_models, report_name
-from bench_models import TOKENS as MODELS_TOKENS
-from bench_peers import imported_contender
-from bench_portable import TOKENS as PORTABLE_TOKENS
-from bench_portable import measure_portable
-from bench_quantised import LAYERS as QUANTISED_LAYERS
-from bench_quantised import TOKENS as QUANTISED_TOKENS
-from bench_quantised import formats, measure_quantised
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_stages import STAGES_TOKENS, measure_stages
-from bench_timing import free_memory
-from bench_training import measure_host, measure_training
-from readme_table import (
-    Report,
+from cupymoe import Gemma4MoEConfig
+from cupymoe.tools.audit.targets import TargetError
+from scripts.benchmarks.batched import TOKENS as BATCHED_TOKENS
+from scripts.benchmarks.batched import measure_batched
+from scripts.benchmarks.command import begin, measured_device, parse_tokens
+from scripts.benchmarks.experts import Bench
+from scripts.benchmarks.lora import measure_lora
+from scripts.benchmarks.models import MODELS, measure_models, report_name
+from scripts.benchmarks.models import TOKENS as MODELS_TOKENS
+from scripts.benchmarks.peers import LAYERS, imported_contender
+from scripts.benchmarks.portable import TOKENS as PORTABLE_TOKENS
+from scripts.benchmarks.portable import measure_portable
+from scripts.benchmarks.quantised import LAYERS as QUANTISED_LAYERS
+from scripts.benchmarks.quantised import TOKENS as QUANTISED_TOKENS
+from scripts.benchmarks.quantised import formats, measure_quantised
+from scripts.benchmarks.report import Report, report_folder, timed_kernels, write_report
+from scripts.benchmarks.stages import STAGES_TOKENS, measure_stages
+from scripts.benchmarks.tables import (
     batched_table,
     experts_table,
     first_call_table,
-    heading,
     host_table,
     lora_table,
     memory_table,
@@ -59,22 +60,8 @@ from readme_table import (
     training_table,
     ways_table,
 )
-
-from cupymoe import Gemma4MoEConfig
-from cupymoe.audit.targets import TargetError
-
-
-def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Positive numbers between commas; None: the regime's own."""
-    if value is None:
-        return None
-    try:
-        tokens = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"must be numbers between commas, got {value!r}") from None
-    if min(tokens) < 1:
-        raise click.BadParameter(f"must be positive, got {value!r}")
-    return tokens
+from scripts.benchmarks.timing import free_memory
+from scripts.benchmarks.training import measure_host, measure_training
 
 
 def parse_models(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -106,6 +93,7 @@ def parse_peers(_context: click.Context, _parameter: click.Parameter, values: tu
     return peers
 
 
+Table = Callable[[Report], str]
 REGIMES = (
     "experts",
     "decode",
@@ -200,89 +188,82 @@ def main(
         raise click.UsageError(f"--models is for --regime models, not for {regime}")
     if names and regime != "quantised":
         raise click.UsageError(f"--formats is for --regime quantised, not for {regime}")
-    if not torch.cuda.is_available():
-        raise click.ClickException("bench.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(seed)
-    start = report_heading(torch.cuda.get_device_name(device))
+    device = measured_device("bench.py")
+    start = begin(device, seed)
     folder = report_folder(output, start["device"])
-    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
     config = Gemma4MoEConfig.gemma4_26b_a4b()
     try:
         imported = {name: imported_contender(target, config) for name, target in peers.items()}
     except TargetError as error:
         raise click.ClickException(str(error)) from error
-    tables, failures = [], []
+    tables: list[str] = []
+    failures: list[str] = []
 
-    def keep(name: str, found: Report, failed: list[str]) -> Report:
+    def keep(name: str, found: Report, failed: list[str], *shown: Table) -> None:
         report = {**start, **timed_kernels(), **found}
         failures.extend(failed)
         if not failed:
             write_report(folder / f"{name}.json", report)
-        return report
+        tables.extend(table(report) for table in shown)
+
+    def measure(
+        name: str, measured: Callable[[Bench], Report], *shown: Table, installed: bool = False, layers: int = LAYERS
+    ) -> None:
+        """On weights that are gone when the next regime begins."""
+        bench = Bench(config, device, imported, installed, layers)
+        keep(name, measured(bench), bench.failures, *shown)
+        del bench
+        free_memory()
 
     if regime in ("stages", "all"):
         stages, failed = measure_stages(config, device)
-        tables.append(stages_table(keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed)))
+        keep("stages", {"tokens": STAGES_TOKENS, "stages": stages}, failed, stages_table)
     if regime in ("host", "all"):
-        bench = Bench(config, device, imported, installed)
-        report = keep("host", {**bench.host(), "training": measure_host(bench)}, bench.failures)
-        tables += [host_table(report), training_host_table(report), first_call_table(report)]
-        del bench
-        free_memory()
+
+        def host(bench: Bench) -> Report:
+            return {**bench.host(), "training": measure_host(bench)}
+
+        measure("host", host, host_table, training_host_table, first_call_table, installed=installed)
     if regime in ("lora", "all"):
-        bench = Bench(config, device, imported, installed=False)
-        tables.append(lora_table(keep("lora", measure_lora(bench), bench.failures)))
-        del bench
-        free_memory()
+        measure("lora", measure_lora, lora_table)
     if regime == "training":
-        bench = Bench(config, device, imported, installed=False)
-        tables.append(training_table(keep("training", measure_training(bench), bench.failures)))
-        del bench
-        free_memory()
+        measure("training", measure_training, training_table)
     if regime == "portable":
-        bench = Bench(config, device, imported, installed=False)
-        report = keep("portable", measure_portable(bench, tokens or PORTABLE_TOKENS), bench.failures)
-        tables.append(portable_table(report))
-        del bench
-        free_memory()
+        measure("portable", partial(measure_portable, tokens=tokens or PORTABLE_TOKENS), portable_table)
     if regime == "quantised":
-        bench = Bench(config, device, imported, installed=False, layers=QUANTISED_LAYERS)
         counts = tokens or QUANTISED_TOKENS
-        is_whole = not names and counts == QUANTISED_TOKENS
-        found = measure_quantised(bench, counts, names)
-        report = keep("quantised" if is_whole else "quantised-part", found, bench.failures)
-        tables.append(quantised_table(report))
-        del bench
-        free_memory()
+        name = "quantised" if not names and counts == QUANTISED_TOKENS else "quantised-part"
+        of_formats = partial(measure_quantised, tokens=counts, names=names)
+        measure(name, of_formats, quantised_table, layers=QUANTISED_LAYERS)
     if regime == "batched":
-        bench = Bench(config, device, imported, installed=False)
-        tables.append(batched_table(keep("batched", measure_batched(bench, tokens or BATCHED_TOKENS), bench.failures)))
-        del bench
-        free_memory()
+        measure("batched", partial(measure_batched, tokens=tokens or BATCHED_TOKENS), batched_table)
     if regime == "models":
         chosen, counts = models or tuple(MODELS), tokens or MODELS_TOKENS
         found, failed = measure_models(chosen, counts, device)
-        tables.append(models_table(keep(report_name(chosen, counts), found, failed)))
-    if regime in ("experts", "decode", "prefill", "sweep", "all"):
-        bench = Bench(config, device, imported, installed)
-        if regime == "decode":
-            found = bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS, invariant=True)
-            report = keep("decode", found, bench.failures)
-            tables.append(skewed_table(report))
-        elif regime == "prefill":
-            found = {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}
-            report = keep("prefill", found, bench.failures)
-            tables += [skewed_table(report), memory_table(report)]
-        elif regime == "sweep":
-            report = keep("sweep", bench.sweep(SWEEP_TOKENS), bench.failures)
-            tables.append(ways_table(report))
-        else:
-            report = keep("experts", bench.experts(tokens or EXPERTS_TOKENS), bench.failures)
-        if regime != "sweep":
-            tables += [percentiles_table(report), experts_table(report)]
-    for table in tables:
-        click.echo(f"\n{table}")
+        keep(report_name(chosen, counts), found, failed, models_table)
+    if regime == "decode":
+
+        def decode(bench: Bench) -> Report:
+            return bench.experts(DECODE_TOKENS, DECODE_SKEWED_TOKENS, invariant=True)
+
+        measure("decode", decode, skewed_table, percentiles_table, experts_table, installed=installed)
+    if regime == "prefill":
+
+        def prefill(bench: Bench) -> Report:
+            return {**bench.experts(PREFILL_TOKENS, PREFILL_SKEWED_TOKENS), "memory": bench.memory(PREFILL_TOKENS)}
+
+        shown = (skewed_table, memory_table, percentiles_table, experts_table)
+        measure("prefill", prefill, *shown, installed=installed)
+    if regime == "sweep":
+        measure("sweep", lambda bench: bench.sweep(SWEEP_TOKENS), ways_table, installed=installed)
+    if regime in ("experts", "all"):
+
+        def experts(bench: Bench) -> Report:
+            return bench.experts(tokens or EXPERTS_TOKENS)
+
+        measure("experts", experts, percentiles_table, experts_table, installed=installed)
+    for text in tables:
+        click.echo(f"\n{text}")
     if failures:
         raise click.ClickException("\n".join(failures))
 

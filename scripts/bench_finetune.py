@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_model import build, gemma4_26b_a4b, synchronized_ms
-from bench_model import small_plan as small_model_plan
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_timing import free_memory, percentiles
 from peft import LoraConfig, get_peft_model
-from readme_table import finetune_table, heading
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from cupymoe.integrations.peft import use_low_rank
+from scripts.benchmarks.command import begin, measured_device
+from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, small_gemma4
+from scripts.benchmarks.report import report_folder, timed_kernels, write_report
+from scripts.benchmarks.tables import finetune_table
+from scripts.benchmarks.timing import free_memory, percentiles, synchronized_ms
 
 PEER, OURS = "grouped_mm", "cupymoe"
 SEEDS = (0, 1)
@@ -74,7 +75,7 @@ class Plan:
 
 def small_plan() -> Plan:
     """The same on a model that a CPU trains in seconds."""
-    config = small_model_plan().config
+    config = small_gemma4()
     config.initializer_range = config.hidden_size**-0.5  # logits as far apart as those of the large model
     return Plan(config, length=64, steps=16, warm_up=2, chunk=40, rank=4, learning_rate=1e-2)
 
@@ -88,7 +89,8 @@ def batches(plan: Plan, device: torch.device) -> torch.Tensor:
     drawn = shares.multinomial(
         plan.steps * plan.tokens, replacement=True, generator=torch.Generator().manual_seed(DATA_SEED)
     )
-    return (drawn + plan.config.vocab_size // 4).view(shape).to(device)
+    ids: torch.Tensor = drawn + plan.config.vocab_size // 4
+    return ids.view(shape).to(device)
 
 
 def loss_of(model: Gemma4ForCausalLM, ids: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -165,7 +167,7 @@ class FinetuneBench:
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
-            ms = [synchronized_ms(lambda ids=ids: step(ids)) for ids in self.batches]
+            ms = [synchronized_ms(partial(step, ids)) for ids in self.batches]
         finally:
             self.model.gradient_checkpointing_disable()
             adapted.unload()
@@ -244,13 +246,8 @@ def main(layers: int, small: bool, output: Path, seed: int) -> None:
     Exits with 1 if the losses of both differ by more than the noise of two seeds; the report is written first.
     """
     warnings.simplefilter("ignore")  # transformers' and PEFT's own
-    on_cuda = torch.cuda.is_available()
-    if not on_cuda and not small:
-        raise click.ClickException("bench_finetune.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    torch.manual_seed(seed)
-    start = report_heading(torch.cuda.get_device_name(device) if on_cuda else "cpu")
-    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    device = measured_device("bench_finetune.py", is_small=small)
+    start = begin(device, seed)
     began = time.perf_counter()
     bench = FinetuneBench(small_plan() if small else Plan(gemma4_26b_a4b(layers)), device)
     click.echo(f"built in {time.perf_counter() - began:.0f} s")

@@ -10,35 +10,27 @@ memory that the model takes with int4 alone; it writes model_int4.json.
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_timing import capture, free_memory, percentiles
-from readme_table import greedy_table, heading, model_table
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
-from cupymoe import Gemma4MoEConfig, quantize
-from cupymoe.integrations.transformers import replace_routers
-
-PEER, OURS, ROUTED = "grouped_mm", "cupymoe", "cupymoe + router"
-LAYER_STRENGTH = 0.02
-CONTENDERS = (PEER, OURS, ROUTED)
-YARDSTICK = "eager"
-"""transformers' loop over the experts: how far its own two implementations are apart."""
-BF16, INT4 = "cupymoe, bf16 experts", "cupymoe, int4 experts"
+from scripts.benchmarks.command import begin, measured_device
+from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, random_tokens, small_gemma4
+from scripts.benchmarks.model_contenders import CONTENDERS_OF, PEER, YARDSTICK, Contenders, QuantisedContenders
+from scripts.benchmarks.report import report_folder, timed_kernels, write_report
+from scripts.benchmarks.tables import greedy_table, model_table
+from scripts.benchmarks.timing import capture, free_memory, percentiles, synchronized_ms
 
 
 @dataclass(frozen=True)
@@ -66,122 +58,9 @@ class Plan:
         return self.prompt + max(self.greedy_steps, self.replays) + 8
 
 
-def gemma4_26b_a4b(layers: int = 30) -> Gemma4TextConfig:
-    """The text model of ``google/gemma-4-26B-A4B``: five layers with a sliding window, one without, and so on."""
-    return Gemma4TextConfig(
-        **asdict(Gemma4MoEConfig.gemma4_26b_a4b()),
-        enable_moe_block=True,
-        hidden_size_per_layer_input=0,
-        intermediate_size=2112,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        num_global_key_value_heads=2,
-        head_dim=256,
-        global_head_dim=512,
-        attention_k_eq_v=True,
-        sliding_window=1024,
-        final_logit_softcapping=30.0,
-        tie_word_embeddings=False,  # with random weights a tied head's best token is the one that went in
-    )
-
-
 def small_plan() -> Plan:
     """The same on a model that a CPU runs in seconds."""
-    config = Gemma4TextConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        global_head_dim=16,
-        sliding_window=32,
-        hidden_size_per_layer_input=0,
-        enable_moe_block=True,
-        num_experts=6,
-        top_k_experts=2,
-        moe_intermediate_size=32,
-    )
-    return Plan(config, 6, 8, (1, 2), 4, (12,), samples=2, generations=2, replays=2, context=48)
-
-
-def build(config: Gemma4TextConfig, device: torch.device) -> Gemma4ForCausalLM:
-    """The model in bfloat16, every weight made at random on the device."""
-    config._attn_implementation = "sdpa"
-    with device:
-        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None  # a random model would end at random
-    model.requires_grad_(False)
-    for layer in model.model.layers:
-        # Thirty random layers at full strength are chaos: rounding alone would change the logits by more than their
-        # deviation, and nothing could be said of the tokens.
-        layer.post_attention_layernorm.weight.fill_(LAYER_STRENGTH)
-        layer.post_feedforward_layernorm.weight.fill_(LAYER_STRENGTH)
-        # Router logits get a deviation of one; of ones, their rounding would choose the experts.
-        layer.router.scale.fill_(1 / config.initializer_range)
-    return model
-
-
-class Contenders:
-    """One model, whose experts and routers are those of the contender that runs."""
-
-    names = CONTENDERS
-    peer = PEER
-    compared = (OURS, ROUTED, YARDSTICK)
-    """Whose tokens are compared with the peer's."""
-
-    def __init__(self, model: Gemma4ForCausalLM) -> None:
-        self.model = model
-        self._theirs = [copy.copy(layer.router) for layer in model.model.layers]  # the parameters are shared
-        replace_routers(model)
-        self._ours = [layer.router for layer in model.model.layers]
-
-    def become(self, name: str) -> Gemma4ForCausalLM:
-        """The model as a contender, until it becomes another."""
-        self.model.set_experts_implementation(OURS if name == ROUTED else name)
-        for layer, router in zip(self.model.model.layers, self._ours if name == ROUTED else self._theirs, strict=True):
-            layer.router = router
-        return self.model
-
-
-class QuantisedContenders:
-    """One model, whose experts' weights are in int4 or what these stand for, rounded to bfloat16."""
-
-    names = (BF16, INT4)
-    peer = BF16
-    compared = (INT4,)
-
-    def __init__(self, model: Gemma4ForCausalLM) -> None:
-        self.model = model
-        model.set_experts_implementation(OURS)
-        self._weights: list[tuple[nn.Module, str, dict[str, nn.Module | nn.Parameter]]] = []
-        for layer in model.model.layers:
-            experts = layer.experts
-            plain = {"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj}
-            for name, weight in zip(plain, quantize(*plain.values(), "int4", group_size=32), strict=True):
-                plain[name].copy_(weight.dequantize(torch.bfloat16))
-                self._weights.append((experts, name, {BF16: plain[name], INT4: weight}))
-
-    def become(self, name: str) -> Gemma4ForCausalLM:
-        """The model as a contender, until it becomes another."""
-        for experts, weight, by_contender in self._weights:
-            delattr(experts, weight)  # torch lets no module take a parameter's place
-            setattr(experts, weight, by_contender[name])
-        return self.model
-
-    def drop_bf16(self) -> Gemma4ForCausalLM:
-        """The model in int4 for good, its head tied to the embedding as a checkpoint has it."""
-        self.become(INT4)
-        self._weights.clear()
-        self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        return self.model
-
-
-CONTENDERS_OF = {"bf16": Contenders, "int4": QuantisedContenders}
-"""By the experts that are measured."""
+    return Plan(small_gemma4(), 6, 8, (1, 2), 4, (12,), samples=2, generations=2, replays=2, context=48)
 
 
 class Decoder:
@@ -226,22 +105,6 @@ class Decoder:
         return logits
 
 
-def synchronized_ms(call: Callable[[], Any]) -> float:
-    """Wall clock of a call to the end of its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
-def random_tokens(config: Gemma4TextConfig, *shape: int, device: torch.device) -> torch.Tensor:
-    """Token ids, none of them special."""
-    return torch.randint(16, config.vocab_size, shape, device=device)
-
-
 class ModelBench:
     """The model and what is found about it."""
 
@@ -255,9 +118,9 @@ class ModelBench:
         self.contenders = contenders(build(plan.config, device))
 
     def _cell(self, what: str, samples: dict[str, list[float]]) -> dict[str, Any]:
-        cell = {"what": what, "ms": {name: percentiles(times) for name, times in samples.items()}}
-        click.echo(f"{what}: " + ", ".join(f"{name} {ms['p50']:.2f} ms" for name, ms in cell["ms"].items()))
-        return cell
+        found = {name: percentiles(times) for name, times in samples.items()}
+        click.echo(f"{what}: " + ", ".join(f"{name} {ms['p50']:.2f} ms" for name, ms in found.items()))
+        return {"what": what, "ms": found}
 
     def _in_turn(self, measure: Callable[[str], float], repeats: int) -> dict[str, list[float]]:
         """Samples of each contender, after one that does not count."""
@@ -413,14 +276,14 @@ class ModelBench:
             cells.append(self.prefill(tokens))
         self.contenders.become(self.contenders.peer)
         parameters = sum(parameter.numel() for parameter in self.contenders.model.parameters())
-        is_quantised = isinstance(self.contenders, QuantisedContenders)
+        contenders = self.contenders
         return {
             "layers": plan.config.num_hidden_layers,
             "parameters": parameters,
             "prompt": plan.prompt,
             "cells": cells,
             "greedy": greedy,
-            **({"memory": self.memory(self.contenders)} if is_quantised else {}),
+            **({"memory": self.memory(contenders)} if isinstance(contenders, QuantisedContenders) else {}),
         }
 
 
@@ -460,13 +323,8 @@ def main(layers: int, experts: str, small: bool, output: Path, seed: int) -> Non
     Exits with 1 if a logit is not finite or a token differs beyond rounding; the report is written first, and says so.
     """
     warnings.simplefilter("ignore")  # transformers' own
-    on_cuda = torch.cuda.is_available()
-    if not on_cuda and not small:
-        raise click.ClickException("bench_model.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    torch.manual_seed(seed)
-    start = report_heading(torch.cuda.get_device_name(device) if on_cuda else "cpu")
-    click.echo(f"{heading(start)}\ncuda_src {start['cuda_src_sha256']}")
+    device = measured_device("bench_model.py", is_small=small)
+    start = begin(device, seed)
     plan = small_plan() if small else Plan(gemma4_26b_a4b(layers))
     began = time.perf_counter()
     contenders = CONTENDERS_OF[experts]

@@ -24,15 +24,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import parse_tokens
-from bench_experts import checked
-from bench_peers import Case, Inputs, Oracle, make_cases, make_layers
-from bench_report import report_folder, report_heading, timed_kernels, write_report
-from bench_timing import capture, free_memory, time_in_turn
-from readme_table import Report, heading, vllm_table
-
 from cupymoe import Gemma4MoEConfig
 from cupymoe.integrations import vllm as plugin
+from scripts.benchmarks.command import begin, measured_device, parse_tokens
+from scripts.benchmarks.experts import checked
+from scripts.benchmarks.peers import Case, Inputs, Oracle, make_cases, make_layers
+from scripts.benchmarks.report import report_folder, timed_kernels, write_report
+from scripts.benchmarks.tables import vllm_table
+from scripts.benchmarks.timing import capture, free_memory, time_in_turn
 
 OURS, THEIRS = "cupymoe", "vllm_triton"
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
@@ -181,12 +180,8 @@ def main(tokens: tuple[int, ...] | None, small: bool, output: Path, seed: int) -
     Exits with 1 if one of them computes something else; the report is written first.
     """
     warnings.simplefilter("ignore")  # vLLM's
-    if not torch.cuda.is_available():
-        raise click.ClickException("bench_vllm.py measures a CUDA GPU, and torch sees none on this machine")
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(seed)
-    start: Report = report_heading(torch.cuda.get_device_name(device))
-    click.echo(heading(start))
+    device = measured_device("bench_vllm.py")
+    start = begin(device, seed)
     with ExitStack() as stack:
         in_vllm(stack, device)
         config = SMALL if small else Gemma4MoEConfig.gemma4_26b_a4b()

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import click
 import torch
-from mutations import MUTATIONS, Mutation
+
+from scripts.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("cuda_src", "cupymoe", "docs", "scripts", "tests", "pyproject.toml", "README.md")

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
 import matplotlib
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from readme_table import Report, peers, together
+
+from scripts.benchmarks.report import Report
+from scripts.benchmarks.tables import peers, together
 
 matplotlib.rcParams["svg.hashsalt"] = "cupymoe"  # the same report gives the same file
 

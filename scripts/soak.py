@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import Gemma4MoE, Gemma4MoEConfig, reference
 from cupymoe.kernels import cuda_sources, jit
-from cupymoe.verification.experts import bound
-from cupymoe.verification.result import SHAPES, relative_error
+from cupymoe.tools.verification.experts import bound
+from cupymoe.tools.verification.result import SHAPES, relative_error
 
 MAX_TOKENS = 8192
 CHECK_EVERY = 100
@@ -66,9 +66,9 @@ def error(moe: Gemma4MoE, states: torch.Tensor, output: torch.Tensor) -> float:
     """Relative error of some tokens of a call against float64, routed as the call was."""
     weights, index = moe.router.route(states)
     rows = torch.randperm(len(states), device=states.device)[:CHECKED_TOKENS]
-    experts = moe.experts
+    gate_up_proj, down_proj = (moe.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
     truth = reference.experts(
-        states[rows].double(), experts.gate_up_proj, experts.down_proj, index[rows], weights[rows], experts.activation
+        states[rows].double(), gate_up_proj, down_proj, index[rows], weights[rows], moe.experts.activation
     )
     return relative_error(output[rows], truth)
 

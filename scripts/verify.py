@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe.cli import verify
+from cupymoe.tools.cli import verify
 
 if __name__ == "__main__":
     verify()

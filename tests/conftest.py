@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from cupymoe import functional
+from cupymoe import calls
 from cupymoe.ops import experts as experts_ops
 
 SEED = int(os.environ.get("CUPYMOE_TEST_SEED", "0"))
@@ -48,7 +48,7 @@ def device(request):
 @pytest.fixture
 def gate_up_kept_on_the_cpu_too(monkeypatch):
     """As it is on CUDA in bfloat16, in which such tests compute there."""
-    keeps_on_cuda = functional._may_keep_gate_up
+    keeps_on_cuda = calls._may_keep_gate_up
 
     def keeps(keep, backend, hidden_states, *others):
         if hidden_states.is_cuda:
@@ -56,8 +56,8 @@ def gate_up_kept_on_the_cpu_too(monkeypatch):
         tensors = (hidden_states, *others)
         return keep == "gate_up" and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    monkeypatch.setattr(functional, "_may_keep_gate_up", keeps)
-    monkeypatch.setattr(functional.ops, "keeps_gate_up", lambda *_: True)
+    monkeypatch.setattr(calls, "_may_keep_gate_up", keeps)
+    monkeypatch.setattr(calls.ops, "keeps_gate_up", lambda *_: True)
 
 
 @pytest.fixture

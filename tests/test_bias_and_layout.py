@@ -7,7 +7,7 @@ import torch
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
 from cupymoe.backends import DIFFERENTIABLE, ExpertsTensors, expert_rows
-from cupymoe.backends.expert_rows import LoopRows
+from cupymoe.backends.row_products import LoopRows
 from cupymoe.ops import experts_call
 from tests.bias_and_layout import (
     ACTIVATIONS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, fused_experts, reference
-from cupymoe.backends import expert_rows, registry
-from cupymoe.backends.expert_rows import GroupedRows, LoopRows
+from cupymoe.backends import expert_rows, registry, row_products
+from cupymoe.backends.row_products import GroupedRows, LoopRows
 from cupymoe.ops import experts_call
 from tests.bias_and_layout import (
     ACTIVATIONS,
@@ -65,7 +65,7 @@ class OnTheHost(GroupedRows):
 @pytest.mark.parametrize("activation", OFF_THE_KINKS, ids=str)
 def test_grouped_products_on_the_cpu(monkeypatch, activation, biased, layout):
     """No further from float64 than plain torch that rounds where they round; a bias is added in steps of ten rows."""
-    monkeypatch.setattr(expert_rows, "_BIASED_AT_ONCE", 10)
+    monkeypatch.setattr(row_products, "_BIASED_AT_ONCE", 10)
     backend = type("Host", (expert_rows.RowsBackend,), {"rows": OnTheHost})()
     monkeypatch.setattr(type(registry()["reference"]), "forward", lambda _, *arguments: backend.forward(*arguments))
     monkeypatch.setattr(type(registry()["reference"]), "backward", lambda _, *arguments: backend.backward(*arguments))

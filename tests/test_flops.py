@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from cupymoe import MoEActivation, batched_experts, flops, functional, fused_experts, lora_experts, reference
+from cupymoe import MoEActivation, batched_experts, calls, flops, fused_experts, lora_experts, reference
 from tests.helpers import random_biases, random_experts, run_python
 from tests.test_lora import random_case
 
@@ -125,8 +125,8 @@ def test_keeping_counts_as_computing_again(monkeypatch):
     case.hidden_states.requires_grad_()
     counts = []
     for keeps in (False, True):
-        monkeypatch.setattr(functional, "_may_keep_gate_up", lambda *_, keeps=keeps: keeps)
-        monkeypatch.setattr(functional.ops, "keeps_gate_up", lambda *_: True)
+        monkeypatch.setattr(calls, "_may_keep_gate_up", lambda *_, keeps=keeps: keeps)
+        monkeypatch.setattr(calls.ops, "keeps_gate_up", lambda *_: True)
         forward, output = counted(lambda: fused_experts(*case, activation="gelu_tanh"))
         counts.append((forward, counted(lambda output=output: output.sum().backward())[0]))
     assert counts[0] == counts[1]

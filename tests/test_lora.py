@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cupymoe import LowRank, MoEActivation, fused_experts, lora_experts, reference
 from cupymoe.backends import expert_rows, fused, fused_adapters
-from cupymoe.backends.expert_rows import GroupedRows, LoopRows
+from cupymoe.backends.row_products import GroupedRows, LoopRows
 from cupymoe.kernels.lora_back import lora_back
 from cupymoe.kernels.lora_shrink import lora_shrink
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks

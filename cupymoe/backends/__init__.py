@@ -199,6 +199,18 @@ class Backend(Protocol):
     def forward(self, call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, H]`` in the dtype of ``hidden_states``; in ``out``, which is contiguous, where that is given."""
 
+    def forward_batch(
+        self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, *, keeps_others: bool
+    ) -> None:
+        """Write the rows that count of ``output``, ``[E, max_tokens, H]``, contiguous and 16-byte aligned.
+
+        Args:
+            call: as of rows that each chose one expert, which it serves.
+            batch: what is computed.
+            output: where it goes.
+            keeps_others: whether its other rows must stay as they are.
+        """
+
     def forward_keeping(self, call: ExpertsCall, tensors: ExpertsTensors) -> tuple[torch.Tensor, Kept]:
         """The output of :meth:`forward`, the same bits, and what the gradients are computed from."""
 

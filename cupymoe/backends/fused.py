@@ -21,6 +21,7 @@ from cupymoe.backends import (
 from cupymoe.backends.fused_adapters import packed_adapters, step
 from cupymoe.backends.fused_backward import new_kept, tile_shape
 from cupymoe.backends.fused_codes import scales_of, stored_weights
+from cupymoe.backends.fused_products import down_product, up_product
 from cupymoe.kernels import expert_stream, sort_by_expert, stored_weight, unsorted_pairs
 from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.coded_tiles import coded_slots
@@ -29,11 +30,7 @@ from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
-from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
-from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
@@ -144,19 +141,16 @@ class FusedBackend:
             return tiles(call, tensors, out, kept)
         return stream(call, tensors, out, kept, arch)
 
-    def forward_batch(self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
-        """Write the rows that count of ``output``, ``[E * max_tokens, H]``, contiguous and 16-byte aligned.
-
-        Args:
-            call: as of rows that each chose one expert, which it serves.
-            batch: what is computed.
-            output: where it goes.
-        """
+    def forward_batch(
+        self, call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, *, keeps_others: bool
+    ) -> None:
+        """See :class:`cupymoe.backends.Backend`; other rows are never written."""
+        rows = output.flatten(0, 1)
         arch = self.build or _arch_of(batch.hidden_states.get_device())
         if _is_tiled(call, arch):
-            fused_batched.tiles(call, batch, output)
+            fused_batched.tiles(call, batch, rows)
         else:
-            fused_batched.stream(call, batch, output, arch)
+            fused_batched.stream(call, batch, rows, arch)
 
     def backward(
         self,
@@ -329,17 +323,11 @@ def tiles(
     gate_up, up_low, down_low = (None, None, None) if kept is None else kept
     up_step = step(of_gate_up, hidden_states, pairs, up_low, gathered=True)
     of_gate_up_codes, of_down_codes = scales_of(call, tensors)
-    if of_gate_up_codes is None:
-        intermediate = experts_up_wgmma(hidden_states, gate_up_proj, pairs, shape, gate_up_bias, gate_up, up_step)
-    else:
-        intermediate = experts_up_codes_wgmma(
-            hidden_states, gate_up_proj, of_gate_up_codes, pairs, shape, gate_up_bias, gate_up
-        )
+    intermediate = up_product(
+        hidden_states, gate_up_proj, of_gate_up_codes, pairs, shape, gate_up_bias, gate_up, up_step
+    )
     down_step = step(of_down, intermediate, pairs, down_low, gathered=False)
-    if of_down_codes is None:
-        expert_output = experts_down_wgmma(intermediate, down_proj, pairs, shape, down_bias, down_step)
-    else:
-        expert_output = experts_down_codes_wgmma(intermediate, down_proj, of_down_codes, pairs, shape, down_bias)
+    expert_output = down_product(intermediate, down_proj, of_down_codes, pairs, shape, down_bias, down_step)
     return combine(expert_output, pairs.slot_of_pair, top_k_weights, out, few=shape.few_pairs > 0)
 
 

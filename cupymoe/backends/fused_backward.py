@@ -20,9 +20,10 @@ import torch
 
 from cupymoe.backends import DIFFERENTIABLE, ExpertsCall, ExpertsTensors, Kept
 from cupymoe.backends.adapters import lay_out_gradients
-from cupymoe.backends.expert_rows import GroupedRows, KernelRows, SimtRows, dot_with_bias, in_local_experts
+from cupymoe.backends.expert_rows import dot_with_bias, in_local_experts
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
 from cupymoe.backends.fused_codes import stored_weights
+from cupymoe.backends.row_products import GroupedRows, KernelRows, SimtRows
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import TileShape, cut, few_pairs, tile_shape_of

@@ -16,17 +16,14 @@ import torch
 
 from cupymoe.backends import BatchTensors, ExpertsCall
 from cupymoe.backends.fused_codes import scales_of, stored_weights
+from cupymoe.backends.fused_products import down_product, up_product
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
 from cupymoe.kernels.expert_tiles import MANY_SLOTS, TileShape, batch_cuts, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
-from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
-from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
-from cupymoe.kernels.plan_batch import BatchSlots, plan_batch, plan_batch_chunks
+from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
 from cupymoe.kernels.stored_weight import StoredWeight
 
 
@@ -46,31 +43,12 @@ def tiles(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
     stored = stored_weights(call, batch)
     shapes = _tile_shapes(call, stored)
     plans = plan_batch(batch.expert_num_tokens, batch.max_tokens, MANY_SLOTS if len(shapes) > 1 else None)
-    if stored:
-        (slots,), (shape,) = plans, shapes
-        _coded_tiles(call, batch, output, slots, shape)
-        return
-    rows = batch.rows
-    intermediate = rows.new_empty((len(rows), call.intermediate_size))
-    for slots, shape in zip(plans, shapes, strict=True):
-        experts_up_wgmma(rows, batch.gate_up_proj, slots, shape, out=intermediate)
-    for slots, shape in zip(plans, shapes, strict=True):
-        experts_down_wgmma(intermediate, batch.down_proj, slots, shape, out=output)
-
-
-def _coded_tiles(
-    call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, slots: BatchSlots, shape: TileShape
-) -> None:
-    """With at least one quantised weight."""
     of_gate_up, of_down = scales_of(call, batch)
-    if of_gate_up is None:
-        intermediate = experts_up_wgmma(batch.rows, batch.gate_up_proj, slots, shape)
-    else:
-        intermediate = experts_up_codes_wgmma(batch.rows, batch.gate_up_proj, of_gate_up, slots, shape)
-    if of_down is None:
-        experts_down_wgmma(intermediate, batch.down_proj, slots, shape, out=output)
-    else:
-        experts_down_codes_wgmma(intermediate, batch.down_proj, of_down, slots, shape, out=output)
+    intermediate = batch.rows.new_empty((len(batch.rows), call.intermediate_size))
+    for slots, shape in zip(plans, shapes, strict=True):
+        up_product(batch.rows, batch.gate_up_proj, of_gate_up, slots, shape, out=intermediate)
+    for slots, shape in zip(plans, shapes, strict=True):
+        down_product(intermediate, batch.down_proj, of_down, slots, shape, out=output)
 
 
 @functools.lru_cache(maxsize=4096)

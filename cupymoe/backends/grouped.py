@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from cupymoe.backends import Direction, ExpertsCall, ampere_reason, row_packs_reason
-from cupymoe.backends.expert_rows import GroupedRows, RowsBackend, dequantised
+from cupymoe.backends.expert_rows import RowsBackend, dequantised
+from cupymoe.backends.row_products import GroupedRows
 from cupymoe.kernels import sort_by_expert
 
 

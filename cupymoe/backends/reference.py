@@ -8,7 +8,8 @@ import torch
 
 from cupymoe import gradients, reference
 from cupymoe.backends import Direction, ExpertsCall, ExpertsTensors, Kept
-from cupymoe.backends.expert_rows import LoopRows, RowsBackend, in_local_experts, on_demand
+from cupymoe.backends.expert_rows import RowsBackend, in_local_experts, on_demand
+from cupymoe.backends.row_products import LoopRows
 
 _OF_TOKENS = ("hidden_states", "top_k_index", "top_k_weights")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cupymoe.backends import Direction, ExpertsCall, ampere_reason
-from cupymoe.backends.expert_rows import RowsBackend, SimtRows, dequantised
+from cupymoe.backends.expert_rows import RowsBackend, dequantised
+from cupymoe.backends.row_products import SimtRows
 from cupymoe.kernels import sort_by_expert
 from cupymoe.kernels.dtypes import SCALARS
 

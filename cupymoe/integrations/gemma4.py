@@ -13,7 +13,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, check_replaceable, let_compute_as, own_forward, runs_as
 from cupymoe.integrations import numerics_of
-from cupymoe.integrations.transformers import served
+from cupymoe.integrations.served import served
 from cupymoe.modules import Gemma4Router
 
 _ROUTER_FORWARDS = (
@@ -67,6 +67,8 @@ class Gemma4TextRouter(Gemma4Router, modeling_gemma4.Gemma4TextRouter):  # type:
 
     Its ``config`` and ``norm`` stay transformers' own, and each call reads them, as it does in transformers.
     """
+
+    norm: Any
 
     @property
     def numerics(self) -> str:  # type: ignore[override]

@@ -38,7 +38,7 @@ def _arguments(experts: Any) -> tuple[tuple[Weight, Weight], dict[str, Any]] | N
         gate_up_proj, down_proj, gate_up_bias, down_bias = experts.projections()
         activation, keep, numerics = experts.activation, experts.keep, experts.numerics
     elif is_set_to_cupymoe(experts):
-        from cupymoe.integrations.transformers import served
+        from cupymoe.integrations.served import served
 
         try:
             gate_up_proj, down_proj, gate_up_bias, down_bias, activation = served(experts)

@@ -58,6 +58,7 @@ def experts_up_codes_wgmma(
     shape: TileShape,
     bias: torch.Tensor | None = None,
     gate_up: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
 
@@ -69,9 +70,11 @@ def experts_up_codes_wgmma(
         pairs: the sorted pairs; takes its first ticket counter.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
+        out: as of :func:`experts_up_wgmma`.
     """
     device = hidden_states.device.index
-    intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
+    sizes = pairs.token_of_slot.shape[0], shape.intermediate_size
+    intermediate = hidden_states.new_empty(sizes) if out is None else out
     run, blocks, tiling, order = _plan(shape, device)
     rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)
     run(

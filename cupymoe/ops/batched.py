@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cupymoe.backends import BatchTensors, select
-from cupymoe.backends.fused import FusedBackend
 from cupymoe.ops.activation import member_of
 from cupymoe.ops.experts import experts_call
 from cupymoe.ops.register import on_device_of, register
@@ -45,13 +44,7 @@ def _compute(arguments: tuple[Any, ...], output: torch.Tensor, *, is_given: bool
     )
     chosen = select("auto", call)
     with on_device_of(output):
-        if isinstance(chosen, FusedBackend):
-            chosen.forward_batch(call, batch, output.flatten(0, 1))
-        elif is_given:
-            computed = chosen.forward(call, batch.as_routed()).view(output.shape)
-            output.copy_(torch.where(batch.counted.unsqueeze(2), computed, output))
-        else:
-            chosen.forward(call, batch.as_routed(), output.flatten(0, 1))
+        chosen.forward_batch(call, batch, output, keeps_others=is_given)
 
 
 def _batched_experts(*arguments: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-_library = torch.library.Library("cupymoe", "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("cupymoe", "DEF")
 
 _autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -28,8 +28,8 @@ def register(
 ) -> None:
     """Define ``torch.ops.cupymoe.<name of schema>`` for every device."""
     name = schema.partition("(")[0]
-    _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, forward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.define(schema)
+    _library.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cupymoe::{name}", fake, lib=_library)
     overload = getattr(torch.ops.cupymoe, name).default
 
@@ -39,9 +39,9 @@ def register(
             return overload(*arguments)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
+        _library.impl(name, without_autocast, key)
     if backward is not None and setup_context is not None:
-        _library.impl(name, _with_autograd(overload, backward, setup_context), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+        _library.impl(name, _with_autograd(overload, backward, setup_context), "Autograd", with_keyset=True)
 
 
 def _with_autograd(
@@ -84,7 +84,7 @@ def _with_autograd(
 def _refuse_tangents(overload: Any, arguments: tuple[Any, ...]) -> None:
     """Forward-mode differentiation would take what an op returns for a constant, and give zeros without a word."""
     for each in arguments:
-        if isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None:  # type: ignore[no-untyped-call]
+        if isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None:
             raise NotImplementedError(
                 f"{overload} has no forward-mode derivative (jvp, jacfwd, make_dual): differentiate backwards, or call "
                 "cupymoe.reference, which is plain torch"

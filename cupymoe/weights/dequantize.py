@@ -73,7 +73,7 @@ def _fastest(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Te
 class WeightOnDemand:
     """A quantised weight for whoever computes with weights as they are, an expert or a few of them at a time.
 
-    It has what the products of :mod:`cupymoe.reference` and :mod:`cupymoe.backends.expert_rows` ask of a tensor
+    It has what the products of :mod:`cupymoe.reference` and :mod:`cupymoe.backends.row_products` ask of a tensor
     ``[E, out, in]``, and is never dequantised as a whole.
     """
 

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 from cupymoe import MoEActivation, checkpoint, reference
 from cupymoe.backends.reference import ReferenceBackend
-from cupymoe.cli import verify
-from cupymoe.verification import checkpoint as layers
-from cupymoe.verification import routing
-from cupymoe.verification.result import Setting
+from cupymoe.tools.cli import verify
+from cupymoe.tools.verification import checkpoint as layers
+from cupymoe.tools.verification import routing
+from cupymoe.tools.verification.result import Setting
 from tests.checkpoint.helpers import (
     CONFIG,
     DOWN,

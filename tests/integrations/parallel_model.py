@@ -81,7 +81,7 @@ if __name__ == "__main__":
     folder, kind, name = sys.argv[1:]
     if kind in ("ddp", "fsdp2"):
         torch.distributed.init_process_group("gloo")
-        cupymoe.functional._may_keep_gate_up = lambda *_: torch.is_grad_enabled()  # as on CUDA
+        cupymoe.calls._may_keep_gate_up = lambda *_: torch.is_grad_enabled()  # as on CUDA
         cupymoe.ops.keeps_gate_up = lambda *_: True
         for checkpointing in (False, True):
             check_batch(folder, kind, name, checkpointing)

@@ -15,6 +15,7 @@ from tests.helpers import randomize, transformers_config, transformers_gemma4
 transformers = pytest.importorskip("transformers", minversion="5.0")
 transformers_gemma4()
 integration = pytest.importorskip("cupymoe.integrations.transformers")
+served = pytest.importorskip("cupymoe.integrations.served")
 
 SIZES = {
     "vocab_size": 64,
@@ -168,7 +169,7 @@ def test_gradients_are_eager_s(model):
 def test_an_activation_is_the_member_that_computes_it(name):
     """Erf and tanh differ by 4.7e-4, and so hardly show in the logits."""
     activation = transformers.activations.ACT2FN[name]
-    member = integration.act_fn_of(SimpleNamespace(act_fn=activation))
+    member = served.act_fn_of(SimpleNamespace(act_fn=activation))
     assert member is MoEActivation.from_str(name)
     input = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     torch.testing.assert_close(moe_activation(member.without_mul(), input), activation(input), rtol=0, atol=1e-8)
@@ -243,7 +244,7 @@ def test_a_property_that_a_newer_transformers_has_is_served_at_its_default():
     def decorator(experts_class=None, *, has_gate=True, has_bias=False, has_tails=False, is_flat=True):
         pass
 
-    properties = integration._properties(decorator)
+    properties = served._properties(decorator)
     assert properties["has_tails"] == (False, "its has_tails is True, of which cupymoe knows nothing")
     assert properties["is_flat"] == (True, "its is_flat is False, of which cupymoe knows nothing")
     assert "has_gate" not in properties
@@ -251,7 +252,7 @@ def test_a_property_that_a_newer_transformers_has_is_served_at_its_default():
 
 def test_a_property_that_cupymoe_does_not_know_is_named(monkeypatch):
     experts = randomize(gemma4().model.layers[0].experts)
-    monkeypatch.setitem(integration._ALL_PROPERTIES, "has_tails", (False, "its has_tails is True"))
+    monkeypatch.setitem(served._ALL_PROPERTIES, "has_tails", (False, "its has_tails is True"))
     assert integration.served(experts).activation is MoEActivation.GELU_TANH
     experts.has_tails = True
     with pytest.raises(ValueError, match="does not serve Gemma4TextExperts: its has_tails is True"):

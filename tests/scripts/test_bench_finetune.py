@@ -10,25 +10,21 @@ from tests.helpers import transformers_gemma4
 
 pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("peft", minversion="0.21")
+
+from scripts import bench_finetune
+
 transformers_gemma4()
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and PEFT's own
 
 
-@pytest.fixture(scope="module")
-def bench_finetune():
-    import bench_finetune
-
-    return bench_finetune
-
-
 @pytest.fixture
-def bench(bench_finetune):
+def bench():
     torch.manual_seed(0)
     return bench_finetune.FinetuneBench(bench_finetune.small_plan(), torch.device("cpu"))
 
 
 @pytest.mark.slow
-def test_small_trains_every_recipe_and_writes_nothing(bench_finetune, tmp_path):
+def test_small_trains_every_recipe_and_writes_nothing(tmp_path):
     result = CliRunner().invoke(bench_finetune.main, ["--small", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for recipe in bench_finetune.RECIPES:
@@ -38,9 +34,9 @@ def test_small_trains_every_recipe_and_writes_nothing(bench_finetune, tmp_path):
 
 
 @pytest.mark.slow
-def test_losses_fall_and_both_are_alike(bench_finetune, bench, tmp_path):
+def test_losses_fall_and_both_are_alike(bench, tmp_path):
     """And readme_table.py renders finetune.json."""
-    import readme_table
+    from scripts import readme_table
 
     found = bench.run()
     assert bench_finetune.failures(found) == []
@@ -57,13 +53,13 @@ def test_losses_fall_and_both_are_alike(bench_finetune, bench, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_it_says_so(bench_finetune):
+def test_without_a_gpu_it_says_so():
     result = CliRunner().invoke(bench_finetune.main, [])
     assert result.exit_code == 1
     assert "measures a CUDA GPU" in result.output
 
 
-def test_the_loss_in_chunks_is_the_model_s(bench_finetune, bench):
+def test_the_loss_in_chunks_is_the_model_s(bench):
     ids = bench.batches[0]
     expected = bench.model(ids, labels=ids, use_cache=False).loss.item()
     assert bench_finetune.loss_of(bench.model, ids, 7).item() == pytest.approx(expected, rel=2e-2)
@@ -71,7 +67,7 @@ def test_the_loss_in_chunks_is_the_model_s(bench_finetune, bench):
 
 @pytest.mark.parametrize("contender", ["grouped_mm", "cupymoe"])
 @pytest.mark.parametrize("recipe", [0, 1])
-def test_only_the_recipe_s_adapters_are_trained(bench_finetune, bench, monkeypatch, recipe, contender):
+def test_only_the_recipe_s_adapters_are_trained(bench, monkeypatch, recipe, contender):
     """In float32, by the contender that is named; and the model is as before afterwards."""
     from cupymoe.integrations.peft import ParamWrapper
 
@@ -98,7 +94,7 @@ def test_only_the_recipe_s_adapters_are_trained(bench_finetune, bench, monkeypat
     assert not bench.model.is_gradient_checkpointing
 
 
-def test_a_difference_beyond_the_noise_fails(bench_finetune):
+def test_a_difference_beyond_the_noise_fails():
     losses = {"grouped_mm": [[3.0, 2.0], [3.0, 2.2]], "cupymoe": [[3.0, 2.1], [3.0, 2.1]]}
     found = bench_finetune.comparison(losses)
     assert found == {"difference": 0.05, "noise": 0.1}

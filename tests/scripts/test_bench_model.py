@@ -10,25 +10,22 @@ from cupymoe import Gemma4Router
 from tests.helpers import transformers_gemma4
 
 pytest.importorskip("transformers", minversion="5.17")
+
+from scripts import bench_model
+from scripts.benchmarks import model_contenders
+
 transformers_gemma4()
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 
-@pytest.fixture(scope="module")
-def bench_model():
-    import bench_model
-
-    return bench_model
-
-
 @pytest.fixture
-def bench(bench_model):
+def bench():
     torch.manual_seed(0)
     return bench_model.ModelBench(bench_model.small_plan(), torch.device("cpu"))
 
 
 @pytest.mark.slow
-def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
+def test_small_runs_every_cell_and_writes_nothing(tmp_path):
     result = CliRunner().invoke(bench_model.main, ["--small", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for cell in ("decode, generate(), batch 1", "decode, generate(), batch 2", "prefill of 12"):
@@ -37,7 +34,7 @@ def test_small_runs_every_cell_and_writes_nothing(bench_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_with_int4_experts(bench_model, tmp_path):
+def test_small_with_int4_experts(tmp_path):
     result = CliRunner().invoke(bench_model.main, ["--small", "--experts", "int4", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for cell in ("decode, step, batch 1", "decode, generate(), batch 2", "prefill of 12"):
@@ -46,7 +43,7 @@ def test_small_with_int4_experts(bench_model, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_report_with_failures_is_written_and_exits_with_1(bench_model, monkeypatch, tmp_path):
+def test_a_report_with_failures_is_written_and_exits_with_1(monkeypatch, tmp_path):
     """The minutes on a GPU are spent."""
     plan = bench_model.small_plan()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -54,7 +51,7 @@ def test_a_report_with_failures_is_written_and_exits_with_1(bench_model, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
     row = {"name": "cupymoe", "steps": 8, "same": 7, "beyond": 8, "beyond_same": 7, "decided": 8, "wrong": 1}
     row |= {"largest_difference": 0.1, "std_of_logits": 1.0, "finite": True}
-    cell = {"what": "prefill", "ms": {name: {"p50": 1.0} for name in bench_model.CONTENDERS}}
+    cell = {"what": "prefill", "ms": {name: {"p50": 1.0} for name in model_contenders.CONTENDERS}}
 
     class Measured:
         def __init__(self, *arguments):
@@ -71,13 +68,13 @@ def test_a_report_with_failures_is_written_and_exits_with_1(bench_model, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_it_says_so(bench_model):
+def test_without_a_gpu_it_says_so():
     result = CliRunner().invoke(bench_model.main, [])
     assert result.exit_code == 1
     assert "measures a CUDA GPU" in result.output
 
 
-def test_the_model_is_gemma_4_26b_a4b_s_text_part(bench_model):
+def test_the_model_is_gemma_4_26b_a4b_s_text_part():
     config = bench_model.gemma4_26b_a4b()
     model = bench_model.build(config, torch.device("meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -97,7 +94,7 @@ def test_weights_are_random(bench):
             assert parameter.float().std() == pytest.approx(0.02, rel=0.2), name
 
 
-def test_steps_are_what_generate_does(bench_model, bench):
+def test_steps_are_what_generate_does(bench):
     """Position, mask and rewinding of the static cache."""
     plan = bench.plan
     prompt = bench_model.random_tokens(plan.config, 2, plan.prompt, device="cpu")
@@ -117,7 +114,7 @@ def test_steps_are_what_generate_does(bench_model, bench):
             assert torch.equal(torch.cat(tokens, 1), expected[:, plan.prompt :])
 
 
-def test_contenders_run_what_they_are_named_for(bench_model, bench):
+def test_contenders_run_what_they_are_named_for(bench):
     layer = bench.contenders.model.model.layers[1]
     for name, implementation, ours in (
         ("cupymoe + router", "cupymoe", True),
@@ -130,16 +127,16 @@ def test_contenders_run_what_they_are_named_for(bench_model, bench):
 
 
 @torch.inference_mode()
-def test_int4_stands_beside_what_it_is_in_bf16(bench_model):
+def test_int4_stands_beside_what_it_is_in_bf16():
     torch.manual_seed(0)
     plan = bench_model.small_plan()
-    bench = bench_model.ModelBench(plan, torch.device("cpu"), bench_model.QuantisedContenders)
+    bench = bench_model.ModelBench(plan, torch.device("cpu"), model_contenders.QuantisedContenders)
     prompt = bench_model.random_tokens(plan.config, 1, plan.prompt, device="cpu")
     layer = bench.contenders.model.model.layers[1]
-    plain = bench.contenders.become(bench_model.BF16)(prompt).logits
+    plain = bench.contenders.become(model_contenders.BF16)(prompt).logits
     parameters = layer.experts.down_proj
     assert parameters.dtype == torch.bfloat16
-    codes = bench.contenders.become(bench_model.INT4)(prompt).logits
+    codes = bench.contenders.become(model_contenders.INT4)(prompt).logits
     assert layer.experts.down_proj.format.name == "int4_g32"
     assert torch.equal(layer.experts.down_proj.dequantize(torch.bfloat16), parameters)
     assert not [name for name, _ in bench.contenders.model.named_parameters() if ".experts." in name]
@@ -155,15 +152,15 @@ def test_int4_stands_beside_what_it_is_in_bf16(bench_model):
 
 
 @pytest.mark.parametrize("cell", ["decode_graph", "generate", "prefill"])
-def test_every_cell_times_the_contender_it_names(bench_model, bench, monkeypatch, cell):
+def test_every_cell_times_the_contender_it_names(bench, monkeypatch, cell):
     ran = {}
 
     def each_once(measure, repeats):
-        for name in bench_model.CONTENDERS:
+        for name in model_contenders.CONTENDERS:
             seen.clear()
             measure(name)
             ran[name] = {*seen}
-        return {name: [1.0] for name in bench_model.CONTENDERS}
+        return {name: [1.0] for name in model_contenders.CONTENDERS}
 
     model, seen = bench.contenders.model, []
     layer = model.model.layers[0]
@@ -203,7 +200,7 @@ def test_logits_that_move_towards_each_other_are_within_rounding(bench):
     assert [found[key] for key in ("same", "beyond", "beyond_same", "decided", "wrong")] == [0, 1, 0, 0, 0]
 
 
-def test_a_wrong_token_fails(bench_model, bench):
+def test_a_wrong_token_fails(bench):
     expected = torch.tensor([[1.0, 0.6, 0.0]])
     row = bench._agreement("cupymoe", expected, expected + 0.1, torch.tensor([1]))
     assert (row["decided"], row["wrong"]) == (1, 1)
@@ -218,7 +215,7 @@ def test_a_wrong_token_fails(bench_model, bench):
 @pytest.mark.slow
 def test_tables_of_a_report(bench, tmp_path):
     """readme_table.py renders model.json."""
-    import readme_table
+    from scripts import readme_table
 
     report = {"device": "x", "date": "y", "versions": {}, "cuda_src_sha256": "z", **bench.run()}
     path = tmp_path / "model.json"

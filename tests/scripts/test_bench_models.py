@@ -8,16 +8,11 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe import Gemma4MoEConfig, reference
+from scripts import bench
+from scripts.benchmarks import models, timing
 from tests.scripts.replayed import Replayed
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def models():
-    import bench_models
-
-    return bench_models
 
 
 @pytest.mark.parametrize(
@@ -33,7 +28,7 @@ def models():
         ("phi-3.5-moe", "phimoe", "PhimoeConfig", "intermediate_size"),
     ],
 )
-def test_sizes_are_those_of_transformers_default_configs(models, name, module, config, intermediate):
+def test_sizes_are_those_of_transformers_default_configs(name, module, config, intermediate):
     theirs = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), config)()
     num_experts = next(
         getattr(theirs, field)
@@ -45,7 +40,7 @@ def test_sizes_are_those_of_transformers_default_configs(models, name, module, c
     )
 
 
-def test_other_sizes_and_the_ranks(models):
+def test_other_sizes_and_the_ranks():
     """GPT-OSS's and OLMoE's published configs are not the defaults of their classes."""
     sizes = {name: (m.config.num_experts, m.config.top_k_experts) for name, m in models.MODELS.items()}
     assert sizes["gpt-oss-20b"] == (32, 4)
@@ -69,17 +64,17 @@ def test_other_sizes_and_the_ranks(models):
         ("gpt-oss-20b", 4, 4, 4 * (3 * 2880 * 2880 + 3 * 2880) * 2 / 3.05e9),
     ],
 )
-def test_floors(models, name, hit_experts, pairs, expected):
+def test_floors(name, hit_experts, pairs, expected):
     assert models.floor_ms(models.MODELS[name], hit_experts, pairs) == pytest.approx(expected)
 
 
-def test_a_floor_computed_by_hand(models):
+def test_a_floor_computed_by_hand():
     """128 experts of 11,894,784 bytes are 1,522,532,352, which take 499.19 us at 3.05 TB/s."""
     assert models.floor_ms(models.MODELS["gemma4-26b"], 128, 1024) == pytest.approx(0.49919, abs=1e-5)
 
 
 @pytest.fixture
-def small(models, monkeypatch):
+def small(monkeypatch):
     """The regime at sizes that a CPU computes, three models of it."""
     found = {
         "gated": models.Model(Gemma4MoEConfig(32, 24, 16, 4, "gelu_pytorch_tanh"), ranks=(1, 8)),
@@ -90,7 +85,7 @@ def small(models, monkeypatch):
     return found
 
 
-def test_pairs_of_other_ranks_are_masked_as_transformers_masks_them(models, small):
+def test_pairs_of_other_ranks_are_masked_as_transformers_masks_them(small):
     layers = models.make_layers(small["gated"], 8, "cpu")
     assert [layer.num_experts for layer in layers] == [2, 2, 2]
     cases = models.cases_of(models.Cell("gated", 8, 40), layers)
@@ -105,14 +100,14 @@ def test_pairs_of_other_ranks_are_masked_as_transformers_masks_them(models, smal
     assert pairs == (index < 2).sum() / len(cases)
 
 
-def test_every_expert_is_here_without_ranks(models, small):
+def test_every_expert_is_here_without_ranks(small):
     layers = models.make_layers(small["gated"], 1, "cpu")
     cases = models.cases_of(models.Cell("gated", 1, 40), layers)
     assert models.kept(cases) == (16, 160)
     assert all((case.inputs.top_k_weights > 0).all() for case in cases)
 
 
-def test_layers_take_turns_by_their_size(models, small, monkeypatch):
+def test_layers_take_turns_by_their_size(small, monkeypatch):
     bytes_of_layer = models.empty_weights(small["gated"], 1, "cpu").nbytes
     assert bytes_of_layer == 16 * 3 * 32 * 24 * 2
     monkeypatch.setattr(models, "SEVERAL_LAYERS", 4 * bytes_of_layer + 1)
@@ -121,14 +116,14 @@ def test_layers_take_turns_by_their_size(models, small, monkeypatch):
     assert len(models.make_layers(small["gated"], 1, "cpu")) == 2
 
 
-def test_gpt_oss_has_biases_and_lies_transposed(models, small):
+def test_gpt_oss_has_biases_and_lies_transposed(small):
     weights = models.empty_weights(small["gpt-oss"], 1, "cpu")
     assert [tuple(tensor.shape) for tensor in weights] == [(6, 48, 32), (6, 32, 24), (6, 48), (6, 32)]
     assert weights.gate_up_proj.transpose(1, 2).is_contiguous()
     assert weights.down_proj.transpose(1, 2).is_contiguous()
 
 
-def test_some_tokens_in_float64_are_those_of_the_reference(models, small):
+def test_some_tokens_in_float64_are_those_of_the_reference(small):
     layers = models.make_layers(small["gated"], 8, "cpu")
     case = models.cases_of(models.Cell("gated", 8, 40), layers)[0]
     rows, truth = models.oracle_of(small["gated"].config, case, 7)
@@ -140,7 +135,7 @@ def test_some_tokens_in_float64_are_those_of_the_reference(models, small):
     torch.testing.assert_close(truth, all_rows[rows])
 
 
-def test_every_model_has_a_peer(models):
+def test_every_model_has_a_peer():
     for model in models.MODELS.values():
         for ep in model.ranks:
             module = models.transformers_module(model, ep, models.empty_weights(model, ep, "meta"))
@@ -151,7 +146,7 @@ def test_every_model_has_a_peer(models):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to compile for")
-def test_a_cell_that_can_t_be_compiled_ahead_says_why(models, small):
+def test_a_cell_that_can_t_be_compiled_ahead_says_why(small):
     assert models.compile_cell(models.Cell("gated", 1, 1)) is not None
 
 
@@ -159,9 +154,9 @@ TIMES = {name: {"p20": 0.9, "p50": 1.0, "p80": 1.1} for name in ("cupymoe", "gro
 
 
 @pytest.fixture
-def on_cpu(models, small, monkeypatch):
+def on_cpu(small, monkeypatch):
     """Without compilations, and with times that are made up."""
-    ceilings = importlib.import_module("bench_timing").Ceilings(3.0, 700.0)
+    ceilings = timing.Ceilings(3.0, 700.0)
     monkeypatch.setattr(models, "compile_ahead", lambda cells: None)
     monkeypatch.setattr(models, "measure_ceilings", lambda buffer, parts: ceilings)
     monkeypatch.setattr(models, "CEILING_BYTES", 64)
@@ -172,7 +167,7 @@ def on_cpu(models, small, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
-def test_rows_of_a_run(models, small, capsys):
+def test_rows_of_a_run(small, capsys):
     found, failures = models.measure_models(tuple(small), (1, 40), torch.device("cpu"))
     assert failures == []
     assert found["ceilings"] == {"read_tbs": 3.0, "bf16_tflops": 700.0}
@@ -197,7 +192,7 @@ def test_rows_of_a_run(models, small, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
-def test_a_wrong_output_fails_the_run(models, monkeypatch):
+def test_a_wrong_output_fails_the_run(monkeypatch):
     kept = models.fused_experts
     monkeypatch.setattr(models, "fused_experts", lambda *a, **k: kept(*a, **k) * 1.01)
     found, failures = models.measure_models(("gated",), (40,), torch.device("cpu"))
@@ -207,7 +202,7 @@ def test_a_wrong_output_fails_the_run(models, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
-def test_a_cell_that_fails_does_not_end_the_run(models, monkeypatch):
+def test_a_cell_that_fails_does_not_end_the_run(monkeypatch):
     kept = models.fused_experts
 
     def fails(states, *arguments, **settings):
@@ -223,7 +218,7 @@ def test_a_cell_that_fails_does_not_end_the_run(models, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu", "small")
-def test_how_many_experts_there_are_is_said_where_ranks_share_them(models, monkeypatch):
+def test_how_many_experts_there_are_is_said_where_ranks_share_them(monkeypatch):
     said = []
     kept = models.fused_experts
 
@@ -238,7 +233,7 @@ def test_how_many_experts_there_are_is_said_where_ranks_share_them(models, monke
     assert set(said[len(said) // 2 :]) == {16}
 
 
-def test_only_a_run_of_all_cells_writes_the_report_of_all(models):
+def test_only_a_run_of_all_cells_writes_the_report_of_all():
     names, tokens = tuple(models.MODELS), models.TOKENS
     assert models.report_name(names, tokens) == "models"
     assert models.report_name(names, (*tokens, 2)) == "models"
@@ -246,9 +241,7 @@ def test_only_a_run_of_all_cells_writes_the_report_of_all(models):
     assert models.report_name(names, tokens[1:]) == "models-part"
 
 
-def test_a_partial_run_leaves_the_report_of_all_cells_as_it_is(models, tmp_path, monkeypatch):
-    import bench
-
+def test_a_partial_run_leaves_the_report_of_all_cells_as_it_is(tmp_path, monkeypatch):
     def measure(names, tokens, device):
         rows = [{"model": name, "ep": 1, "tokens": n, "floor_ms": 0.5, "ms": TIMES} for name in names for n in tokens]
         return {"rows": rows}, []
@@ -283,8 +276,6 @@ def test_a_partial_run_leaves_the_report_of_all_cells_as_it_is(models, tmp_path,
     ],
 )
 def test_refused_models(arguments, said):
-    import bench
-
     result = CliRunner().invoke(bench.main, arguments)
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())

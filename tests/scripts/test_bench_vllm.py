@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 
 @pytest.fixture
 def bench_vllm(monkeypatch):
-    import bench_vllm
+    from scripts import bench_vllm
 
     class Graph(Replayed):
         def _replace(self, outputs):

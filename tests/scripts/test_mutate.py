@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections import Counter
 
-import mutate
 import pytest
 
 from cupymoe.kernels import catalog, cuda_sources, jit
 from cupymoe.kernels.arch import ARCHITECTURES, HOPPER
+from scripts import mutate
 from tests.helpers import ROOT, compiled
 
 CUDA = [mutation for mutation in mutate.MUTATIONS if mutation.source]

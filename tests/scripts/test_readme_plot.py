@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("matplotlib")
 
-from readme_plot import figure, main
+from scripts.readme_plot import figure, main
 
 REPORT = {
     "device": "a GPU",

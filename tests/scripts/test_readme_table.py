@@ -5,15 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cupymoe.reports import kernel_hashes
+from cupymoe.tools.reports import kernel_hashes
+from scripts import readme_table
+from scripts.benchmarks import tables
 from tests.helpers import ROOT
-
-
-@pytest.fixture(scope="module")
-def readme_table():
-    import readme_table
-
-    return readme_table
 
 
 def read(path):
@@ -26,10 +21,10 @@ def lines_of(part):
     return len({(row["model"], row["ep"]) for row in part} if of_models else part)
 
 
-def test_committed_reports(readme_table):
+def test_committed_reports():
     parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy", "recipes")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
-    shown = [(readme_table.heading(report), report[part]) for report in reports for part in parts if part in report]
+    shown = [(tables.heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line]
@@ -37,24 +32,24 @@ def test_committed_reports(readme_table):
     assert len(lines) == sum(3 + lines_of(part) for _, part in shown)
 
 
-def test_the_readme_s_tables_are_of_the_committed_reports(readme_table):
+def test_the_readme_s_tables_are_of_the_committed_reports():
     names = ("decode", "prefill", "model")
     decode, prefill, model = (read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names)
     training = read(ROOT / "benchmarks" / "nvidia-h200" / "training.json")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_table.experts_table(readme_table.together([decode, prefill])) in readme
-    assert readme_table.model_table(model) in readme
-    assert readme_table.training_table(training) in readme
+    assert tables.experts_table(tables.together([decode, prefill])) in readme
+    assert tables.model_table(model) in readme
+    assert tables.training_table(training) in readme
     finetune = read(ROOT / "benchmarks" / "nvidia-h200" / "finetune.json")
-    assert readme_table.finetune_table(finetune) in readme
+    assert tables.finetune_table(finetune) in readme
 
 
 MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
 
 
 @pytest.mark.skipif(not MODELS.exists(), reason="no report of other models' sizes is committed")
-def test_the_readme_s_table_of_models_is_of_the_committed_report(readme_table):
-    assert readme_table.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_s_table_of_models_is_of_the_committed_report():
+    assert tables.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def times(**medians):
@@ -242,24 +237,24 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
         ),
     ],
 )
-def test_a_row_of_each_table(readme_table, table, report, header, row):
-    lines = [" ".join(line.split()) for line in getattr(readme_table, table)(report).splitlines()]
+def test_a_row_of_each_table(table, report, header, row):
+    lines = [" ".join(line.split()) for line in getattr(tables, table)(report).splitlines()]
     assert (lines[0], lines[-1]) == (header, row)
 
 
-def test_models_of_one_rank_and_of_many_have_lines_of_their_own(readme_table):
+def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
     """The ratio to the floor of each number of tokens, and in brackets how many times as fast as the peer."""
     both = times(cupymoe=0.1, grouped_mm=0.09)
     rows = [{"model": "a", "ep": ep, "tokens": 4, "floor_ms": 0.08, "ms": both} for ep in (1, 8)]
-    lines = readme_table.models_table({"rows": rows}).splitlines()
+    lines = tables.models_table({"rows": rows}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "a, one of 8 ranks"]
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["1.25 (0.90x)"] * 2
 
 
-def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise(readme_table):
+def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise():
     first = {"device": "first", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
     last = {"device": "last", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
-    assert readme_table.together([first, last]) == {
+    assert tables.together([first, last]) == {
         "device": "last",
         "rows": [{"tokens": 1, "of": "first"}, {"tokens": 4, "of": "last"}, {"tokens": 8, "of": "last"}],
     }
@@ -272,28 +267,28 @@ def report(tmp_path):
     return path
 
 
-def check_report(readme_table, benchmarks):
+def check_report(benchmarks):
     result = CliRunner().invoke(readme_table.main, ["--check-report", "--benchmarks", str(benchmarks)])
     assert result.exit_code == 0, result.output
     return result.output
 
 
-def test_a_report_of_the_present_kernels_is_not_stale(readme_table, tmp_path, report):
+def test_a_report_of_the_present_kernels_is_not_stale(tmp_path, report):
     report.write_text(json.dumps({"kernels": kernel_hashes(["route"])}))
-    assert check_report(readme_table, tmp_path) == ""
+    assert check_report(tmp_path) == ""
 
 
-def test_a_stale_report_is_named_with_the_reason(readme_table, tmp_path, report):
+def test_a_stale_report_is_named_with_the_reason(tmp_path, report):
     report.write_text(json.dumps({"kernels": {"route": "0123"}}))
-    assert check_report(readme_table, tmp_path) == f"stale report: {report}: route is changed since\n"
+    assert check_report(tmp_path) == f"stale report: {report}: route is changed since\n"
 
 
-def test_no_report(readme_table, tmp_path):
+def test_no_report(tmp_path):
     result = CliRunner().invoke(readme_table.main, ["--benchmarks", str(tmp_path)])
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_lora(readme_table, tmp_path):
+def test_lora(tmp_path):
     row = {"tokens": 1, "adapters": "bf16", "ms": {"plain": {"p50": 0.05}, "cupymoe": {"p50": 0.15}}, "error": 0.003}
     path = tmp_path / "lora.json"
     path.write_text(json.dumps({"device": "x", "date": "y", "versions": {}, "rank": 16, "rows": [row]}))

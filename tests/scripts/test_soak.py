@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-import soak
 import torch
 
+from scripts import soak
 from tests.helpers import ROOT
 
 SCRIPT = ROOT / "scripts" / "soak.py"

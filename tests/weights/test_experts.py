@@ -22,8 +22,8 @@ from cupymoe import (
     quantize,
     reference,
 )
-from cupymoe.backends import expert_rows
-from cupymoe.backends.expert_rows import GroupedRows
+from cupymoe.backends import row_products
+from cupymoe.backends.row_products import GroupedRows
 from cupymoe.weights import FORMATS
 from cupymoe.weights.dequantize import WeightOnDemand
 from tests.helpers import (
@@ -289,7 +289,7 @@ def test_products_of_a_few_experts_at_a_time(monkeypatch, counts, at_once, trans
     on_demand = WeightOnDemand(weight.format, weight.shape, weight.tensors(), torch.bfloat16)
     if transposed:
         dequantized, on_demand = dequantized.transpose(1, 2), on_demand.transpose(1, 2)
-    monkeypatch.setattr(expert_rows, "_DEQUANTIZED_AT_ONCE", at_once * 64 * 32)
+    monkeypatch.setattr(row_products, "_DEQUANTIZED_AT_ONCE", at_once * 64 * 32)
     whole = []
     experts = WeightOnDemand.experts
     monkeypatch.setattr(WeightOnDemand, "experts", lambda *args: whole.append(experts(*args)) or whole[-1])
@@ -327,7 +327,7 @@ def test_on_gpu(monkeypatch, formats, backend):
     case.top_k_index[::3, 0] = -1
     fused_experts(*case, activation="gelu_tanh", backend=backend)  # values of the codes come to the device once
     at_once = check_on_gpu(case, exact, backend, BOUND[backend])
-    monkeypatch.setattr(expert_rows, "_DEQUANTIZED_AT_ONCE", 3 * 256 * 256)
+    monkeypatch.setattr(row_products, "_DEQUANTIZED_AT_ONCE", 3 * 256 * 256)
     torch.testing.assert_close(check_on_gpu(case, exact, backend, BOUND[backend]), at_once)
 
 

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from cupymoe import fused_experts
-from cupymoe.cli import verify
+from cupymoe.tools.cli import verify
 from tests.checkpoint.quantised.layers import FAMILIES, LAYER, PREFIX, fused, per_expert, write
 from tests.checkpoint.quantised.stored import KINDS
 
@@ -47,7 +47,7 @@ def test_a_backend_that_reads_other_weights_fails(tmp_path, monkeypatch):
         gate_up_proj.scales.mul_(1.05)
         return fused_experts(states, gate_up_proj, *args, **settings)
 
-    monkeypatch.setattr("cupymoe.verification.experts.fused_experts", wrong)
+    monkeypatch.setattr("cupymoe.tools.verification.experts.fused_experts", wrong)
     code, (check,) = run_verify(path)
     assert (code, check["status"]) == (1, "fail")
 
