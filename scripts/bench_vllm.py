@@ -32,7 +32,7 @@ from bench_timing import capture, free_memory, time_in_turn
 from readme_table import Report, heading, vllm_table
 
 from cupymoe import Gemma4MoEConfig
-from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm.served import refusal
 
 OURS, THEIRS = "cupymoe", "vllm_triton"
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
@@ -49,7 +49,9 @@ Apply = Callable[..., torch.Tensor]
 def experts_class(name: str) -> type[Any]:
     """Of vLLM's kind, by the name that the report has."""
     if name == OURS:
-        return plugin.experts_classes()[0]
+        from cupymoe.integrations.vllm.experts import CupymoeExperts
+
+        return CupymoeExperts
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     return TritonExperts  # type: ignore[no-any-return]
@@ -89,7 +91,7 @@ def kernel_of(name: str, moe: Any) -> Apply:
     )
 
     experts = experts_class(name)
-    if name == OURS and (reason := plugin.refusal(moe, experts)):
+    if name == OURS and (reason := refusal(moe, experts)):
         raise click.ClickException(f"cupymoe does not serve vLLM's layer here: {reason}")
     made = make_unquantized_moe_kernel(FUSED_MOE_UNQUANTIZED_CONFIG, moe, UnquantizedMoeBackend.TRITON, experts)
     return partial(
