@@ -187,8 +187,8 @@ class TestRegister:
         class Theirs:
             pass
 
+        unregister()
         monkeypatch.setitem(op_registry_oot, NAME, Theirs)
-        plugin._register.cache_clear()
         with pytest.raises(RuntimeError, match=r"replaced by Theirs: name one of the two in VLLM_PLUGINS"):
             plugin.register()
 

@@ -311,6 +311,20 @@ class TestLoading:
             weights = int_wna16._unpack_and_dequant_int4_gptq(packed, scales, zeros, True, torch.float64)
             assert torch.equal(layer.quant_method.weight(layer, projection).dequantize(), weights)
 
+    def test_a_file_with_all_experts_in_a_tensor(self, served_here):
+        if not hasattr(RoutedExperts, "_orient_fused_weight"):
+            pytest.skip(f"vLLM {host.vllm.__version__} takes such packed weights for transposed ones")
+        file, fused = checkpoint("int4 g32 zero"), {}
+        for name in ("packed", "scale", "zero_point"):
+            gate, up, down = (
+                torch.stack([file.tensors[f"{expert}.{projection}.weight_{name}"] for expert in range(E)])
+                for projection in ("gate_proj", "up_proj", "down_proj")
+            )
+            fused |= {f"gate_up_proj_{name}": torch.cat((gate, up), dim=1), f"down_proj_{name}": down}
+        layer = loaded("int4 g32 zero", file._replace(tensors=fused))
+        assert torch.equal(layer.quant_method.weight(layer, "w13").dequantize(), file.gate_up)
+        assert torch.equal(layer.quant_method.weight(layer, "w2").dequantize(), file.down)
+
     def test_nothing_is_kept_twice(self, served_here):
         layer = new_layer(KINDS["int4 g32"].config)
         load(layer, checkpoint("int4 g32").tensors)
@@ -465,6 +479,38 @@ class TestCalls:
         warming.warm(method, *weights, None)
         assert {1, 2, 4, 400} <= {count for count, _, _ in calls}
         assert {(format, greatest) for _, format, greatest in calls} == {("int4_g32", -1)}  # no expert is read
+
+
+def test_a_layer_of_a_model_from_router_logits_to_the_output(served_here, world):
+    """As Gemma 4's model code makes it."""
+    layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.layer")
+    if not hasattr(layers, "FusedMoEFactory"):
+        pytest.skip(f"vLLM {host.vllm.__version__} makes its layers on an accelerator alone")
+    file, tokens, logits = checkpoint("int4 g32"), random_tokens(), torch.randn(16, E)
+
+    def routing(hidden_states, gating_output, topk, renormalize):
+        weights, index = reference.route(gating_output, topk)
+        return weights, index.int()
+
+    layer = layers.FusedMoEFactory(
+        num_experts=E,
+        top_k=K,
+        hidden_size=H,
+        intermediate_size=I,
+        params_dtype=torch.float32,
+        custom_routing_function=routing,
+        activation="gelu_tanh",
+        quant_config=config_of(KINDS["int4 g32"].config),
+        prefix=NAME,
+    )
+    experts = layer.routed_experts
+    assert type(experts.quant_method) is quantized.CupymoeQuantizedMoEMethod
+    load(experts, file.tensors)
+    experts.quant_method.process_weights_after_loading(experts)
+    with torch.inference_mode(), host.set_forward_context(None, get_current_vllm_config()):
+        output = layer(tokens.hidden_states, logits)
+    weights, index = reference.route(logits, K)
+    assert relative_error(output, truth(file, tokens._replace(index=index, weights=weights))) < 1e-6
 
 
 class TestReload:
@@ -655,7 +701,8 @@ class TestOnCuda:
         before = torch.cuda.memory_allocated()
         layer.quant_method.process_weights_after_loading(layer)
         torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() <= before
+        codes = 3 * E * H * I // 2
+        assert torch.cuda.memory_allocated() - before < codes // 2
 
     def test_a_capture_compiles_nothing_and_a_reload_reaches_it(self):
         model = torch.nn.Module()

@@ -107,3 +107,18 @@ def test_a_layer_that_is_slow_only_with_the_same_bits_in_every_call_is_refused_t
     reason = slow_reason(layer, MoEActivation.SILU, "invariant")
     assert "only a slow backend serves 1 tokens" in reason
     assert "fused: its tiles want a hidden size that is a multiple of 16, not 2824" in reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g32_zero", "int8", "fp8", "fp8_g128"])
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_quantised_layers_of_gemma_4_s_sizes_are_not_slow(monkeypatch, capability, name, numerics):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    sizes = {
+        "num_local_experts": 128,
+        "experts_per_token": 8,
+        "hidden_dim": 2816,
+        "intermediate_size_per_partition": 704,
+    }
+    layer = SimpleNamespace(**sizes, device="cuda", in_dtype=torch.bfloat16, has_bias=False)
+    assert slow_reason(layer, MoEActivation.GELU_TANH, numerics, f"{name},{name}") is None

@@ -47,7 +47,8 @@ def _register() -> None:
             f"{ENVIRONMENT}=1 needs a vLLM from 0.23 on whose experts are as those of 0.33, got {version('vllm')}: "
             f"{error}"
         ) from error
-    for name, theirs in {**unquantized.replaced(), **quantized.replaced()}.items():
+    if replaced := {**unquantized.replaced(), **quantized.replaced()}:
+        name, theirs = replaced.popitem()
         raise RuntimeError(
             f"{ENVIRONMENT}=1 can't serve vLLM's {name}, which another plug-in has replaced by "
             f"{theirs.__name__}: name one of the two in VLLM_PLUGINS"

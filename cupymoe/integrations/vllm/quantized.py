@@ -135,7 +135,7 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         scales = buffers["scales"]
         weight = QuantizedWeight(
             self.stored.storage.format,
-            (self.moe.num_local_experts, parts * n, k),
+            (layer.w13_codes.shape[0], parts * n, k),
             scale_dtype=None if scales is None else scales.dtype,
             device="meta",
         )
