@@ -538,6 +538,18 @@ class TestReload:
         weight = layer.quant_method.weight(layer, "w13")
         assert weight.codes.data_ptr() == addresses["w13_codes"]
 
+    def test_weights_that_are_made_anew_elsewhere_are_computed_with(self, served_here):
+        layer, new, tokens = loaded("int4 g32"), checkpoint("int4 g32", seed=1), random_tokens()
+        called(layer, tokens)
+        old = dict(layer.named_parameters())
+        for name in old:
+            delattr(layer, name)
+        layer.quant_method.create_weights(layer, E, H, I, torch.float32, weight_loader=layer.weight_loader)
+        load(layer, new.tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.w13_codes.data_ptr() != old["w13_codes"].data_ptr()
+        assert relative_error(called(layer, tokens), truth(new, tokens)) < 1e-6
+
     def test_without_that_there_is_no_parameter_of_the_name(self, served_here):
         layer = loaded("int4 g32")
         with pytest.raises(AttributeError, match="w13_weight_packed"):
