@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe import Gemma4MoEConfig
-from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm.served import refusal
 from scripts.benchmarks.command import begin, measured_device, parse_tokens
 from scripts.benchmarks.experts import checked
 from scripts.benchmarks.peers import Case, Inputs, Oracle, make_cases, make_layers
@@ -48,7 +48,9 @@ Apply = Callable[..., torch.Tensor]
 def experts_class(name: str) -> type[Any]:
     """Of vLLM's kind, by the name that the report has."""
     if name == OURS:
-        return plugin.experts_classes()[0]
+        from cupymoe.integrations.vllm.experts import CupymoeExperts
+
+        return CupymoeExperts
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     return TritonExperts  # type: ignore[no-any-return]
@@ -88,7 +90,7 @@ def kernel_of(name: str, moe: Any) -> Apply:
     )
 
     experts = experts_class(name)
-    if name == OURS and (reason := plugin.refusal(moe, experts)):
+    if name == OURS and (reason := refusal(moe, experts)):
         raise click.ClickException(f"cupymoe does not serve vLLM's layer here: {reason}")
     made = make_unquantized_moe_kernel(FUSED_MOE_UNQUANTIZED_CONFIG, moe, UnquantizedMoeBackend.TRITON, experts)
     return partial(

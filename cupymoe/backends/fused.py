@@ -30,6 +30,7 @@ from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
+from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
@@ -341,6 +342,6 @@ def _unsorted_tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tenso
     """As :func:`tiles`, without a sort before; the bits are those behind one."""
     pairs = UnsortedPairs.of(tensors.top_k_index, tensors.expert_map)
     shape = tile_shape(call, tensors, unsorted=pairs.kind)
-    intermediate = experts_up_wgmma(tensors.hidden_states, tensors.gate_up_proj, pairs, shape, tensors.gate_up_bias)
+    intermediate = up_product(tensors.hidden_states, tensors.gate_up_proj, None, pairs, shape, tensors.gate_up_bias)
     expert_output = experts_down_wgmma(intermediate, tensors.down_proj, pairs, shape, tensors.down_bias)
     return combine(expert_output, pairs.slot_of_pair, tensors.top_k_weights, out, few=True)

@@ -7,6 +7,7 @@ these tests see, because vLLM pins a torch and a transformers of its own.
 
 import logging
 import os
+import sys
 import types
 import warnings
 from dataclasses import replace
@@ -40,11 +41,15 @@ with warnings.catch_warnings():
         make_unquantized_moe_kernel,
     )
     from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize
+    from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG as customised_configs
     from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from cupymoe import MoEActivation, reference
 from cupymoe.backends.fused import takes_tiles
 from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm import experts as vllm_experts
+from cupymoe.integrations.vllm import quantized, served, unquantized, warming
+from cupymoe.integrations.vllm.experts import CupymoeBatchedExperts, CupymoeExperts
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
@@ -69,18 +74,37 @@ def _config(monkeypatch):
     reset_workspace_manager()
 
 
+def unregister():
+    """As a process is in which vLLM has called no plug-in."""
+    plugin._register.cache_clear()
+    op_registry_oot.pop(NAME, None)
+    for name in quantized._CONFIGS:
+        customised_configs.pop(name, None)
+
+
 @pytest.fixture
 def registered(monkeypatch):
     """The plug-in as a process has it that vLLM has started on a GPU; the slow reference counts as fast here."""
-    monkeypatch.setenv(plugin.ENVIRONMENT, "1")
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
-    monkeypatch.delitem(op_registry_oot, NAME, raising=False)
-    for cached in (plugin._register, plugin.experts_classes, plugin.method_class, plugin._warmed):
-        cached.cache_clear()
+    monkeypatch.setenv(served.ENVIRONMENT, "1")
+    monkeypatch.setattr(served, "slow_reason", lambda *of_layer: None)
+    for once in (served._said, warming._warmed):
+        once.clear()
+    unregister()
     plugin.register()
     yield
     monkeypatch.undo()
-    op_registry_oot.pop(NAME, None)
+    unregister()
+
+
+@pytest.fixture
+def world(tmp_path):
+    """One rank."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
+    parallel_state.ensure_model_parallel_initialized(1, 1)
+    yield
+    parallel_state.cleanup_dist_env_and_memory()
 
 
 def moe_config(**changes):
@@ -101,7 +125,7 @@ def moe_config(**changes):
 
 
 def kernel_of(config, quant_config=FUSED_MOE_UNQUANTIZED_CONFIG):
-    return make_unquantized_moe_kernel(quant_config, config, UnquantizedMoeBackend.TRITON, plugin.experts_classes()[0])
+    return make_unquantized_moe_kernel(quant_config, config, UnquantizedMoeBackend.TRITON, CupymoeExperts)
 
 
 def run(kernel, case, activation=VllmActivation.GELU_TANH, **settings):
@@ -118,6 +142,10 @@ def run(kernel, case, activation=VllmActivation.GELU_TANH, **settings):
             activation=activation,
             **settings,
         )
+
+
+def warm(method, layer):
+    warming.warm(method, layer.w13_weight, layer.w2_weight, layer.expert_map)
 
 
 def new_method(config):
@@ -145,9 +173,9 @@ def layer_of(case, method, **attributes):
 class TestRegister:
     def test_vllm_makes_our_method_wherever_it_would_make_its_own(self, registered):
         method = new_method(moe_config())
-        assert type(method) is plugin.method_class()
+        assert type(method) is unquantized.CupymoeMoEMethod
         assert method.cupymoe_refusal is None
-        assert method.experts_cls is plugin.experts_classes()[0]
+        assert method.experts_cls is CupymoeExperts
         assert not method.is_monolithic
 
     def test_a_second_call_changes_nothing(self, registered):
@@ -159,8 +187,8 @@ class TestRegister:
         class Theirs:
             pass
 
+        unregister()
         monkeypatch.setitem(op_registry_oot, NAME, Theirs)
-        plugin._register.cache_clear()
         with pytest.raises(RuntimeError, match=r"replaced by Theirs: name one of the two in VLLM_PLUGINS"):
             plugin.register()
 
@@ -168,11 +196,9 @@ class TestRegister:
         plugin._register.cache_clear()
         monkeypatch.setattr(plugin, "version", lambda name: "0.11.0")
 
-        def missing():
-            raise ImportError("no modular_kernel")
-
-        monkeypatch.setattr(plugin, "method_class", missing)
-        with pytest.raises(RuntimeError, match=r"from 0.23 on .* got 0.11.0: no modular_kernel"):
+        monkeypatch.delattr(plugin, "unquantized")
+        monkeypatch.setitem(sys.modules, unquantized.__name__, None)
+        with pytest.raises(RuntimeError, match=r"from 0.23 on .* got 0.11.0: import of .*unquantized halted"):
             plugin.register()
 
 
@@ -190,23 +216,23 @@ class TestRefused:
         ],
     )
     def test_by_its_settings(self, registered, changes, reason):
-        assert reason in plugin.refusal(moe_config(**changes), plugin.experts_classes()[0])
+        assert reason in served.refusal(moe_config(**changes), CupymoeExperts)
 
     def test_by_its_device(self, registered, monkeypatch):
         monkeypatch.undo()
-        reason = plugin.refusal(moe_config(), plugin.experts_classes()[0])
+        reason = served.refusal(moe_config(), CupymoeExperts)
         assert "fused: it runs on CUDA devices of compute capability 8.0 or newer, not on cpu" in reason
 
     @pytest.mark.parametrize("kernels", ["use_fi_nvl_two_sided_kernels", "use_fi_nvl_one_sided_kernels"])
     def test_by_who_exchanges_tokens(self, registered, kernels):
-        assert not plugin.experts_classes()[0]._supports_parallel_config(types.SimpleNamespace(**{kernels: True}))
+        assert not CupymoeExperts._supports_parallel_config(types.SimpleNamespace(**{kernels: True}))
 
     def test_by_a_quantisation(self, registered):
-        assert not plugin.experts_classes()[0]._supports_quant_scheme("int4", None)
+        assert not CupymoeExperts._supports_quant_scheme("int4", None)
 
     def test_where_batches_must_not_change_bits(self, registered, monkeypatch):
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-        reason = plugin.refusal(moe_config(), plugin.experts_classes()[0])
+        reason = served.refusal(moe_config(), CupymoeExperts)
         assert reason is None
         assert kernel_of(moe_config()).fused_experts.numerics == "invariant"
 
@@ -255,7 +281,7 @@ def test_the_log_says_once_what_is_taken_and_why_the_rest_is_not(registered, mon
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger(plugin.LOGGER)
+    logger = logging.getLogger(served.LOGGER)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     chosen = UnquantizedMoeBackend.TRITON, modular_kernel.FusedMoEExpertsModular
@@ -410,14 +436,14 @@ class TestMethod:
         def experts(hidden_states, w1, w2, ids, weights, **settings):
             calls.append((hidden_states.shape[0], ids.dtype, ids.max().item()))
 
-        monkeypatch.setattr(plugin, "fused_experts", experts)
+        monkeypatch.setattr(vllm_experts, "fused_experts", experts)
         method.cupymoe_captured = [1, 2, 4, 400]
-        plugin._warm(method, layer)
+        warm(method, layer)
         assert {1, 2, 4, 400} <= {count for count, _, _ in calls}
         assert {(dtype, greatest) for _, dtype, greatest in calls} == {(torch.int32, -1)}  # no expert is read
         assert max(count for count, _, _ in calls if count != 400) <= method.moe.max_num_tokens
         before = len(calls)
-        plugin._warm(method, layer_of(random_experts(dtype=torch.bfloat16), method))
+        warm(method, layer_of(random_experts(dtype=torch.bfloat16), method))
         assert len(calls) == before  # a second layer of the kind needs no other kernels
 
     def test_kernels_are_there_for_every_range_of_a_rank_that_has_some_of_the_experts(self, registered, monkeypatch):
@@ -427,9 +453,11 @@ class TestMethod:
         layer = layer_of(random_experts(dtype=torch.bfloat16), method, expert_map=torch.arange(4 * E) - E)
         method.process_weights_after_loading(layer)
         counts = []
-        monkeypatch.setattr(plugin, "fused_experts", lambda hidden_states, *_, **__: counts.append(len(hidden_states)))
+        monkeypatch.setattr(
+            vllm_experts, "fused_experts", lambda hidden_states, *_, **__: counts.append(len(hidden_states))
+        )
         monkeypatch.setattr(method, "cupymoe_captured", [])
-        plugin._warm(method, layer)
+        warm(method, layer)
 
         def kernels(num_tokens):
             load = Load.of(num_tokens, K, E, 4 * E)
@@ -439,7 +467,7 @@ class TestMethod:
 
     def test_captured_counts_are_those_of_all_ranks_where_they_gather_tokens(self):
         config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(cudagraph_capture_sizes=[1, 8]))
-        assert plugin._captured(types.SimpleNamespace(dp_size=4), config) == [1, 4, 8, 32]
+        assert warming.captured_counts(types.SimpleNamespace(dp_size=4), config) == [1, 4, 8, 32]
 
 
 class TestBatched:
@@ -456,23 +484,23 @@ class TestBatched:
         assert config.moe_parallel_config.use_batched_activation_format
         method = new_method(config)
         assert method.cupymoe_refusal is None
-        assert method.experts_cls is plugin.experts_classes()[1]
+        assert method.experts_cls is CupymoeBatchedExperts
 
     def test_computes_the_experts(self, registered):
         case = random_experts()
-        experts = plugin.experts_classes()[1](
+        experts = CupymoeBatchedExperts(
             self.config(), FUSED_MOE_UNQUANTIZED_CONFIG, max_num_tokens=16, num_dispatchers=1
         )
         kernel = modular_kernel.FusedMoEKernel(BatchedPrepareAndFinalize(16, E, 1, 0), experts)
         assert max_error(run(kernel, case), oracle(case)) < 1e-5
 
     def test_is_refused_with_biases(self, registered):
-        experts = plugin.experts_classes()[1]
-        assert "without biases" in plugin.refusal(self.config(has_bias=True), experts)
+        experts = CupymoeBatchedExperts
+        assert "without biases" in served.refusal(self.config(has_bias=True), experts)
 
     def test_is_refused_where_batches_must_not_change_bits(self, registered, monkeypatch):
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-        assert "batch invariance" in plugin.refusal(self.config(), plugin.experts_classes()[1])
+        assert "batch invariance" in served.refusal(self.config(), CupymoeBatchedExperts)
 
 
 @pytest.mark.gpu
@@ -550,16 +578,6 @@ class TestOnCuda:
 class TestLayer:
     """vLLM's own layer, from router logits to the output, as Gemma 4's model code makes it."""
 
-    @pytest.fixture
-    def world(self, tmp_path):
-        """One rank."""
-        from vllm.distributed import parallel_state
-
-        parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
-        parallel_state.ensure_model_parallel_initialized(1, 1)
-        yield
-        parallel_state.cleanup_dist_env_and_memory()
-
     def test_computes_the_experts_of_its_routing(self, registered, world):
         layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.layer")
         if not hasattr(layers, "FusedMoEFactory"):
@@ -583,7 +601,7 @@ class TestLayer:
             prefix="model.layers.0.moe",
         )
         experts = layer.routed_experts
-        assert type(experts.quant_method) is plugin.method_class()
+        assert type(experts.quant_method) is unquantized.CupymoeMoEMethod
         experts.w13_weight.data.copy_(case.gate_up_proj)
         experts.w2_weight.data.copy_(case.down_proj)
         experts.quant_method.process_weights_after_loading(experts)

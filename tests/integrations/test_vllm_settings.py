@@ -10,6 +10,8 @@ import torch
 
 from cupymoe import MoEActivation, reference
 from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm.activations import member_of
+from cupymoe.integrations.vllm.served import slow_reason
 from tests.helpers import ROOT
 
 
@@ -36,8 +38,8 @@ def test_an_unknown_value_is_refused(monkeypatch):
 
 
 def test_each_spelling_of_gelu_is_its_own():
-    assert plugin.member_of("gelu") is MoEActivation.GELU
-    assert plugin.member_of("gelu_tanh") is MoEActivation.GELU_TANH
+    assert member_of("gelu") is MoEActivation.GELU
+    assert member_of("gelu_tanh") is MoEActivation.GELU_TANH
 
 
 # What vLLM's kernels compute: gate and up [T, I] in float64.
@@ -69,14 +71,14 @@ def situ(gate, up, beta, linear_beta):
 )
 def test_the_function_is_the_one_that_vllm_computes(activation, settings, function):
     gate, up = 6 * torch.randn(2, 64, 8, dtype=torch.float64)
-    member = plugin.member_of(activation, **settings)
+    member = member_of(activation, **settings)
     torch.testing.assert_close(reference.activate(torch.cat((gate, up), -1), member), function(gate, up))
 
 
 def test_swigluoai_is_interleaved_and_has_gpt_oss_parameters():
     gate, up = 6 * torch.randn(2, 64, 8, dtype=torch.float64)
     rows = torch.stack((gate, up), -1).flatten(-2)
-    member = plugin.member_of("swigluoai", limit=7.0, alpha=1.702, beta=1.0)
+    member = member_of("swigluoai", limit=7.0, alpha=1.702, beta=1.0)
     torch.testing.assert_close(reference.activate(rows, member), clamped(gate, up, 7.0, 1.702, 1.0))
 
 
@@ -94,14 +96,29 @@ def test_swigluoai_is_interleaved_and_has_gpt_oss_parameters():
 )
 def test_other_activations_are_refused_by_name(activation, settings, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
-        plugin.member_of(activation, **settings)
+        member_of(activation, **settings)
 
 
 def test_a_layer_that_is_slow_only_with_the_same_bits_in_every_call_is_refused_then(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     sizes = {"num_local_experts": 8, "experts_per_token": 2, "hidden_dim": 2824, "intermediate_size_per_partition": 704}
     layer = SimpleNamespace(**sizes, device="cuda", in_dtype=torch.bfloat16, has_bias=False)
-    assert plugin.slow_reason(layer, MoEActivation.SILU, "fast") is None
-    reason = plugin.slow_reason(layer, MoEActivation.SILU, "invariant")
+    assert slow_reason(layer, MoEActivation.SILU, "fast") is None
+    reason = slow_reason(layer, MoEActivation.SILU, "invariant")
     assert "only a slow backend serves 1 tokens" in reason
     assert "fused: its tiles want a hidden size that is a multiple of 16, not 2824" in reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g32_zero", "int8", "fp8", "fp8_g128"])
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_quantised_layers_of_gemma_4_s_sizes_are_not_slow(monkeypatch, capability, name, numerics):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    sizes = {
+        "num_local_experts": 128,
+        "experts_per_token": 8,
+        "hidden_dim": 2816,
+        "intermediate_size_per_partition": 704,
+    }
+    layer = SimpleNamespace(**sizes, device="cuda", in_dtype=torch.bfloat16, has_bias=False)
+    assert slow_reason(layer, MoEActivation.GELU_TANH, numerics, f"{name},{name}") is None

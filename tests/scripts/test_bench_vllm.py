@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm import served
 from tests.scripts.replayed import Replayed
 
 # It names vLLM's platform, before anything asks.
@@ -27,7 +27,7 @@ def bench_vllm(monkeypatch):
     monkeypatch.setattr(bench_vllm, "capture", Graph)
     monkeypatch.setattr(bench_vllm, "time_in_turn", lambda graphs: {name: {"p50": 1.0} for name in graphs})
     monkeypatch.setattr(bench_vllm, "free_memory", lambda: None)
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
+    monkeypatch.setattr(served, "slow_reason", lambda *of_layer: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     return bench_vllm
 
@@ -35,7 +35,7 @@ def bench_vllm(monkeypatch):
 @pytest.fixture
 def without_triton(bench_vllm, monkeypatch):
     """Ours in the place of theirs, which a CPU can't run."""
-    monkeypatch.setattr(bench_vllm, "experts_class", lambda name: plugin.experts_classes()[0])
+    monkeypatch.setattr(bench_vllm, "experts_class", lambda name: host.CupymoeExperts)
 
 
 def test_each_row_has_times_and_errors_of_both(bench_vllm, without_triton):
@@ -52,11 +52,11 @@ def test_each_row_has_times_and_errors_of_both(bench_vllm, without_triton):
 
 def test_their_class_is_vllm_s_own(bench_vllm):
     assert bench_vllm.experts_class("vllm_triton").__module__.startswith("vllm.")
-    assert bench_vllm.experts_class("cupymoe") is plugin.experts_classes()[0]
+    assert bench_vllm.experts_class("cupymoe") is host.CupymoeExperts
 
 
 def test_a_layer_that_cupymoe_does_not_serve_is_not_measured(bench_vllm, monkeypatch):
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: "no such card")
+    monkeypatch.setattr(served, "slow_reason", lambda *of_layer: "no such card")
     with ExitStack() as stack:
         bench_vllm.in_vllm(stack, torch.device("cpu"))
         moe = bench_vllm.moe_config(bench_vllm.SMALL, torch.device("cpu"), 8)

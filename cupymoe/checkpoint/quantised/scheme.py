@@ -206,7 +206,6 @@ def _compressed_weights(settings: _Settings, group: _Settings) -> Storage | None
     """How compressed-tensors stores the weights of one of its config_groups."""
     if group.get("weights") is None:
         return None
-    weights = group.part("weights")
     named = group if group.get("format") is not None else settings
     format = named.one_of(
         "format",
@@ -216,6 +215,24 @@ def _compressed_weights(settings: _Settings, group: _Settings) -> Storage | None
         "nvfp4-pack-quantized",
         "mxfp4-pack-quantized",
     )
+    return _compressed_storage(format, group.part("weights"))
+
+
+def compressed_storage(format: str, weights: Mapping[str, Any], file: str) -> Storage:
+    """How compressed-tensors stores weights in one of its formats.
+
+    Args:
+        format: its name there, one that is read.
+        weights: their settings, as a group of ``config_groups`` has them.
+        file: what messages call the place that they are from.
+
+    Raises:
+        CheckpointError: it is not served; the message says which setting is not.
+    """
+    return _compressed_storage(format, _Settings(Path(file), "weights", weights))
+
+
+def _compressed_storage(format: str, weights: _Settings) -> Storage:
     if weights.get("actorder") not in (None, False, "weight", "static"):
         raise weights.refuse("actorder", "null, 'weight' or 'static'", "an act-order has no place in a format")
     size, strategy = weights.get("group_size"), weights.get("strategy")

@@ -11,7 +11,7 @@ from torch import nn
 from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage
 from cupymoe.checkpoint.tensors import Tensor
-from cupymoe.weights import QuantizedWeight, pack_codes
+from cupymoe.weights import QuantizedWeight, WeightFormat, pack_codes
 from cupymoe.weights.quantized import check_range
 
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
@@ -62,8 +62,8 @@ def read_weights(
                     _, tensor = named[0]
                     raise CheckpointError(f"{tensor.file}: {tensor.key}{of} is of a weight whose {error}") from error
             if one.parameter not in weights:
-                weights[one.parameter] = _allocated(storage, (num_experts, n, k), natural, device)
-            _put(weights[one.parameter], expert, one.rows, natural)
+                weights[one.parameter] = allocate(storage.format, (num_experts, n, k), natural, device)
+            put(weights[one.parameter], expert, one.rows, natural)
     return weights
 
 
@@ -126,19 +126,19 @@ def _of_expert(one: _One, opened: Mapping[str, torch.Tensor], expert: int) -> di
     return {name: tensor if one.tensors[name].slot.rule.whole else tensor[expert] for name, tensor in opened.items()}
 
 
-def _allocated(
-    storage: Storage, shape: tuple[int, int, int], natural: NaturalWeight, device: torch.device | str
+def allocate(
+    format: WeightFormat, shape: tuple[int, int, int], natural: NaturalWeight, device: torch.device | str
 ) -> QuantizedWeight:
-    """A weight for natural ones such as this to be put into; what pads its rows is zero."""
+    """A weight ``[E, n, k]`` for natural ones such as this to be put into; what pads its rows is zero."""
     scale_dtype = None if natural.scales is None else natural.scales.dtype
-    weight = QuantizedWeight(storage.format, shape, scale_dtype=scale_dtype, device=device)
+    weight = QuantizedWeight(format, shape, scale_dtype=scale_dtype, device=device)
     for padded in (weight.scales, weight.zeros):
         if padded is not None:
             padded.view(torch.uint8).zero_()
     return weight
 
 
-def _put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeight) -> None:
+def put(weight: QuantizedWeight, expert: int, rows: slice, natural: NaturalWeight) -> None:
     """Write some rows of one expert, which whoever read them has checked."""
     weight.codes[expert, rows] = pack_codes(weight.format, natural.codes[None])[0]
     factors = weight.group_scales, weight.group_zeros, weight.row_scales

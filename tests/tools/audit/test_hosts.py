@@ -91,18 +91,17 @@ def test_vllm_s_gemma_4_through_cupymoe(monkeypatch):
     host = pytest.importorskip("tests.integrations.test_vllm", reason="vLLM is not installed")
     transformers_gemma4()
     from cupymoe.integrations import vllm as plugin
+    from cupymoe.integrations.vllm import served
 
-    monkeypatch.setenv(plugin.ENVIRONMENT, "1")
-    monkeypatch.setattr(plugin, "slow_reason", lambda moe, activation, numerics: None)
+    monkeypatch.setenv(served.ENVIRONMENT, "1")
+    monkeypatch.setattr(served, "slow_reason", lambda *of_layer: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    monkeypatch.delitem(host.op_registry_oot, host.NAME, raising=False)
-    for cached in (plugin._register, plugin.experts_classes, plugin.method_class):
-        cached.cache_clear()
+    host.unregister()
     plugin.register()
     try:
         result = invoke("vllm", "--json")
     finally:
-        host.op_registry_oot.pop(host.NAME, None)
+        host.unregister()
         host.reset_workspace_manager()
     assert result.exit_code == 0, result.output
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
