@@ -32,6 +32,7 @@ from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
+from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
@@ -342,6 +343,6 @@ def _unsorted_tiles(call: ExpertsCall, tensors: ExpertsTensors, out: torch.Tenso
     """As :func:`tiles`, without a sort before; the bits are those behind one."""
     pairs = UnsortedPairs.of(tensors.top_k_index, tensors.expert_map)
     shape = tile_shape(call, tensors, unsorted=pairs.kind)
-    intermediate = up_product(tensors.hidden_states, tensors.gate_up_proj, None, pairs, shape, tensors.gate_up_bias)
+    intermediate = experts_up_wgmma(tensors.hidden_states, tensors.gate_up_proj, pairs, shape, tensors.gate_up_bias)
     expert_output = experts_down_wgmma(intermediate, tensors.down_proj, pairs, shape, tensors.down_bias)
     return combine(expert_output, pairs.slot_of_pair, tensors.top_k_weights, out, few=True)
