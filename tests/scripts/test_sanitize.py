@@ -11,6 +11,7 @@ from cupymoe import fused_experts, reference
 from cupymoe.backends.fused import plans_at_once, tiles_reason
 from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.arch import BUILDS
+from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.cupy_import import import_nvrtc
 from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, batch_cuts, cut, prefers_tiles
@@ -59,11 +60,11 @@ def test_a_build_reaches_every_regime(monkeypatch, name):
     assert [planned for _, planned in reached].count(False) == 1
 
 
-def test_quantised_calls_reach_every_regime():
+def test_quantised_calls_reach_every_regime_and_size_of_tiles():
     def reached(load):
-        return None if prefers_tiles(load, has_codes=True) else regime(load, 128, has_codes=True)
+        return coded_slots(load) if prefers_tiles(load, has_codes=True) else regime(load, 128, has_codes=True)
 
-    every = {reached(Load.of(count, inputs.TOP_K, 64)) for count in range(1, 1200)}
+    every = {reached(Load.of(count, inputs.TOP_K, 64)) for count in range(1, 2000)}
     assert {reached(Load.of(count, inputs.TOP_K, 64)) for count in calls.QUANTISED_TOKENS} == every
 
 
