@@ -1,11 +1,18 @@
 #!/usr/bin/env python
-"""The README's tables, made from the reports that ``bench.py`` writes; says which reports are stale."""
+"""The tables of README.md and docs/benchmarks.md, made from the reports that ``bench.py`` writes.
+
+In these documents a table stands between ``<!-- rows of nvidia-h200/decode.json -->``, which is a name of
+:data:`RENDERED` and one or more reports, and ``<!-- end -->``. ``--write`` makes all of them anew; ``--check-report``
+says which reports are stale.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe.reports import stale_reason
 
+ROOT = Path(__file__).resolve().parent.parent
 Report = dict[str, Any]
 
 
@@ -41,9 +49,12 @@ def heading(report: Report) -> str:
 
 
 def together(reports: Sequence[Report]) -> Report:
-    """One report with the rows of several, each number of tokens from the last that has it, and the last's heading."""
+    """One report with the rows of several, each number of tokens from the last that has it, and all their dates; what
+    else a heading says is the last's.
+    """
     rows = {row["tokens"]: row for report in reports for row in report["rows"]}
-    return {**reports[-1], "rows": [rows[tokens] for tokens in sorted(rows)]}
+    dates = " and ".join(sorted({report["date"] for report in reports}))
+    return {**reports[-1], "date": dates, "rows": [rows[tokens] for tokens in sorted(rows)]}
 
 
 def peers(report: Report) -> list[str]:
@@ -67,6 +78,28 @@ def experts_table(report: Report) -> str:
         rows.append(cells)
     errors = [f"error {name}" for name in ("cupymoe", *names)]
     return markdown(["tokens", "floor us", "cupymoe us", "x floor", *(f"{name} us" for name in names), *errors], rows)
+
+
+def summary(report: Report) -> str:
+    """A sentence of ``experts.json``: the range of our medians over the floor, and of ``grouped_mm``'s over ours."""
+    tokens = [row["tokens"] for row in report["rows"]]
+    medians = [{name: ms["p50"] for name, ms in row["ms"].items()} for row in report["rows"]]
+    floors = [ours["cupymoe"] / row["floor_ms"] for ours, row in zip(medians, report["rows"], strict=True)]
+    peer = [ours["grouped_mm"] / ours["cupymoe"] for ours in medians]
+    return (
+        f"{report['device']}, {report['date']}: from {min(tokens)} to {max(tokens)} tokens a call takes "
+        f"{min(floors):.2f} to {max(floors):.2f} times\nthe floor, and transformers' `grouped_mm` takes "
+        f"{min(peer):.2f} to {max(peer):.2f} times as long as cupymoe."
+    )
+
+
+def invariant_table(report: Report) -> str:
+    """Of ``decode.json``: medians in microseconds, and how much longer calls with ``numerics="invariant"`` take."""
+    rows = []
+    for row in report["rows"]:
+        fast, invariant = (row["ms"][name]["p50"] for name in ("cupymoe", "cupymoe:invariant"))
+        rows.append([str(row["tokens"]), microseconds(fast), f"{microseconds(invariant)} ({invariant / fast:.2f}x)"])
+    return markdown(["tokens", "fast us", "invariant us"], rows)
 
 
 def models_table(report: Report) -> str:
@@ -390,40 +423,80 @@ def stale_reports(benchmarks: Path) -> list[str]:
     return [f"stale report: {path}: {reason}" for path, reason in reasons.items() if reason is not None]
 
 
+PARTS: dict[str, Callable[[Report], str]] = {
+    "rows": rows_table,
+    "skewed": skewed_table,
+    "memory": memory_table,
+    "stages": stages_table,
+    "calls": host_table,
+    "first_call_s": first_call_table,
+    "cells": model_table,
+    "greedy": greedy_table,
+    "recipes": finetune_table,
+}
+"""What a report may hold, and the table of each."""
+
+RENDERED = {**PARTS, "summary": summary, "invariant": invariant_table}
+"""What a document may ask for."""
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+_TABLE = re.compile(r"<!-- (?P<name>\w+) of (?P<reports>[^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def _origin(reports: dict[Path, Report], document: Path) -> str:
+    """Where a table is from: card and torch, and of each report a link, its date and the sources that were timed."""
+    last = [*reports.values()][-1]
+    links = [
+        f"[{path.name}]({os.path.relpath(path, document.parent)}) of {report['date']} "
+        f"(cuda_src {report['cuda_src_sha256'][:12]})"
+        for path, report in reports.items()
+    ]
+    return f"{last['device']}, torch {last['versions']['torch']}: {', '.join(links)}"
+
+
+def written(document: Path, benchmarks: Path) -> str:
+    """The text of a document with the tables that it asks for, made from the present reports."""
+
+    def table(found: re.Match[str]) -> str:
+        paths = [benchmarks / name for name in found["reports"].split()]
+        reports = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        text = RENDERED[found["name"]](together([*reports.values()]) if len(reports) > 1 else reports[paths[0]])
+        if found["name"] != "summary":
+            text = f"{_origin(reports, document)}\n\n{text}"
+        return f"<!-- {found['name']} of {found['reports']} -->\n{text}\n<!-- end -->"
+
+    return _TABLE.sub(table, document.read_text(encoding="utf-8"))
+
+
 @click.command()
 @click.argument("reports", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--together", "merge", is_flag=True, help="One table of the rows of all REPORTS.")
 @click.option("--check-report", is_flag=True, help="Only say which reports under --benchmarks are stale; exits 0.")
+@click.option("--write", is_flag=True, help="Make the tables of README.md and docs/benchmarks.md anew.")
 @click.option(
     "--benchmarks",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path(__file__).resolve().parent.parent / "benchmarks",
+    default=ROOT / "benchmarks",
     help="Folder of the committed reports.",
 )
-def main(reports: tuple[Path, ...], merge: bool, check_report: bool, benchmarks: Path) -> None:
+def main(reports: tuple[Path, ...], merge: bool, check_report: bool, write: bool, benchmarks: Path) -> None:
     """Print the markdown tables of REPORTS, which bench.py and bench_model.py write (default: all committed)."""
     if check_report:
         for line in stale_reports(benchmarks):
             click.echo(line)
         return
+    if write:
+        for document in DOCUMENTS:
+            document.write_text(written(document, benchmarks), encoding="utf-8")
+            click.echo(f"wrote {document}")
+        return
     if merge:
         report = together([json.loads(path.read_text(encoding="utf-8")) for path in reports])
         click.echo(f"{heading(report)}\n\n{experts_table(report)}\n")
         return
-    tables = {
-        "rows": rows_table,
-        "skewed": skewed_table,
-        "memory": memory_table,
-        "stages": stages_table,
-        "calls": host_table,
-        "first_call_s": first_call_table,
-        "cells": model_table,
-        "greedy": greedy_table,
-        "recipes": finetune_table,
-    }
     for path in reports or sorted(benchmarks.glob("*/*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        for key, table in tables.items():
+        for key, table in PARTS.items():
             if key in report:
                 click.echo(f"{heading(report)}\n\n{table(report)}\n")
 
