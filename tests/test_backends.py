@@ -127,11 +127,11 @@ def test_tiles_serve_biases_and_transposed_weights(hopper, activation):
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
         (
             {"num_experts": 1025},
-            r"serves at most 1024 experts, not 1025, and the sort has counters for 1024 experts, not 1025",
+            r"serves at most 1024 experts, not 1025, and the sort serves at most 1024 experts, not 1025",
         ),
         (
             {"num_tokens": 1025, "hidden_size": 2824},
-            r"at most 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
+            r"at most 8192 \(token, k\) pairs, not 8200, and its tiles need a hidden size that is a multiple of 16",
         ),
         (
             {"num_tokens": 2731, "top_k": 3, "hidden_size": 2824},
@@ -193,7 +193,7 @@ def test_fused_goes_the_same_way_with_adapters(hopper, direction, num_tokens):
     ("change", "reason"),
     [
         ({"adapter_rank": 144}, "its kernels take adapters of ranks up to 128, not 144"),
-        ({"hidden_size": 2824, "num_tokens": 4096}, "its tiles want a hidden size that is a multiple of 16, not 2824"),
+        ({"hidden_size": 2824, "num_tokens": 4096}, "its tiles need a hidden size that is a multiple of 16, not 2824"),
     ],
 )
 def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, reason):

@@ -351,7 +351,7 @@ def test_sizes_want_a_dtype_of_weights():
 
 def test_sizes_want_a_device_that_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be there, got cuda: torch sees no CUDA device"):
+    with pytest.raises(ValueError, match="device must be one that torch sees, got cuda: it sees no CUDA device"):
         warmup(CONFIG)
 
 

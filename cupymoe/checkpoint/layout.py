@@ -189,11 +189,11 @@ def match(
         elif common != layouts:
             layouts, narrowed_by = common, key
         if slot.name in found:
-            raise CheckpointError(f"{file}: {key} is {slot.name} a second time: {found[slot.name].key} is it too")
+            raise CheckpointError(f"{file}: {key} and {found[slot.name].key} are both {slot.name}; one is allowed")
         found[slot.name] = Found(key, file, slot)
     if not found:
         there = sorted({number for number in map(layer_of, files) if number is not None})
-        raise CheckpointError(f"{path}: no {where} key is there; layers that have one: {there}")
+        raise CheckpointError(f"{path}: no key {where} is there; the layers that have one are {there}")
     if contradiction:
         first, second = contradiction
         raise CheckpointError(f"{path}: {first} and {second} are two layouts of the experts; one is allowed")
@@ -204,8 +204,8 @@ def match(
     apart = taken.single or taken.stacked
     if apart and len(apart) == 3 and (not experts.activation.is_gated or experts.activation.is_interleaved):
         raise CheckpointError(
-            f"{experts.activation.name} does not read [gate | up], so {apart[0]} and {apart[1]}, which stand apart, "
-            "have no place; the fused layout (gate_up_proj) is allowed"
+            f"{apart[0]} and {apart[1]} must be one tensor, gate_up_proj: {experts.activation.name} does not read "
+            "[gate | up], which is how two are joined"
         )
     # What is optional is there for all of a parameter or for none of it.
     optional = {(each.slot.parameter, each.slot.tensor) for each in found.values()}

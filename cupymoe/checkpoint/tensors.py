@@ -82,10 +82,10 @@ def _check_header(path: PathLike, file: Path, held: set[str], listed: set[tuple[
     """The index and the header of one file agree on the layer."""
     for key in sorted(key for key, its_file in listed if its_file == file):
         if key not in held:
-            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
+            raise CheckpointError(f"{file}: {key} is missing: the index {path} lists it")
     for key in sorted(held):
         if (key, file) not in listed:
-            raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
+            raise CheckpointError(f"{file}: {key} is left over: the index {path} does not list it")
 
 
 def check_tensor(found: Found, handle: Any) -> Tensor:

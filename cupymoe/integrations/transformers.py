@@ -131,8 +131,8 @@ def act_fn_of(experts: Any) -> MoEActivation | None:
         raise ValueError(f"cupymoe has no activation like {shown} of {type(experts).__name__}; it has {known}")
     if isinstance(given, nn.Module) and (reason := _changed(given)) is not None:
         raise ValueError(
-            f"{type(experts).__name__}.act_fn {reason}, which cupymoe would pass over, since it computes the "
-            'activation inside its kernels: take that away, or set experts_implementation="grouped_mm"'
+            f"{type(experts).__name__}.act_fn {reason}, which would be ignored, since cupymoe computes the "
+            'activation inside its kernels: remove that, or set experts_implementation="grouped_mm"'
         )
     return member
 
@@ -451,7 +451,9 @@ def _check_quantizable(path: str, experts: Any) -> None:
         if isinstance(weight, QuantizedWeight):
             raise ValueError(f"{path} must have plain weights, got {name} in {weight.format.name}")
         if weight.is_meta or is_wrapper(type(weight)) or not weight.numel():
-            raise ValueError(f"{path}.{name} must be here as a whole, got a {type(weight).__name__} on {weight.device}")
+            raise ValueError(
+                f"{path}.{name} must be a whole tensor in memory, got a {type(weight).__name__} on {weight.device}"
+            )
     if parametrize.is_parametrized(experts):
         raise ValueError(
             f"{path} must have no parametrizations, which would be lost, got some of {type(experts).__name__}"

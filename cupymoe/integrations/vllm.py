@@ -54,14 +54,14 @@ def _register() -> None:
         method = method_class()
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"{ENVIRONMENT}=1 needs a vLLM from 0.23 on whose experts are as those of 0.33, got {version('vllm')}: "
+            f"{ENVIRONMENT}=1 needs vLLM 0.23 or newer, with experts that work as 0.33's, got {version('vllm')}: "
             f"{error}"
         ) from error
     name = UnquantizedFusedMoEMethod.__name__
     if name in op_registry_oot:
         raise RuntimeError(
             f"{ENVIRONMENT}=1 can't serve vLLM's {name}, which another plug-in has replaced by "
-            f"{op_registry_oot[name].__name__}: name one of the two in VLLM_PLUGINS"
+            f"{op_registry_oot[name].__name__}: let VLLM_PLUGINS name only one of the two"
         )
     UnquantizedFusedMoEMethod.register_oot(method)
     init_logger(LOGGER).info(
