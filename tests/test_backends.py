@@ -92,7 +92,7 @@ def test_grouped_and_simt_serve_biases_and_transposed_weights(hopper, name, dire
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"intermediate_size": 701}, r"multiples of 8, not 2816 and 701"),
         ({"aligned_weights": False}, r"both weights must start on 16 bytes"),
-        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_experts": 1025}, r"the sort serves at most 1024 experts, not 1025"),
         ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
     ],
 )
@@ -206,7 +206,7 @@ def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, 
     [
         ({"device": torch.device("cpu")}, r"runs on CUDA devices of compute capability 8.0 or newer, not on cpu"),
         ({"dtype": torch.float64}, r"take bfloat16, float16 and float32, not torch.float64"),
-        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_experts": 1025}, r"the sort serves at most 1024 experts, not 1025"),
         ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
     ],
 )

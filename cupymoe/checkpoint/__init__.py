@@ -219,9 +219,9 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
         parameters = _parameters(moe, skeleton, storages)
         # All are mapped, or read, before the first is copied: one that can't be is seen while nothing is written yet.
         mapped = [
-            (parameters[tensor.slot.parameter][tensor.slot.part], tensor.read())
+            (parameters[tensor.target.parameter][tensor.target.part], tensor.read())
             for tensor in tensors
-            if not tensor.slot.tensor
+            if not tensor.target.tensor
         ]
         for name, weight in read_weights(tensors, storages, skeleton, "cpu").items():
             mapped += zip(_buffers(moe, name, weight), weight.buffers(), strict=True)

@@ -30,7 +30,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid."""
     run = kernel(
         variant(shape),
@@ -65,7 +65,7 @@ def experts_down_codes_wgmma(
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
-    run, blocks = _plan(shape, device)
+    run, blocks = _prepared(shape, device)
     run(
         blocks,
         THREADS,

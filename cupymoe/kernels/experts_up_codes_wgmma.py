@@ -35,7 +35,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], RowOrder]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], RowOrder]:
     """The kernel, its grid, and the order of the rows of a stage."""
     run = kernel(
         variant(shape),
@@ -71,7 +71,7 @@ def experts_up_codes_wgmma(
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
-    run, blocks, order = _plan(shape, device)
+    run, blocks, order = _prepared(shape, device)
     rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)
     run(
         blocks,

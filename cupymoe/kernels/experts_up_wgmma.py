@@ -35,7 +35,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid."""
     run = kernel(
         variant(shape),
@@ -94,7 +94,7 @@ def experts_up_wgmma(
     """
     device = hidden_states.device.index
     intermediate = hidden_states.new_empty((pairs.token_of_slot.shape[0], shape.intermediate_size))
-    run, blocks = _plan(shape, device)
+    run, blocks = _prepared(shape, device)
     run(
         blocks,
         THREADS,
