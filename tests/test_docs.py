@@ -30,6 +30,13 @@ def test_every_cuda_source_is_described():
     assert {f"{name}.cu" for name in cuda_sources.names()} == described
 
 
+def test_every_stage_has_its_place_in_a_call():
+    """In the picture of docs/architecture.md; raw_read.cu is what benchmarks take the floor from."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = text.partition("## The stages of a call")[2].split("```")[1]
+    assert {*cuda_sources.names()} - {*re.findall(r"\w+", picture)} == {"raw_read"}
+
+
 def test_every_activation_is_described():
     text = (ROOT / "docs" / "activations.md").read_text(encoding="utf-8")
     for member in MoEActivation:
