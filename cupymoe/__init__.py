@@ -24,7 +24,7 @@ from cupymoe.warmup import warmup
 from cupymoe.weights import QuantizedExperts, QuantizedWeight, WeightFormat
 from cupymoe.weights.quantize import quantize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 flops.register_when_imported()
 

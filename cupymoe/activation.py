@@ -171,7 +171,7 @@ class MoEActivation(Enum):
             ValueError: a member with other parameters than its own has none.
         """
         if self is not self.member:
-            raise ValueError(f"no op is named after {self.value}: torch.ops.cupymoe.moe_activation takes its value")
+            raise ValueError(f"{self.value} has no op of its own: torch.ops.cupymoe.moe_activation takes its value")
         return f"{self.value}_and_mul" if self.is_gated else self.function.lower()
 
     def input_size(self, output_size: int) -> int:

@@ -273,13 +273,13 @@ def refresh_adapters(model: nn.Module) -> int:
     wrappers = [] if integration is None else integration.low_rank_wrappers(model)
     if not wrappers:
         raise ValueError(
-            f"model must have adapters that cupymoe.integrations.peft.use_low_rank lets be computed unmerged; "
-            f"{type(model).__name__} has none"
+            f"model must have adapters that are computed unmerged, and {type(model).__name__} has none: call "
+            "cupymoe.integrations.peft.use_low_rank(model) first"
         )
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "refresh_adapters must be called before a CUDA graph is captured, or between its replays: what is packed "
-            "during the capture would be packed by the replays only"
+            "refresh_adapters must be called before a CUDA graph is captured, or between its replays: during the "
+            "capture nothing runs, and each replay would make the copies again"
         )
     count: int = sum(wrapper.refresh_copies() for wrapper in wrappers)
     return count

@@ -151,7 +151,9 @@ def check_global_num_experts(given: int, num_experts: int) -> None:
     if not isinstance(given, int) or isinstance(given, bool):
         raise TypeError(f"global_num_experts must be an integer or None, got {given!r}")
     if given < num_experts:
-        raise ValueError(f"global_num_experts must be at least the {num_experts} experts that are here, got {given}")
+        raise ValueError(
+            f"global_num_experts must be at least {num_experts}, as many as weights are given, got {given}"
+        )
 
 
 def check_expert_map(
@@ -174,8 +176,8 @@ def check_expert_map(
     count = given.shape[0]
     if count < num_experts:
         raise ValueError(
-            f"expert_map must have an entry for each of all experts, at least the {num_experts} that are here, got "
-            f"{count}"
+            "expert_map must have an entry for each expert of the model, at least the "
+            f"{num_experts} whose weights are given, got {count}"
         )
     return count
 
@@ -192,7 +194,7 @@ def check_out(out: torch.Tensor, *inputs: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *inputs)):
         raise ValueError("out must be None where a gradient is asked for: call under torch.no_grad(), or leave it out")
     if not torch.compiler.is_compiling() and any(overlap(out, tensor) for tensor in inputs):
-        raise ValueError("out must not overlap an input, from the first to the last element of each")
+        raise ValueError("out must not overlap an input: each counts as all memory from its first to its last element")
 
 
 def check_adapter(name: str, adapter: LowRank, weight: Weight, hidden_states: torch.Tensor) -> None:

@@ -124,8 +124,8 @@ def check_replaceable(path: str, module: nn.Module, **originals: tuple[Callable[
     for allowed, given in found.items():
         if given:
             raise ValueError(
-                f"{path} must have {allowed}, got {given}: only its parameters are taken over, so do that to the "
-                "module that takes its place, or leave this one where it is"
+                f"{path} must have {allowed}, got {given}: only its parameters are taken over. Change the module that "
+                "takes its place instead, or leave this one where it is"
             )
 
 

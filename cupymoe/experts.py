@@ -30,8 +30,7 @@ def experts_per_token(part: Any) -> int:
     if isinstance(part, MoEExperts):
         if part.top_k is None:
             raise ValueError(
-                f"{path_of(part)} must have a top_k, how many experts a token goes to, and it has none: give "
-                "MoEExperts top_k="
+                f"{path_of(part)} must have a top_k, the number of experts that a token goes to: give MoEExperts top_k="
             )
         return part.top_k
     for name in _TOP_K:

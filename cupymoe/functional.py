@@ -81,8 +81,8 @@ def apply_moe_activation(activation: MoEActivation | str, output: torch.Tensor, 
         in_place = not member.is_gated and output.is_set_to(input)
         if not in_place:
             raise ValueError(
-                "output must not overlap input, from the first to the last element of each (an ungated activation may "
-                "write onto input itself)"
+                "output must not overlap input, each counting as all memory from its first to its last element (but "
+                "an ungated activation may write onto input itself)"
             )
     torch.ops.cupymoe.apply_moe_activation(member.value, output, input)
     return output

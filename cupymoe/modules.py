@@ -138,8 +138,8 @@ class Gemma4Router(nn.Module):
             logits = logits.reshape(*hidden_states.shape[:-1], projection.shape[0])
         elif self.numerics == INVARIANT:
             raise ValueError(
-                f"{path_of(self)}: numerics='invariant' wants logits that are one product with proj.weight, of hidden "
-                "states in its dtype: no adapter, hook or bias of proj, no autocast, and no norm but the router's own"
+                f"{path_of(self)}: numerics='invariant' needs logits that are one product of hidden states with "
+                "proj.weight, in its dtype: no adapter, hook or bias of proj, no autocast, no norm but the router's own"
             )
         else:
             states = self._router_input(hidden_states)
@@ -290,8 +290,8 @@ class Gemma4MoE(nn.Module):
         activation = experts_activation("decoder_layer.experts", experts)
         if experts.down_proj.shape[0] != config.num_experts:
             raise ValueError(
-                "decoder_layer.experts must be as many as its router chooses from, "
-                f"{config.num_experts}, got {experts.down_proj.shape[0]}"
+                f"decoder_layer.experts must hold the {config.num_experts} experts that its router chooses from, got "
+                f"{experts.down_proj.shape[0]}"
             )
         if activation is not config.activation:
             config = replace(config, hidden_activation=activation.value)

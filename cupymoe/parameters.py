@@ -41,7 +41,7 @@ def check_writable(name: str, parameter: Any) -> None:
             not let it be written.
     """
     if isinstance(parameter, torch.Tensor) and parameter.is_meta:
-        raise ValueError(f"{name} must not be on the meta device, where what is copied into it is lost")
+        raise ValueError(f"{name} must not be on the meta device, where a copy into it would be lost")
     check_plain(name, parameter)
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} was made in torch.inference_mode(), and can be written there only")

@@ -189,7 +189,7 @@ def _uninitialised(config: Gemma4MoEConfig, dtype: torch.dtype, device: torch.de
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be there, got {device}: torch sees no CUDA device")
+        raise ValueError(f"device must be one that torch sees, got {device}: it sees no CUDA device")
     with torch.device("meta"):
         moe = Gemma4MoE(config)
     for module in moe.modules():
@@ -245,21 +245,21 @@ def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> 
             name = ".".join(filter(None, (path, owner_path, name)))
             if not parameter.numel():
                 raise ValueError(
-                    f"{name} must not be empty, as a shard is between the calls of its module: call warmup before the "
-                    "module is sharded, or give it the sizes, a Gemma4MoEConfig"
+                    f"{name} must not be empty, as sharded parameters are between calls: call warmup before the module "
+                    "is sharded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
                 )
             if hasattr(parameter, "device_mesh") and not _is_called_with_shards(owner):
                 raise ValueError(
                     f"{name} must not be a DTensor, of which this process has a shard: call warmup before the module "
-                    "is sharded, or give it the sizes, a Gemma4MoEConfig"
+                    "is sharded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
                 )
             if not parameter.is_meta or any(_loads(module, owner) for module in (owner, part, caller)):
                 continue
             loader = next((module for module in reversed(around) if _loads(module, owner)), None)
             if loader is None:
                 raise ValueError(
-                    f"{name} must not be on the meta device, where no hook of accelerate loads it from: call warmup "
-                    "when the weights are loaded, or give it the sizes, a Gemma4MoEConfig"
+                    f"{name} must not be on the meta device unless a hook of accelerate loads it: call warmup when the "
+                    "weights are loaded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
                 )
     # The innermost hook is the last to move the inputs.
     hooks = [*_hooks(loader), *_hooks(caller), *_hooks(part)]

@@ -161,7 +161,7 @@ def test_a_member_with_its_own_parameters_is_itself(member):
 
 
 def test_an_activation_with_parameters_has_no_op_of_its_own():
-    with pytest.raises(ValueError, match=r"no op is named after silu\(limit=10.0\): .*moe_activation takes its value"):
+    with pytest.raises(ValueError, match=r"silu\(limit=10.0\) has no op of its own: .*moe_activation takes its value"):
         _ = MoEActivation.from_str("silu(limit=10.0)").custom_op_name
 
 

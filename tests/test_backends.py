@@ -92,7 +92,7 @@ def test_grouped_and_simt_serve_biases_and_transposed_weights(hopper, name, dire
         ({"hidden_size": 2812}, r"multiples of 8, not 2812 and 704"),
         ({"intermediate_size": 701}, r"multiples of 8, not 2816 and 701"),
         ({"aligned_weights": False}, r"both weights must start on 16 bytes"),
-        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_experts": 1025}, r"the sort serves at most 1024 experts, not 1025"),
         ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
     ],
 )
@@ -127,11 +127,11 @@ def test_tiles_serve_biases_and_transposed_weights(hopper, activation):
         ({"aligned_weights": False}, r"hidden_states and both weights must start on 16 bytes"),
         (
             {"num_experts": 1025},
-            r"serves at most 1024 experts, not 1025, and the sort has counters for 1024 experts, not 1025",
+            r"serves at most 1024 experts, not 1025, and the sort serves at most 1024 experts, not 1025",
         ),
         (
             {"num_tokens": 1025, "hidden_size": 2824},
-            r"at most 8192 \(token, k\) pairs, not 8200, and its tiles want a hidden size that is a multiple of 16",
+            r"at most 8192 \(token, k\) pairs, not 8200, and its tiles need a hidden size that is a multiple of 16",
         ),
         (
             {"num_tokens": 2731, "top_k": 3, "hidden_size": 2824},
@@ -193,7 +193,7 @@ def test_fused_goes_the_same_way_with_adapters(hopper, direction, num_tokens):
     ("change", "reason"),
     [
         ({"adapter_rank": 144}, "its kernels take adapters of ranks up to 128, not 144"),
-        ({"hidden_size": 2824, "num_tokens": 4096}, "its tiles want a hidden size that is a multiple of 16, not 2824"),
+        ({"hidden_size": 2824, "num_tokens": 4096}, "its tiles need a hidden size that is a multiple of 16, not 2824"),
     ],
 )
 def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, reason):
@@ -206,7 +206,7 @@ def test_fused_says_which_adapters_it_does_not_serve(hopper, direction, change, 
     [
         ({"device": torch.device("cpu")}, r"runs on CUDA devices of compute capability 8.0 or newer, not on cpu"),
         ({"dtype": torch.float64}, r"take bfloat16, float16 and float32, not torch.float64"),
-        ({"num_experts": 1025}, r"counters for 1024 experts, not 1025"),
+        ({"num_experts": 1025}, r"the sort serves at most 1024 experts, not 1025"),
         ({"num_tokens": 2**28}, r"slots are 32-bit: at most \d+ \(token, k\) pairs, not 2147483648"),
     ],
 )

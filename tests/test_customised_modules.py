@@ -358,7 +358,7 @@ def test_from_transformers_refuses_experts_of_another_number_than_the_router_s()
     layer = decoder_layer()
     layer.experts.gate_up_proj = nn.Parameter(layer.experts.gate_up_proj[:4].detach())
     layer.experts.down_proj = nn.Parameter(layer.experts.down_proj[:4].detach())
-    with pytest.raises(ValueError, match="experts must be as many as its router chooses from, 6, got 4"):
+    with pytest.raises(ValueError, match="experts must hold the 6 experts that its router chooses from, got 4"):
         Gemma4MoE.from_transformers(layer)
 
 

@@ -120,7 +120,7 @@ PART, EXPERT_MAP, _ = next(iter(split(random_case(5, "cpu"))))
         ({"expert_map": [0, 1]}, TypeError, "expert_map must be a torch.Tensor, got list"),
         ({"expert_map": EXPERT_MAP.float()}, TypeError, "expert_map must be int32 or int64, got torch.float32"),
         ({"expert_map": EXPERT_MAP[None]}, ValueError, r"expert_map must have shape \[\*\], got \[1, 16\]"),
-        ({"expert_map": EXPERT_MAP[:7]}, ValueError, "at least the 8 that are here, got 7"),
+        ({"expert_map": EXPERT_MAP[:7]}, ValueError, "at least the 8 whose weights are given, got 7"),
         (
             {"expert_map": EXPERT_MAP, "global_num_experts": 12},
             ValueError,

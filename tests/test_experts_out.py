@@ -118,7 +118,7 @@ def test_out_is_refused_where_a_gradient_is_asked_for():
         (
             {"global_num_experts": 5},
             ValueError,
-            "global_num_experts must be at least the 6 experts that are here",
+            "global_num_experts must be at least 6, as many as weights are given",
         ),
         ({"global_num_experts": 6.0}, TypeError, "global_num_experts must be an integer or None, got 6.0"),
         ({"global_num_experts": True}, TypeError, "global_num_experts must be an integer or None, got True"),

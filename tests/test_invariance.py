@@ -63,7 +63,7 @@ def test_tiles_serve_every_number_of_tokens_on_hopper(hopper):
 
 def test_what_has_no_tiles_is_refused(hopper):
     call = INVARIANT._replace(hidden_size=2824)
-    with pytest.raises(ValueError, match=r"'fused' does not serve this call: its tiles want a hidden size"):
+    with pytest.raises(ValueError, match=r"'fused' does not serve this call: its tiles need a hidden size"):
         select("fused", call)
     assert serving(call).name == "simt"
 
@@ -90,7 +90,7 @@ def test_who_computes_does_not_depend_on_the_number_of_tokens(monkeypatch, hoppe
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert select("auto", INVARIANT).name == "fused"
     assert select("auto", INVARIANT._replace(num_tokens=2**19)).name == "fused"
-    message = r"numerics='invariant' has backend 'fused' compute .* does not serve 524289: the weight stream serves"
+    message = r"numerics='invariant' takes backend 'fused' .* does not serve 524289 of them: the weight stream serves"
     with pytest.raises(ValueError, match=message):
         select("auto", INVARIANT._replace(num_tokens=2**19 + 1))
 
@@ -225,7 +225,9 @@ def test_others_are_refused_by_name():
 def test_a_router_that_is_more_than_its_parameters_is_refused():
     router = randomize(Gemma4Router(GEMMA, numerics="invariant"))
     router.proj.register_forward_hook(lambda module, inputs, output: output + 1)
-    with pytest.raises(ValueError, match=r"numerics='invariant' wants logits that are one product with proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"numerics='invariant' needs logits that are one product of hidden states with proj\.weight"
+    ):
         router(torch.randn(3, GEMMA.hidden_size))
 
 

@@ -325,8 +325,8 @@ def select(name: str, call: ExpertsCall, direction: Direction = "forward") -> Ba
     chosen = serving(call, direction)
     if call.is_invariant(direction) and (reason := chosen.unsupported_reason(call)) is not None:
         raise ValueError(
-            f"numerics='invariant' has backend {chosen.name!r} compute these experts for every number of tokens, and "
-            f"it does not serve {call.num_tokens}: {reason}"
+            f"numerics='invariant' takes backend {chosen.name!r} for these experts, whatever the number of tokens, and "
+            f"it does not serve {call.num_tokens} of them: {reason}"
         )
     slow.check(call, chosen, direction)
     return _logged(chosen, call, direction)

@@ -85,7 +85,7 @@ class FusedBackend:
         if call.weight_format != PLAIN and direction == "backward":
             return "its kernels compute no gradients beside quantised weights"
         if call.weight_format != PLAIN and call.adapter_rank:
-            return f"its kernels add adapters to plain weights, not to {call.weight_format}"
+            return f"its kernels compute adapters beside plain weights only, not beside {call.weight_format}"
         if (reason := _format_reason(call.weight_format)) is not None:
             return reason
         if (reason := row_packs_reason(call)) is not None:
@@ -207,7 +207,7 @@ def tiles_reason(load: Load, hidden_size: int, arch: Arch = HOPPER, weight_forma
         return f"its tiles need the wgmma of compute capability 9.0, not {'.'.join(map(str, arch.capability))}"
     if hidden_size % 16:
         # Of a transposed down_proj multiples of 8 would do, but no model with such a size is known.
-        return f"its tiles want a hidden size that is a multiple of 16, not {hidden_size}"
+        return f"its tiles need a hidden size that is a multiple of 16, not {hidden_size}"
     return _format_reason(weight_format) or sort_by_expert.unsupported_reason(load.num_pairs, load.num_experts)
 
 

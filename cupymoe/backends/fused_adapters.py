@@ -92,8 +92,8 @@ def step_back(
     if adapter is None:
         return None, None
     back = adapter.transposed()
-    cut = None if low is None or not needs_b else tiling(grad.shape[1], low.shape[1])
-    if low is None or cut is None:
+    its_tiling = None if low is None or not needs_b else tiling(grad.shape[1], low.shape[1])
+    if low is None or its_tiling is None:
         return step(back, grad, pairs, gathered=gathered), None
     of_b = new_gradient(adapter.given.b)
     grad_low = lora_back(
@@ -102,7 +102,7 @@ def step_back(
         low,
         pairs.expert_offsets,
         of_b.transpose(1, 2),
-        cut,
+        its_tiling,
         pairs.token_of_slot if gathered else None,
         pairs.weight_of_slot if gathered else None,  # those of rows of slots are in them already
         adapter.given.scaling,

@@ -122,7 +122,8 @@ def check_index(path: PathLike) -> None:
     differences += [f"{key} is not in {file.name}, where the index lists it" for key, file in sorted(listed - held)]
     if differences:
         raise CheckpointError(
-            f"{index}: it and the files must agree, got {len(differences)} differences: {'; '.join(differences[:8])}"
+            f"{index}: the index must list what its files hold, got {len(differences)} differences: "
+            f"{'; '.join(differences[:8])}"
         )
 
 
@@ -218,9 +219,9 @@ def load_into(moe: Gemma4MoE, path: PathLike, layer: int) -> None:
         parameters = _parameters(moe, skeleton, storages)
         # All are mapped, or read, before the first is copied: one that can't be is seen while nothing is written yet.
         mapped = [
-            (parameters[tensor.slot.parameter][tensor.slot.part], tensor.read())
+            (parameters[tensor.target.parameter][tensor.target.part], tensor.read())
             for tensor in tensors
-            if not tensor.slot.tensor
+            if not tensor.target.tensor
         ]
         for name, weight in read_weights(tensors, storages, skeleton, "cpu").items():
             mapped += zip(_buffers(moe, name, weight), weight.buffers(), strict=True)
@@ -251,7 +252,7 @@ def _buffers(moe: Gemma4MoE, name: str, weight: QuantizedWeight) -> list[torch.T
     path, _, attribute = name.rpartition(".")
     held = getattr(moe.get_submodule(path), attribute, None)
     if not isinstance(held, QuantizedWeight):
-        raise ValueError(f"{name} must be quantised as {weight.format.name}, as the checkpoint's is; it is not")
+        raise ValueError(f"{name} must be quantised as {weight.format.name}, like the checkpoint's, got a plain weight")
     for buffer, wanted in weight.named_buffers():
         own = getattr(held, buffer)
         if held.format != weight.format or own.dtype != wanted.dtype or own.shape != wanted.shape:
@@ -260,5 +261,5 @@ def _buffers(moe: Gemma4MoE, name: str, weight: QuantizedWeight) -> list[torch.T
                 f"{held.format.name} with {None if own is None else (own.dtype, [*own.shape])}"
             )
         if own.is_meta:
-            raise ValueError(f"{name} must not be on the meta device, where what is copied into it is lost")
+            raise ValueError(f"{name} must not be on the meta device, where a copy into it would be lost")
     return list(held.buffers())

@@ -40,10 +40,10 @@ def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, 
     """
     spelling, skeleton = layer_of_model(like)
     with open_layer(like, key_files(like), layer, spelling, skeleton) as (tensors, storages), torch.no_grad():
-        tensors = [tensor for tensor in tensors if tensor.slot.parameter.startswith(spelling.experts)]
+        tensors = [tensor for tensor in tensors if tensor.target.parameter.startswith(spelling.experts)]
         weights: dict[str, QuantizedWeight] = {}
         exported: dict[str, torch.Tensor] = {}
-        for parameter in dict.fromkeys(tensor.slot.parameter for tensor in tensors):
+        for parameter in dict.fromkeys(tensor.target.parameter for tensor in tensors):
             name = parameter.removeprefix(spelling.experts)
             shape = tuple(skeleton.get_parameter(parameter).shape)
             given: Any = getattr(experts, name, None)
@@ -62,9 +62,9 @@ def export_experts(experts: nn.Module, like: PathLike, layer: int) -> dict[str, 
                 weights[parameter] = given
                 continue
             for tensor in tensors:
-                if tensor.slot.parameter == parameter:
-                    is_beside = bool(tensor.slot.tensor)
-                    part = tensor.read() if is_beside else given[tensor.slot.part].to("cpu", tensor.torch_dtype)
+                if tensor.target.parameter == parameter:
+                    is_beside = bool(tensor.target.tensor)
+                    part = tensor.read() if is_beside else given[tensor.target.part].to("cpu", tensor.torch_dtype)
                     exported[tensor.key] = part.clone(memory_format=torch.contiguous_format)
         return exported | export_weights(tensors, storages, weights)
 

@@ -56,7 +56,7 @@ class _Fields(dict[str, Any]):
         self.file = file
 
     def __missing__(self, name: str) -> Any:
-        raise CheckpointError(f"{self.file}: {name} must be there and is not assumed; got {dict(self)}")
+        raise CheckpointError(f"{self.file}: {name} must be there, since it has no default; got {dict(self)}")
 
     def size(self, name: str) -> int:
         check_size(name, self[name])
@@ -173,7 +173,7 @@ def read_config(path: PathLike) -> Gemma4MoEConfig:
     file, given = read_fields(path)
     names = Gemma4MoEConfig.__dataclass_fields__
     if missing := [name for name in names if name not in given]:
-        raise CheckpointError(f"{file}: {', '.join(missing)} must be there and is not assumed; got {given}")
+        raise CheckpointError(f"{file}: {', '.join(missing)} must be there, with no default; got {given}")
     try:
         return Gemma4MoEConfig(**{name: given[name] for name in names})
     except (ValueError, TypeError) as error:

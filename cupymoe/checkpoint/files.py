@@ -111,12 +111,12 @@ def read_headers(path: PathLike, files: Mapping[str, Path]) -> dict[str, Header]
         with open_file(file) as handle:
             for key in list(handle.keys()):
                 if files.get(key) != file:
-                    raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
+                    raise CheckpointError(f"{file}: {key} is left over: the index {path} does not list it")
                 header = handle.get_slice(key)
                 result[key] = Header(file, header.get_dtype(), (*header.get_shape(),))
     for key, file in files.items():
         if key not in result:
-            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
+            raise CheckpointError(f"{file}: {key} is missing: the index {path} lists it")
     return result
 
 
@@ -153,7 +153,7 @@ def read_fields(path: PathLike) -> tuple[Path, dict[str, Any]]:
     given = read_json(file)
     given = given.get("text_config", given)
     if not isinstance(given, dict):
-        raise CheckpointError(f"{file}: an object text_config must be there and is not assumed; got {given}")
+        raise CheckpointError(f"{file}: an object text_config must be there, with no default; got {given}")
     return file, given
 
 

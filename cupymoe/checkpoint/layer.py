@@ -57,16 +57,16 @@ def load(
         wanted = common_dtype(tensors) if dtype is None else dtype
         weights = read_weights(tensors, storages, module, device)
         for tensor in tensors:
-            slot = tensor.slot
-            if slot.tensor:
+            target = tensor.target
+            if target.tensor:
                 continue
-            if not slot.part:
-                state[slot.parameter] = tensor.read().to(device, wanted)
+            if not target.part:
+                state[target.parameter] = tensor.read().to(device, wanted)
                 continue
-            if slot.parameter not in state:
-                shape = module.get_parameter(slot.parameter).shape
-                state[slot.parameter] = torch.empty(shape, device=device, dtype=wanted)
-            state[slot.parameter][slot.part].copy_(tensor.read())
+            if target.parameter not in state:
+                shape = module.get_parameter(target.parameter).shape
+                state[target.parameter] = torch.empty(shape, device=device, dtype=wanted)
+            state[target.parameter][target.part].copy_(tensor.read())
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         put_weight(module.get_submodule(path), attribute, weight)

@@ -76,7 +76,7 @@ class Place(NamedTuple):
     """How many projections the rows are of, one after the other: 2 where gate and up are fused."""
 
 
-class Slot(NamedTuple):
+class Target(NamedTuple):
     """Where a tensor goes: a parameter of the module that is read, or the part of it that belongs to one expert."""
 
     name: str
@@ -101,7 +101,7 @@ class Found(NamedTuple):
 
     key: str
     file: Path
-    slot: Slot
+    target: Target
 
 
 def layer_of(key: str) -> int | None:
@@ -180,7 +180,7 @@ def match(
                 f"{file}: {key} is left over: nothing of a layer with {experts.down_proj.shape[0]} "
                 f"{_described(stored.quantised)} reads it; its tensors are read from {where}"
             )
-        its_layouts, slot = names[parts["name"]]
+        its_layouts, target = names[parts["name"]]
         prefixes.setdefault(parts["prefix"], key)
         if not its_layouts:
             pass
@@ -188,12 +188,12 @@ def match(
             contradiction = contradiction or (narrowed_by, key)
         elif common != layouts:
             layouts, narrowed_by = common, key
-        if slot.name in found:
-            raise CheckpointError(f"{file}: {key} is {slot.name} a second time: {found[slot.name].key} is it too")
-        found[slot.name] = Found(key, file, slot)
+        if target.name in found:
+            raise CheckpointError(f"{file}: {key} and {found[target.name].key} are both {target.name}; one is allowed")
+        found[target.name] = Found(key, file, target)
     if not found:
         there = sorted({number for number in map(layer_of, files) if number is not None})
-        raise CheckpointError(f"{path}: no {where} key is there; layers that have one: {there}")
+        raise CheckpointError(f"{path}: no key {where} is there; the layers that have one are {there}")
     if contradiction:
         first, second = contradiction
         raise CheckpointError(f"{path}: {first} and {second} are two layouts of the experts; one is allowed")
@@ -204,17 +204,17 @@ def match(
     apart = taken.single or taken.stacked
     if apart and len(apart) == 3 and (not experts.activation.is_gated or experts.activation.is_interleaved):
         raise CheckpointError(
-            f"{experts.activation.name} does not read [gate | up], so {apart[0]} and {apart[1]}, which stand apart, "
-            "have no place; the fused layout (gate_up_proj) is allowed"
+            f"{apart[0]} and {apart[1]} must be one tensor, gate_up_proj: {experts.activation.name} does not read "
+            "[gate | up], which is how two are joined"
         )
     # What is optional is there for all of a parameter or for none of it.
-    optional = {(each.slot.parameter, each.slot.tensor) for each in found.values()}
+    optional = {(each.target.parameter, each.target.tensor) for each in found.values()}
     wanted: dict[str, str] = {}
-    for name, (its_layouts, slot) in names.items():
+    for name, (its_layouts, target) in names.items():
         if its_layouts and taken not in its_layouts:
             continue
-        if not slot.rule.optional or (slot.parameter, slot.tensor) in optional:
-            wanted.setdefault(slot.name, prefix + name)
+        if not target.rule.optional or (target.parameter, target.tensor) in optional:
+            wanted.setdefault(target.name, prefix + name)
     if missing := [key for name, key in wanted.items() if name not in found]:
         raise CheckpointError(
             f"{path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} keys are: {missing[:8]})"
@@ -237,37 +237,37 @@ def _described(storages: Mapping[str, Storage]) -> str:
 
 def _names(
     path: PathLike, spelling: Spelling, module: nn.Module, stored: Stored
-) -> dict[str, tuple[tuple[Layout, ...], Slot]]:
+) -> dict[str, tuple[tuple[Layout, ...], Target]]:
     """Every name that may stand behind ``layers.N.``: the layouts that have it, if any, and where its tensor goes.
-    Those of one slot stand in the order in which messages prefer them."""
-    names: dict[str, tuple[tuple[Layout, ...], Slot]] = {}
+    Those of one target stand in the order in which messages prefer them."""
+    names: dict[str, tuple[tuple[Layout, ...], Target]] = {}
     for name, value in module.named_parameters():
         if not name.startswith(spelling.experts):
-            names[name] = (), Slot(name, name, (), Rule((*DTYPES,), (tuple(value.shape),)))
+            names[name] = (), Target(name, name, (), Rule((*DTYPES,), (tuple(value.shape),)))
     for alias, name in spelling.aliases.items():
         names[alias] = names[name]
     for stem, place in places(spelling, module).items():
         layouts, parameter, part, shape, parts = place
         layout = layouts[0]
-        # What a slot is called must not depend on the layout's prefix.
-        slot_name = spelling.experts + stem.removeprefix(layout.prefix)
+        # What a target is called must not depend on the layout's prefix.
+        target_name = spelling.experts + stem.removeprefix(layout.prefix)
         is_plain = parameter not in stored.quantised
         if is_plain:
-            slot = Slot(slot_name + layout.ending, parameter, part, Rule((*DTYPES,), (shape,)))
-            names[stem + layout.ending] = layouts, slot
+            target = Target(target_name + layout.ending, parameter, part, Rule((*DTYPES,), (shape,)))
+            names[stem + layout.ending] = layouts, target
         storage = (stored.left_plain if is_plain else stored.quantised).get(parameter)
         if storage is not None and (layout.single or storage.is_fused):
             try:
                 rules = storage.rules(shape, parts)
             except ValueError as error:
-                raise CheckpointError(f"{path}: {slot_name} can't be {storage}: {error}") from error
+                raise CheckpointError(f"{path}: {target_name} can't be {storage}: {error}") from error
             for tensor, rule in rules.items():
                 if is_plain and tensor == "weight":
                     continue
                 rule = rule._replace(optional=rule.optional or is_plain)
-                slot = Slot(f"{slot_name}.{tensor}", parameter, part, rule, tensor)
+                target = Target(f"{target_name}.{tensor}", parameter, part, rule, tensor)
                 for ending in tensor_endings(layout, tensor):
-                    names[stem + ending] = layouts, slot
+                    names[stem + ending] = layouts, target
     return names
 
 

@@ -67,8 +67,8 @@ class ModelCheckpoint:
             prefixes = {key: prefix for key, prefix, _ in layer_keys(files, layer, spelling)}
             for tensor in tensors:
                 del self._others[tensor.key]
-                if not tensor.slot.parameter.startswith(spelling.experts):  # a router, which may have been an alias
-                    self._others[prefixes[tensor.key] + tensor.slot.parameter] = tensor.key
+                if not tensor.target.parameter.startswith(spelling.experts):  # a router, which may have been an alias
+                    self._others[prefixes[tensor.key] + tensor.target.parameter] = tensor.key
             return bool(storages)
 
     def load_experts(self, layer: int, device: torch.device | str, dtype: torch.dtype) -> MoEExperts:

@@ -12,7 +12,7 @@ from torch import nn
 
 from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.files import DTYPES, PathLike, open_file, read_tensor
-from cupymoe.checkpoint.layout import Found, Slot, Spelling, Stored, match
+from cupymoe.checkpoint.layout import Found, Spelling, Stored, Target, match
 
 
 class Tensor(NamedTuple):
@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
 
     key: str
     file: Path
-    slot: Slot
+    target: Target
     dtype: str
     """In the words of safetensors."""
     handle: Any
@@ -82,31 +82,31 @@ def _check_header(path: PathLike, file: Path, held: set[str], listed: set[tuple[
     """The index and the header of one file agree on the layer."""
     for key in sorted(key for key, its_file in listed if its_file == file):
         if key not in held:
-            raise CheckpointError(f"{file}: {key} is missing; {path} says that it is there")
+            raise CheckpointError(f"{file}: {key} is missing: the index {path} lists it")
     for key in sorted(held):
         if (key, file) not in listed:
-            raise CheckpointError(f"{file}: {key} is left over: {path} does not say that it is there")
+            raise CheckpointError(f"{file}: {key} is left over: the index {path} does not list it")
 
 
 def check_tensor(found: Found, handle: Any) -> Tensor:
-    """A tensor of an open file whose header is as its slot's rule says.
+    """A tensor of an open file whose header is as its target's rule says.
 
     Raises:
         CheckpointError: it is not.
     """
-    key, file, slot = found
+    key, file, target = found
     header = handle.get_slice(key)
     dtype, shape = header.get_dtype(), header.get_shape()
-    rule = slot.rule
+    rule = target.rule
     if dtype not in rule.dtypes:
         raise CheckpointError(
             f"{file}: {key} must have dtype {', '.join(rule.dtypes)}, got {dtype}"
-            f"{'' if slot.tensor else ' (as an unquantised weight)'}"
+            f"{'' if target.tensor else ' (as an unquantised weight)'}"
         )
     if not any(_is_shape(shape, each) for each in rule.shapes):
         allowed = " or ".join(str([*each]) for each in rule.shapes)
         raise CheckpointError(f"{file}: {key} must have shape {allowed}, got {shape}")
-    return Tensor(key, file, slot, dtype, handle)
+    return Tensor(key, file, target, dtype, handle)
 
 
 def _is_shape(given: list[int], allowed: tuple[int, ...]) -> bool:
@@ -118,8 +118,8 @@ def _check_alike(tensors: list[Tensor]) -> None:
     """The tensors of quantised weights have one dtype all over a parameter: it is the parameter's."""
     first: dict[tuple[str, str], Tensor] = {}
     for tensor in tensors:
-        other = first.setdefault((tensor.slot.parameter, tensor.slot.tensor), tensor)
-        if tensor.slot.tensor and tensor.dtype != other.dtype:
+        other = first.setdefault((tensor.target.parameter, tensor.target.tensor), tensor)
+        if tensor.target.tensor and tensor.dtype != other.dtype:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.key} must have {other.key}'s dtype {other.dtype}, got {tensor.dtype}"
             )
@@ -131,7 +131,7 @@ def common_dtype(tensors: list[Tensor]) -> torch.dtype | None:
     Raises:
         CheckpointError: they have several.
     """
-    plain = [tensor for tensor in tensors if not tensor.slot.tensor]
+    plain = [tensor for tensor in tensors if not tensor.target.tensor]
     if not plain:
         return None
     first = plain[0]

@@ -34,7 +34,9 @@ def take_over(experts: Any, *names: str) -> bool:
         weight, scales = getattr(experts, name, None), getattr(experts, name + _SCALES, None)
         if scales is not None and isinstance(weight, torch.Tensor) and weight.dtype == torch.float8_e4m3fn:
             if torch.compiler.is_compiling():
-                raise ValueError(f"its {name} is as transformers has it, until a call outside of torch.compile")
+                raise ValueError(
+                    f"its {name} lies as transformers has it until a call outside of torch.compile: make one first"
+                )
             with torch.inference_mode(False), torch.no_grad():
                 quantized = _quantized(name, weight.detach(), scales, experts.block_size)
             put_weight(experts, name, quantized)
@@ -56,7 +58,7 @@ def _quantized(
     if is_wrapper(type(weight)):
         raise ValueError(f"its {name} is a {type(weight).__name__}, not a plain tensor")
     if scales.dtype not in _SCALE_DTYPES or scales.ndim != 3:
-        raise ValueError(f"its {name}{_SCALES} is no tensor [E, rows, columns] of one of {_SCALE_DTYPES}")
+        raise ValueError(f"its {name}{_SCALES} must be a tensor [E, rows, columns] of one of {_SCALE_DTYPES}")
     rows, (_, row_blocks, column_blocks) = weight.shape[1], scales.shape
     if block_size is not None and row_blocks == -(-rows // block_size[0]):
         rows_of_block = block_size[0]

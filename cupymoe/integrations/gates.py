@@ -50,7 +50,7 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
     """
     if "_apply_gate" in vars(experts):
         raise ValueError(
-            "its _apply_gate was set on this module, and cupymoe computes only those that transformers' classes define"
+            "its _apply_gate was set on this module, and only one that transformers' own classes define is computed"
         )
     function = type(experts)._apply_gate
     activation, parameters, attributes = _found(function, act)
@@ -59,7 +59,7 @@ def activation_of_gate(experts: Any, act: MoEActivation | None) -> MoEActivation
     if activation is None:
         name = f"{getattr(function, '__qualname__', function)} of {getattr(function, '__module__', None)}"
         raise ValueError(
-            f"it gates in its own way: {name} is no function of transformers that computes one of cupymoe's activations"
+            f"it gates in its own way: {name} is no function of transformers' that cupymoe has an activation for"
         )
     if not attributes:
         return activation

@@ -105,8 +105,8 @@ def check_router(path: str, router: Any) -> None:
     known = () if around is None and "forward" in vars(router) else _ROUTER_FORWARDS
     if given := own_forward(router, *known, called=around):
         raise ValueError(
-            f"{path}: a router must have no forward of its own, which would hide ours, got {given}: take that away, or "
-            "leave the routers to transformers"
+            f"{path}: a router must have no forward of its own, which would be called instead of cupymoe's, got "
+            f"{given}: remove it, or leave the routers to transformers"
         )
 
 

@@ -255,7 +255,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         if isinstance(weight, QuantizedWeight):
             raise ValueError(
                 f"{path_of(self)}: {self.parameter_name} must be a plain parameter, which adapters {what}, got one in "
-                f"{weight.format.name}: adapters beside quantised weights are computed unmerged, by cupymoe alone"
+                f"{weight.format.name}: beside quantised weights adapters can only be computed unmerged, by cupymoe"
             )
 
 
@@ -291,8 +291,8 @@ def use_low_rank(model: nn.Module) -> int:
         known = layer.ParamWrapper.forward, ParamWrapper.forward
         if given := own_forward(module, *known, called=type(module).forward):
             raise ValueError(
-                f"{name}: a wrapper must have PEFT's forward, which cupymoe's takes the place of, got {given}: leave "
-                "this model to PEFT, without use_low_rank"
+                f"{name}: a wrapper must have PEFT's own forward, which cupymoe replaces, got {given}: leave this "
+                "model to PEFT, without use_low_rank"
             )
     for module in found.values():
         let_compute_as(module, ParamWrapper)

@@ -111,8 +111,8 @@ def act_fn_of(experts: Any) -> MoEActivation | None:
         raise ValueError(f"cupymoe has no activation like {shown} of {type(experts).__name__}; it has {known}")
     if isinstance(given, nn.Module) and (reason := _changed(given)) is not None:
         raise ValueError(
-            f"{type(experts).__name__}.act_fn {reason}, which cupymoe would pass over, since it computes the "
-            'activation inside its kernels: take that away, or set experts_implementation="grouped_mm"'
+            f"{type(experts).__name__}.act_fn {reason}, which would be ignored, since cupymoe computes the "
+            'activation inside its kernels: remove that, or set experts_implementation="grouped_mm"'
         )
     return member
 

@@ -259,7 +259,9 @@ def _check_quantizable(path: str, experts: Any) -> None:
         if isinstance(weight, QuantizedWeight):
             raise ValueError(f"{path} must have plain weights, got {name} in {weight.format.name}")
         if weight.is_meta or is_wrapper(type(weight)) or not weight.numel():
-            raise ValueError(f"{path}.{name} must be here as a whole, got a {type(weight).__name__} on {weight.device}")
+            raise ValueError(
+                f"{path}.{name} must be a whole tensor in memory, got a {type(weight).__name__} on {weight.device}"
+            )
     if parametrize.is_parametrized(experts):
         raise ValueError(
             f"{path} must have no parametrizations, which would be lost, got some of {type(experts).__name__}"

@@ -193,11 +193,11 @@ def _variants(arch: Arch) -> Iterator[Variant]:
     gate_up_size = sizes.activation.input_size(sizes.moe_intermediate_size)
     for columns, gathered in ((sizes.hidden_size, True), (gate_up_size, False)):
         for dtype, rank in product((torch.bfloat16, torch.float16), (lora_shrink.RANK_MULTIPLE, lora_back.MAX_RANK)):
-            cut = lora_back.tiling(columns, rank)
-            assert cut is not None
+            tiling = lora_back.tiling(columns, rank)
+            assert tiling is not None
             for output_dtype, transposed in product((torch.float32, dtype), (True, False)):
                 yield lora_back.variant(
-                    dtype, output_dtype, rank, cut, gathered=gathered, weighted=gathered, transposed=transposed
+                    dtype, output_dtype, rank, tiling, gathered=gathered, weighted=gathered, transposed=transposed
                 )
 
 

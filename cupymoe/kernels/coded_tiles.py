@@ -1,4 +1,4 @@
-"""How ``cuda_src/common/coded_tiles.cuh`` is cut for a quantised weight: its stages, and maps of what these hold."""
+"""How ``cuda_src/common/coded_tiles.cuh`` is set up for a quantised weight: its stages, and maps of what these hold."""
 
 from __future__ import annotations
 

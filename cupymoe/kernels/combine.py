@@ -55,7 +55,7 @@ def _blocks(columns: int, width: int, tuning: tuple[int, int]) -> int:
 
 
 @functools.cache
-def _plan(
+def _prepared(
     dtype: torch.dtype, columns: int, aligned: bool, top_k: int, weighted: bool, few: bool, device: int
 ) -> tuple[Kernel, int, int]:
     """The kernel, the blocks of a row, and the threads of a block."""
@@ -88,7 +88,7 @@ def combine(
         output = expert_output.new_empty((num_tokens, columns))
     device, address = output.device.index, expert_output.data_ptr()
     aligned, weighted = (address | output.data_ptr()) % 16 == 0, top_k_weights is not None
-    run, blocks, threads = _plan(output.dtype, columns, aligned, top_k, weighted, few, device)
+    run, blocks, threads = _prepared(output.dtype, columns, aligned, top_k, weighted, few, device)
     run(
         (num_tokens, blocks),
         threads,
@@ -112,7 +112,7 @@ def workspace_variant(shape: Shape) -> Variant:
 
 
 @functools.cache
-def _workspace_plan(shape: Shape, device: int) -> tuple[Kernel, int, int]:
+def _workspace_prepared(shape: Shape, device: int) -> tuple[Kernel, int, int]:
     """The kernel, the blocks of a row, and the threads of a block."""
     tuning = _workspace_tuning(shape)
     run = kernel(workspace_variant(shape), "combine", device, dependent=True, arch=shape.arch)
@@ -127,7 +127,7 @@ def combine_workspace(shape: Shape, workspace: Workspace, top_k_weights: torch.T
         output: ``[T, H]``, contiguous, 16-byte aligned.
     """
     device = output.get_device()
-    run, blocks, threads = _workspace_plan(shape, device)
+    run, blocks, threads = _workspace_prepared(shape, device)
     run(
         (output.shape[0], blocks),
         threads,

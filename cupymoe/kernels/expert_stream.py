@@ -1,4 +1,4 @@
-"""How ``cuda_src/common/expert_stream.cuh`` is cut for a call: tiles, regimes and the workspace of its launches."""
+"""How ``cuda_src/common/expert_stream.cuh`` is set up: tilings, regimes and the workspace of its launches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INLINE_PAIRS_PER_EXPERT = 2
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tiling:
     """The ring of one GEMM: a stage is ``block_k`` deep, with 16 times ``row_blocks`` weight rows for each of the warps
     that lie side by side over them."""
 
@@ -66,7 +66,7 @@ class Tile:
         return self.stages * stage + sums
 
     def defines(self) -> tuple[str, ...]:
-        """The macros of this tile."""
+        """The macros of this tiling."""
         return (
             f"WARPS={self.warps}",
             f"BLOCKS_PER_SM={self.blocks_per_sm}",
@@ -85,18 +85,18 @@ class Regime:
 
     tokens: int
     """Most tokens of a chunk: of one expert and one pass over its weights."""
-    up: Tile
-    down: Tile
-    transposed: Tile
+    up: Tiling
+    down: Tiling
+    transposed: Tiling
     """Of either GEMM, where its weight is transposed."""
     inline_pairs: int
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
     fp32_slots: bool
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
-    four_bits: Tile | None = None
+    four_bits: Tiling | None = None
     """Of either GEMM, where its weight is codes of 4 bits. ``block_k`` is the most that it may be, and of stages there
     are as many as fit, whatever the scales are. None where regimes are of plain weights."""
-    eight_bits: Tile | None = None
+    eight_bits: Tiling | None = None
     """The same of codes of 8 bits."""
     shares_multiprocessor: bool = False
     """Whether the rings of both GEMMs have to fit together where their weights are codes."""
@@ -104,36 +104,36 @@ class Regime:
 
 # 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
 # with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
-_TRANSPOSED = Tile(128, 4)
+_TRANSPOSED = Tiling(128, 4)
 
 _UP_TO_4_PAIRS = Regime(
     tokens=32,
-    up=Tile(256, 4, k_warps=2),
-    down=Tile(256, 4, k_warps=2),
+    up=Tiling(256, 4, k_warps=2),
+    down=Tiling(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=True,
 )
 _UP_TO_16_PAIRS = Regime(
     tokens=32,
-    up=Tile(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
-    down=Tile(256, 4, k_warps=2),
+    up=Tiling(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
+    down=Tiling(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
 )
 _UP_TO_32_PAIRS = Regime(
     tokens=48,
-    up=Tile(256, 3, k_warps=2),
-    down=Tile(256, 3, k_warps=2),
+    up=Tiling(256, 3, k_warps=2),
+    down=Tiling(256, 3, k_warps=2),
     transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
 )
 _MORE_PAIRS = Regime(
     tokens=80,
-    up=Tile(128, 4),
-    down=Tile(128, 4),
+    up=Tiling(128, 4),
+    down=Tiling(128, 4),
     transposed=_TRANSPOSED,
     inline_pairs=0,
     fp32_slots=False,
@@ -150,12 +150,12 @@ def _inline_regime(intermediate_size: int) -> Regime:
     # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
     # experts_up still runs.
     whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-    down = Tile(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tile(256, 5, k_warps=4)
+    down = Tiling(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tiling(256, 5, k_warps=4)
     return Regime(
         tokens=8,
-        up=Tile(256, 4, k_warps=4),
+        up=Tiling(256, 4, k_warps=4),
         down=down,
-        transposed=Tile(256, 3, k_warps=2),
+        transposed=Tiling(256, 3, k_warps=2),
         inline_pairs=_INLINE_PAIRS,
         fp32_slots=True,
     )
@@ -163,13 +163,13 @@ def _inline_regime(intermediate_size: int) -> Regime:
 
 # Tiles of codes. Those of 704 k are of whole rows of Gemma 4's down_proj and of quarters of gate_up_proj's: a warp then
 # has 11 steps of 64 k for each time that it waits for a stage.
-_DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tile(704, 2), Tile(704, 2, warps=4), Tile(704, 2, warps=4, row_blocks=2)
+_DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tiling(704, 2), Tiling(704, 2, warps=4), Tiling(704, 2, warps=4, row_blocks=2)
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
-_CODES = Tile(256, 2, k_warps=2, row_blocks=2)
+_CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
 # Half as many of bytes where half of the memory is for a ring: of 128 there would be two stages.
-_BYTES_OF_8 = Tile(256, 2, k_warps=4, row_blocks=2)
+_BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
 # Of more tokens; for all of them in a warp there are no registers.
-_CODES_OF_48, _CODES_OF_80 = (Tile(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
+_CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
 _MOST_PAIRS_SHARING = 32
 """Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: 4 tokens take 46 us
 so and 50 with longer rings, 16 tokens 118 and 107."""
@@ -198,12 +198,12 @@ _STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
 
 
 @functools.cache
-def _fitted(tile: Tile, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tile:
-    """The tile with as many stages as fit: the more of them, the more bytes are on their way."""
+def _fitted(tiling: Tiling, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tiling:
+    """The tiling with as many stages as fit: the more of them, the more bytes are on their way."""
     stages = 2
-    while replace(tile, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
+    while replace(tiling, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
         stages += 1
-    return replace(tile, stages=stages)
+    return replace(tiling, stages=stages)
 
 
 def _stage_depth(depth: int, most: int) -> int:
@@ -224,34 +224,40 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     """
 
     def new(
-        tokens: int, tile: Tile, transposed: Tile, four_bits: Tile, eight_bits: Tile, *, fp32_slots: bool = False
+        tokens: int,
+        tiling: Tiling,
+        transposed: Tiling,
+        four_bits: Tiling,
+        eight_bits: Tiling,
+        *,
+        fp32_slots: bool = False,
     ) -> Regime:
         room = shared_bytes - _STATIC_BYTES
-        of_both = _fitted(tile, tokens, room)
+        of_both = _fitted(tiling, tokens, room)
         of_transposed = _fitted(transposed, tokens, room)
         return Regime(tokens, of_both, of_both, of_transposed, 0, fp32_slots, four_bits, eight_bits)
 
-    def inline(transposed: Tile) -> Regime:
+    def inline(transposed: Tiling) -> Regime:
         # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
-        tile, room = Tile(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
+        tiling, room = Tiling(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
         of_transposed = _fitted(transposed, 8, room)
-        return Regime(8, tile, tile, of_transposed, _INLINE_PAIRS, True, _DEEP_OF_FEW, _BYTES_OF_8)
+        return Regime(8, tiling, tiling, of_transposed, _INLINE_PAIRS, True, _DEEP_OF_FEW, _BYTES_OF_8)
 
-    wide, square = Tile(64, 2), Tile(64, 2, token_warps=2, row_blocks=2)
-    of_bytes, codes_of_96 = Tile(128, 2), Tile(64, 2, token_warps=2)
+    wide, square = Tiling(64, 2), Tiling(64, 2, token_warps=2, row_blocks=2)
+    of_bytes, codes_of_96 = Tiling(128, 2), Tiling(64, 2, token_warps=2)
     if shared_bytes < 160 * 1024:
         return (
-            inline(Tile(128, 2, k_warps=2)),
+            inline(Tiling(128, 2, k_warps=2)),
             new(16, wide, wide, _CODES, of_bytes, fp32_slots=True),
             new(32, wide, wide, of_bytes, of_bytes),
             new(48, square, wide, of_bytes, of_bytes),
             new(96, square, square, codes_of_96, codes_of_96),
         )
-    deep, deep_square = Tile(256, 2, k_warps=2), replace(square, block_k=128)
+    deep, deep_square = Tiling(256, 2, k_warps=2), replace(square, block_k=128)
     return (
         inline(deep),
-        new(32, deep, Tile(128, 2), _CODES, _CODES, fp32_slots=True),
-        new(32, deep, Tile(128, 2), _CODES, _CODES),
+        new(32, deep, Tiling(128, 2), _CODES, _CODES, fp32_slots=True),
+        new(32, deep, Tiling(128, 2), _CODES, _CODES),
         new(48, deep_square, wide, _CODES_OF_48, _CODES_OF_48),
         new(64, deep_square, square, _CODES_OF_80, _CODES_OF_80),
     )
@@ -340,30 +346,30 @@ class Shape:
     """Of the call, where ``regime.inline_pairs``; else the launch that makes the plan has read it."""
 
     @property
-    def up(self) -> Tile:
+    def up(self) -> Tiling:
         """Of the gate_up projection."""
         stored, rank = self.gate_up_stored, self.gate_up_rank
-        return self._tile(self.regime.up, self.gate_up_transposed, stored, rank, self.hidden_size)
+        return self._tiling(self.regime.up, self.gate_up_transposed, stored, rank, self.hidden_size)
 
     @property
-    def down(self) -> Tile:
+    def down(self) -> Tiling:
         """Of the down projection."""
         stored, rank = self.down_stored, self.down_rank
-        return self._tile(self.regime.down, self.down_transposed, stored, rank, self.intermediate_size)
+        return self._tiling(self.regime.down, self.down_transposed, stored, rank, self.intermediate_size)
 
-    def _tile(self, plain: Tile, transposed: bool, stored: StoredWeight, rank: int, depth: int) -> Tile:
+    def _tiling(self, plain: Tiling, transposed: bool, stored: StoredWeight, rank: int, depth: int) -> Tiling:
         if transposed:
             return self.regime.transposed
         if stored.format is None:
             return plain
-        tile = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
-        assert tile is not None
-        tile = replace(tile, block_k=_stage_depth(depth, tile.block_k))
+        tiling = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
+        assert tiling is not None
+        tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
         if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
-            tile = replace(tile, row_blocks=1)
+            tiling = replace(tiling, row_blocks=1)
         room = self.arch.shared_bytes_of_block // (2 if self.regime.shares_multiprocessor else 1)
         room -= _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
-        return _fitted(tile, self.regime.tokens, room, stored)
+        return _fitted(tiling, self.regime.tokens, room, stored)
 
     @property
     def up_shared_bytes(self) -> int:
@@ -470,6 +476,6 @@ def new_batch_workspace(like: torch.Tensor, shape: Shape, output: torch.Tensor) 
     return Workspace(memory, *addresses)
 
 
-def grid(tile: Tile, device: int) -> tuple[int, int]:
+def grid(tiling: Tiling, device: int) -> tuple[int, int]:
     """As many blocks as are resident at once."""
-    return torch.cuda.get_device_properties(device).multi_processor_count * tile.blocks_per_sm, 1
+    return torch.cuda.get_device_properties(device).multi_processor_count * tiling.blocks_per_sm, 1

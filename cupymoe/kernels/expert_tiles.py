@@ -1,4 +1,4 @@
-"""How ``cuda_src/common/expert_tiles.cuh`` is cut for a call: clusters, tiles and the rings of both GEMMs."""
+"""How ``cuda_src/common/expert_tiles.cuh`` is set up for a call: clusters, tiles and the rings of both GEMMs."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def variant(shape: Shape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
+def _prepared(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.down
     shared_bytes = shape.down_shared_bytes
@@ -68,7 +68,7 @@ def experts_down(
         expert_map: as ``experts_up`` had it.
     """
     device = down_proj.get_device()
-    run, blocks, threads = _plan(shape, device)
+    run, blocks, threads = _prepared(shape, device)
     run(
         blocks,
         threads,

@@ -54,7 +54,7 @@ def variant(shape: TileShape, stores_weighted: bool) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, stores_weighted: bool, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(shape: TileShape, stores_weighted: bool, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid."""
     run = kernel(
         variant(shape, stores_weighted),
@@ -115,7 +115,7 @@ def experts_down_back_wgmma(
     weighted = gate_up.new_empty((slots, shape.intermediate_size)) if stores_weighted else None
     parts = -(-shape.intermediate_size // shape.down_back.block_n)
     dot_parts = gate_up.new_empty((slots, parts), dtype=torch.float32)
-    run, blocks = _plan(shape, stores_weighted, device)
+    run, blocks = _prepared(shape, stores_weighted, device)
     run(
         blocks,
         THREADS,

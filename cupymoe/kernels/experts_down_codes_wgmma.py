@@ -30,7 +30,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling]:
     """The kernel, its grid and its tiles."""
     tiling = tiling_of(shape, shape.down_stored)
     run = kernel(
@@ -66,7 +66,7 @@ def experts_down_codes_wgmma(
     """
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
-    run, blocks, tiling = _plan(shape, device)
+    run, blocks, tiling = _prepared(shape, device)
     run(
         blocks,
         tiling.threads,

@@ -31,7 +31,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid."""
     run = kernel(
         variant(shape),
@@ -98,7 +98,7 @@ def experts_down_wgmma(
         its_pairs = pairs.expert_offsets.data_ptr(), pairs.tickets.data_ptr() + 4 * ticket
         if shape.scatters:
             of_slots = (pairs.token_of_slot.data_ptr(),)
-    run, blocks = _plan(shape, device)
+    run, blocks = _prepared(shape, device)
     run(
         blocks,
         THREADS,

@@ -41,7 +41,7 @@ def variant(dtype: torch.dtype, left_gathered: bool) -> Variant:
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, left_gathered: bool, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(dtype: torch.dtype, left_gathered: bool, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid: one block on each multiprocessor."""
     run = kernel(
         variant(dtype, left_gathered),
@@ -80,7 +80,7 @@ def experts_outer_wgmma(
     device = left.device.index
     num_lines, num_columns = left.shape[1], right.shape[1]
     output = left.new_empty((num_experts, num_lines, num_columns))
-    run, blocks = _plan(left.dtype, left_gathered, device)
+    run, blocks = _prepared(left.dtype, left_gathered, device)
     run(
         blocks,
         THREADS,

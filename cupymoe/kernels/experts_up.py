@@ -33,7 +33,7 @@ def variant(shape: Shape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
+def _prepared(shape: Shape, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     tile = shape.up
     shared_bytes = shape.up_shared_bytes
@@ -78,7 +78,7 @@ def experts_up(
         expert_map: as of ``sort_by_expert``, where ``shape.expert_map``, else None.
     """
     device = hidden_states.get_device()
-    run, blocks, threads = _plan(shape, device)
+    run, blocks, threads = _prepared(shape, device)
     run(
         blocks,
         threads,

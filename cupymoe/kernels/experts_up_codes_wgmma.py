@@ -35,7 +35,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling, RowOrder]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], CodedTiling, RowOrder]:
     """The kernel, its grid, its tiles, and the order of the rows of a stage."""
     tiling = tiling_of(shape, shape.gate_up_stored)
     run = kernel(
@@ -75,7 +75,7 @@ def experts_up_codes_wgmma(
     device = hidden_states.device.index
     sizes = pairs.token_of_slot.shape[0], shape.intermediate_size
     intermediate = hidden_states.new_empty(sizes) if out is None else out
-    run, blocks, tiling, order = _plan(shape, device)
+    run, blocks, tiling, order = _prepared(shape, device)
     rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)
     run(
         blocks,

@@ -36,7 +36,7 @@ def variant(shape: TileShape) -> Variant:
 
 
 @functools.cache
-def _plan(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
+def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int]]:
     """The kernel and its grid."""
     run = kernel(
         variant(shape),
@@ -104,7 +104,7 @@ def experts_up_wgmma(
         slots = pairs.token_of_slot.shape[0]
         its_pairs = pairs.expert_offsets.data_ptr(), pairs.token_of_slot.data_ptr(), pairs.tickets.data_ptr()
     intermediate = hidden_states.new_empty((slots, shape.intermediate_size)) if out is None else out
-    run, blocks = _plan(shape, device)
+    run, blocks = _prepared(shape, device)
     run(
         blocks,
         THREADS,

@@ -34,7 +34,7 @@ def variant(dtype: torch.dtype, activation: MoEActivation, columns: int, width: 
 
 
 @functools.cache
-def _plan(
+def _prepared(
     dtype: torch.dtype, activation: MoEActivation, columns: int, aligned: bool, device: int
 ) -> tuple[Kernel, int]:
     """The kernel, and the elements of one thread."""
@@ -56,7 +56,7 @@ def gated_activation(
     if elements == 0:
         return output
     device, source, target = output.device.index, input.data_ptr(), output.data_ptr()
-    run, width = _plan(output.dtype, activation, columns, (source | target) % 16 == 0, device)
+    run, width = _prepared(output.dtype, activation, columns, (source | target) % 16 == 0, device)
     run(
         (-(-elements // (width * BLOCK_THREADS)), 1),
         BLOCK_THREADS,

@@ -19,7 +19,7 @@ def variant(dtype: torch.dtype, columns: int, width: int, top_k: int) -> Variant
 
 
 @functools.cache
-def _plan(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
+def _prepared(dtype: torch.dtype, columns: int, aligned: bool, top_k: int, device: int) -> tuple[Kernel, int, int]:
     """The kernel, and the blocks and threads of a row."""
     width = vector_width(dtype, columns, aligned)
     return kernel(variant(dtype, columns, width, top_k), "gather", device), *row_geometry(columns, width)
@@ -36,7 +36,7 @@ def gather(hidden_states: torch.Tensor, slot_of_pair: torch.Tensor) -> torch.Ten
     top_k = slot_of_pair.shape[1]
     expert_hidden_states = hidden_states.new_empty((num_tokens * top_k, columns))
     device, address = hidden_states.device.index, hidden_states.data_ptr()
-    run, blocks, threads = _plan(hidden_states.dtype, columns, address % 16 == 0, top_k, device)
+    run, blocks, threads = _prepared(hidden_states.dtype, columns, address % 16 == 0, top_k, device)
     run(
         (num_tokens, blocks),
         threads,

@@ -28,7 +28,7 @@ _CLUSTERS = (1, 2, 4, 8)
 
 
 class Tiling(NamedTuple):
-    """How the columns of an expert are cut."""
+    """How the columns of an expert are shared out."""
 
     cluster: int
     """Blocks of an expert."""
@@ -61,7 +61,7 @@ def variant(
     dtype: torch.dtype,
     output_dtype: torch.dtype,
     rank: int,
-    cut: Tiling,
+    tiling: Tiling,
     *,
     gathered: bool,
     weighted: bool,
@@ -78,23 +78,23 @@ def variant(
             f"WEIGHTED={int(weighted)}",
             f"TRANSPOSED={int(transposed)}",
             f"WARPS={_WARPS}",
-            f"SQUARES={cut.squares}",
-            f"CLUSTER={cut.cluster}",
-            f"STAGES={cut.stages}",
+            f"SQUARES={tiling.squares}",
+            f"CLUSTER={tiling.cluster}",
+            f"STAGES={tiling.stages}",
         ),
     )
 
 
-def _stage_bytes(cut: Tiling, rank: int) -> int:
+def _stage_bytes(tiling: Tiling, rank: int) -> int:
     """Each row has 16 bytes of padding; with the stage's barrier."""
-    return _STEP * (2 * 16 * _WARPS * cut.squares + 16 + 2 * rank) + 8
+    return _STEP * (2 * 16 * _WARPS * tiling.squares + 16 + 2 * rank) + 8
 
 
-def shared_bytes(cut: Tiling, rank: int) -> int:
+def shared_bytes(tiling: Tiling, rank: int) -> int:
     """Of a block."""
     of_step = 4 * _STEP * rank
-    inboxes = _INBOXES * (of_step + 16) if cut.cluster > 1 else 0
-    return cut.stages * _stage_bytes(cut, rank) + 2 * _WARPS * of_step + inboxes
+    inboxes = _INBOXES * (of_step + 16) if tiling.cluster > 1 else 0
+    return tiling.stages * _stage_bytes(tiling, rank) + 2 * _WARPS * of_step + inboxes
 
 
 @functools.cache
@@ -102,17 +102,17 @@ def _kernel(
     dtype: torch.dtype,
     output_dtype: torch.dtype,
     rank: int,
-    cut: Tiling,
+    tiling: Tiling,
     gathered: bool,
     weighted: bool,
     transposed: bool,
     device: int,
 ) -> Kernel:
     return kernel(
-        variant(dtype, output_dtype, rank, cut, gathered=gathered, weighted=weighted, transposed=transposed),
+        variant(dtype, output_dtype, rank, tiling, gathered=gathered, weighted=weighted, transposed=transposed),
         "lora_back",
         device,
-        shared_bytes=shared_bytes(cut, rank),
+        shared_bytes=shared_bytes(tiling, rank),
         dependent=True,
     )
 
@@ -123,7 +123,7 @@ def lora_back(
     low: torch.Tensor,
     expert_offsets: torch.Tensor,
     grad_factor: torch.Tensor,
-    cut: Tiling,
+    tiling: Tiling,
     token_of_slot: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
     scale: float = 1.0,
@@ -142,7 +142,7 @@ def lora_back(
         expert_offsets: ``[E + 1]`` int32 of :class:`SortedPairs`.
         grad_factor: ``[E, r, C]``, of any strides, r up to R: what is beyond it of ``low`` is padding. Float32, or the
             dtype of ``rows``.
-        cut: :func:`tiling` of C and R.
+        tiling: :func:`tiling` of C and R.
         token_of_slot: ``[S]`` int32 of :class:`SortedPairs`.
         weight_of_slot: ``[S]`` float32, with which ``low`` is multiplied; the product is rounded to the dtype of
             ``low`` first.
@@ -151,8 +151,8 @@ def lora_back(
     num_experts, ranks, columns = grad_factor.shape
     gathered, weighted, transposed = token_of_slot is not None, weight_of_slot is not None, not factor.is_contiguous()
     grad_low, device = torch.empty_like(low), rows.get_device()
-    _kernel(rows.dtype, grad_factor.dtype, low.shape[1], cut, gathered, weighted, transposed, device)(
-        (cut.cluster, num_experts),
+    _kernel(rows.dtype, grad_factor.dtype, low.shape[1], tiling, gathered, weighted, transposed, device)(
+        (tiling.cluster, num_experts),
         32 * _WARPS,
         current_stream(device),
         rows.data_ptr(),

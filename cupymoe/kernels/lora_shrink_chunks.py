@@ -39,7 +39,7 @@ def variant(shape: Shape, *, gathered: bool) -> Variant:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape: Shape, gathered: bool, num_pairs: int, device: int) -> tuple[Kernel, tuple[int, int], int]:
+def _prepared(shape: Shape, gathered: bool, num_pairs: int, device: int) -> tuple[Kernel, tuple[int, int], int]:
     """The kernel, its grid and the threads of a block."""
     run = kernel(variant(shape, gathered=gathered), "lora_shrink_chunks", device, dependent=True, arch=shape.arch)
     pieces = -(-shape.regime.tokens // _piece(shape))
@@ -69,7 +69,7 @@ def lora_shrink_chunks(
         expert_map: as of ``sort_by_expert``, where ``shape.expert_map``, else None.
     """
     gathered, device, num_pairs = hidden_states is not None, factor.get_device(), top_k_index.numel()
-    run, blocks, threads = _plan(shape, gathered, num_pairs, device)
+    run, blocks, threads = _prepared(shape, gathered, num_pairs, device)
     run(
         blocks,
         threads,

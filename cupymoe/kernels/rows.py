@@ -1,4 +1,4 @@
-"""How kernels that work on whole rows are cut: elements of an access, and blocks and threads of a row."""
+"""How kernels that work on whole rows divide them: elements of an access, and blocks and threads of a row."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MAX_PAIRS = 2**31 - 1 - PAIRS_PER_BLOCK
 def unsupported_reason(num_pairs: int, num_experts: int) -> str | None:
     """Why a call's pairs can't be sorted; None if they can."""
     if num_experts > MAX_EXPERTS:
-        return f"the sort has counters for {MAX_EXPERTS} experts, not {num_experts}"
+        return f"the sort serves at most {MAX_EXPERTS} experts, not {num_experts}"
     if num_pairs > MAX_PAIRS:
         return f"slots are 32-bit: at most {MAX_PAIRS} (token, k) pairs, not {num_pairs}"
     return None

@@ -53,5 +53,7 @@ def tensor_map(
         _ZEROS_OUT_OF_BOUNDS,
     )
     if status:
-        raise RuntimeError(f"no map of sizes {sizes}, strides {strides} and box {box}: {error_name(status)}")
+        raise RuntimeError(
+            f"the driver refused a tensor map of sizes {sizes}, strides {strides} and box {box}: {error_name(status)}"
+        )
     return tuple((ctypes.c_uint64 * WORDS).from_address(aligned))

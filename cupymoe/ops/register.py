@@ -86,8 +86,8 @@ def _refuse_tangents(overload: Any, arguments: tuple[Any, ...]) -> None:
     for each in arguments:
         if isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None:
             raise NotImplementedError(
-                f"{overload} has no forward-mode derivative (jvp, jacfwd, make_dual): differentiate backwards, or call "
-                "cupymoe.reference, which is plain torch"
+                f"{overload} has no forward-mode derivative (jvp, jacfwd, make_dual): differentiate in reverse mode, "
+                "or call cupymoe.reference, which is plain torch"
             )
 
 

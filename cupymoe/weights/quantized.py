@@ -262,7 +262,7 @@ class QuantizedWeight(nn.Module):
             name, *sizes = _text(state).split()
             num_experts, rows, k = map(int, sizes)
         except (AttributeError, ValueError):
-            raise ValueError(f"{prefix}_extra_state must say a format and a shape, got {state!r}") from None
+            raise ValueError(f"{prefix}_extra_state must name a format and a shape, got {state!r}") from None
         scales = state_dict.get(prefix + "scales")
         scale_dtype = None if scales is None else scales.dtype
         return cls(name, (num_experts, rows, k), scale_dtype=scale_dtype, device=device)
@@ -401,7 +401,7 @@ def _check_codes(format: WeightFormat, codes: torch.Tensor) -> None:
         raise ValueError(f"codes must be below {2**format.bits} in {format.name}, got {int(codes.max())}")
     for code in format.nan_codes:
         if _any(codes == code):
-            raise ValueError(f"codes must be no NaN in {format.name}, got {int((codes == code).sum())} of {code:#x}")
+            raise ValueError(f"codes must not be NaN in {format.name}, got {int((codes == code).sum())} of {code:#x}")
 
 
 class QuantizedExperts(nn.Module):

@@ -1,4 +1,4 @@
-"""The tables of the reports, in markdown: what the benchmarks print, and what the README has."""
+"""The tables of the reports, in markdown: what the benchmarks print, and what README.md and docs/benchmarks.md show."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ def heading(report: Report) -> str:
 
 
 def together(reports: Sequence[Report]) -> Report:
-    """One report with the rows of several, each number of tokens from the last that has it, and the last's heading."""
+    """One report with the rows of several, each number of tokens from the last that has it, and all their dates; what
+    else a heading says is the last's.
+    """
     rows = {row["tokens"]: row for report in reports for row in report["rows"]}
-    return {**reports[-1], "rows": [rows[tokens] for tokens in sorted(rows)]}
+    dates = " and ".join(sorted({report["date"] for report in reports}))
+    return {**reports[-1], "date": dates, "rows": [rows[tokens] for tokens in sorted(rows)]}
 
 
 def peers(report: Report) -> list[str]:
@@ -56,6 +59,28 @@ def experts_table(report: Report) -> str:
         rows.append(cells)
     errors = [f"error {name}" for name in ("cupymoe", *names)]
     return markdown(["tokens", "floor us", "cupymoe us", "x floor", *(f"{name} us" for name in names), *errors], rows)
+
+
+def summary(report: Report) -> str:
+    """A sentence of ``experts.json``: the range of our medians over the floor, and of ``grouped_mm``'s over ours."""
+    tokens = [row["tokens"] for row in report["rows"]]
+    medians = [{name: ms["p50"] for name, ms in row["ms"].items()} for row in report["rows"]]
+    floors = [ours["cupymoe"] / row["floor_ms"] for ours, row in zip(medians, report["rows"], strict=True)]
+    peer = [ours["grouped_mm"] / ours["cupymoe"] for ours in medians]
+    return (
+        f"{report['device']}, {report['date']}: from {min(tokens)} to {max(tokens)} tokens a call takes "
+        f"{min(floors):.2f} to {max(floors):.2f} times\nthe floor, and transformers' `grouped_mm` takes "
+        f"{min(peer):.2f} to {max(peer):.2f} times as long as cupymoe."
+    )
+
+
+def invariant_table(report: Report) -> str:
+    """Of ``decode.json``: medians in microseconds, and how much longer calls with ``numerics="invariant"`` take."""
+    rows = []
+    for row in report["rows"]:
+        fast, invariant = (row["ms"][name]["p50"] for name in ("cupymoe", "cupymoe:invariant"))
+        rows.append([str(row["tokens"]), microseconds(fast), f"{microseconds(invariant)} ({invariant / fast:.2f}x)"])
+    return markdown(["tokens", "fast us", "invariant us"], rows)
 
 
 def models_table(report: Report) -> str:
@@ -385,3 +410,6 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "recipes": finetune_table,
 }
 """By the part of a report that they show."""
+
+RENDERED = {**TABLES, "summary": summary, "invariant": invariant_table}
+"""What a document may ask for, by name."""

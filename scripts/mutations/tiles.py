@@ -208,7 +208,7 @@ FAULTS = (
         "a stale map of the weights",
         "kernels/experts_up_wgmma.py",
         "*_gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size),",
-        "*vars(_plan).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)),",
+        "*vars(_prepared).setdefault(shape, _gate_up_map(gate_up_proj.data_ptr(), shape, shape.hidden_size)),",
         PARAMETERS,
     ),
 )

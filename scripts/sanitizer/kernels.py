@@ -110,15 +110,15 @@ def run_low_rank_back() -> None:
     for dtype, columns, gathered in product((torch.bfloat16, torch.float16), (200, 1416, 2880), (False, True)):
         rows, factor = torch.randn(len(expert), columns).to(dtype), torch.randn(len(counts), 16, columns).to(dtype)
         low, weights = torch.randn(len(expert), 16).to(dtype), torch.randn(len(expert))
-        places, cut = token.to(torch.int32).cuda() if gathered else None, tiling(columns, 16)
-        assert cut is not None
+        places, its_tiling = token.to(torch.int32).cuda() if gathered else None, tiling(columns, 16)
+        assert its_tiling is not None
         of_slots = (rows[token] if gathered else rows).double()
         truth = torch.einsum("sc,src->sr", of_slots, factor.double()[expert])
         outer = (low.double() * weights[:, None])[:, :12, None] * of_slots[:, None]
         for given in (factor.cuda(), factor.mT.contiguous().cuda().mT):
             output = torch.empty(len(counts), columns, 12, device="cuda").transpose(1, 2)
             grad_low = lora_back(
-                rows.cuda(), given, low.cuda(), offsets, output, cut, places, weights.cuda(), scale=1.0
+                rows.cuda(), given, low.cuda(), offsets, output, its_tiling, places, weights.cuda(), scale=1.0
             )
             check(grad_low, truth, f"{dtype}, {columns} columns")
             check(output, outer.new_zeros(output.shape).index_add_(0, expert, outer), f"{dtype}, {columns} columns")

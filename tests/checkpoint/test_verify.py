@@ -235,7 +235,7 @@ def test_the_states_of_a_layer_have_a_mean_square_of_one():
         (lambda folder: write(folder, {"lm_head.weight": torch.ones(1)}), "no key of a router or of experts"),
         (
             lambda folder: write_config(write(folder, tensors_of()), hidden_activation=...),
-            "hidden_activation must be there and is not assumed",
+            "hidden_activation must be there, with no default",
         ),
         (
             lambda folder: write_config(write(folder, tensors_of()), rms_norm_eps="1e-6"),

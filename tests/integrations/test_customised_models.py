@@ -68,13 +68,13 @@ def replace_act(experts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (sparsify, r"act_fn has hooks \(_forward_hooks\), which cupymoe would pass over"),
-        (pre_hook, r"act_fn has hooks \(_forward_pre_hooks\), which cupymoe would pass over"),
+        (sparsify, r"act_fn has hooks \(_forward_hooks\), which would be ignored"),
+        (pre_hook, r"act_fn has hooks \(_forward_pre_hooks\), which would be ignored"),
         (
             lambda experts: patch_forward(experts.act_fn),
-            "act_fn has a forward of its own, which cupymoe would pass over",
+            "act_fn has a forward of its own, which would be ignored",
         ),
-        (replace_act, "act_fn has an act of its own, .*relu.*, which cupymoe would pass over"),
+        (replace_act, "act_fn has an act of its own, .*relu.*, which would be ignored"),
         (
             lambda experts: setattr(experts, "act_fn", GELUTanh()),
             f"no activation like the GELUTanh of {__name__} of Ge",
@@ -91,7 +91,7 @@ def test_an_activation_that_is_not_its_class_alone_is_refused(change, message):
 def test_a_class_whose_forward_was_replaced_is_refused(monkeypatch):
     model = gemma4()
     monkeypatch.setattr(transformers.activations.GELUTanh, "forward", lambda self, input: torch.relu(input))
-    with pytest.raises(ValueError, match="act_fn has a forward of its own, which cupymoe would pass over"):
+    with pytest.raises(ValueError, match="act_fn has a forward of its own, which would be ignored"):
         logits(model)
 
 

@@ -142,7 +142,7 @@ def test_what_is_refused():
         experts(*arguments())
     experts = fp8_experts()
     experts.gate_up_proj.data.view(torch.uint8)[1, 2, 3] = 0xFF
-    with pytest.raises(ValueError, match="its gate_up_proj: codes must be no NaN in fp8_g128, got 1 of 0xff"):
+    with pytest.raises(ValueError, match="its gate_up_proj: codes must not be NaN in fp8_g128, got 1 of 0xff"):
         experts(*arguments())
     experts = fp8_experts()
     experts.down_proj_scale_inv.data[0, 0, 0] = float("nan")

@@ -203,7 +203,7 @@ def same_gate(self, gate_up):
 def test_a_gate_that_somebody_else_wrote_is_refused(gate, monkeypatch):
     """Whatever it computes: what it does besides is not known."""
     message = (
-        rf"does not serve \w*: it gates in its own way: {gate.__name__} of {__name__} is no function of transformers"
+        rf"does not serve \w*: it gates in its own way: {gate.__name__} of {__name__} is no function of transformers'"
     )
     with pytest.raises(ValueError, match=message):
         output(experts_of(type("Mine", (deepseek.DeepseekV4Experts,), {"_apply_gate": gate})), "cupymoe")

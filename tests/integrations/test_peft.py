@@ -444,7 +444,7 @@ def test_a_wrapper_with_a_forward_of_its_own_is_refused_before_any_changes():
 
     wrappers[1].__class__ = WrapperOfMine
     with pytest.raises(
-        ValueError, match=r"experts.*: a wrapper must have PEFT's forward, .* got .*WrapperOfMine.forward"
+        ValueError, match=r"experts.*: a wrapper must have PEFT's own forward, .* got .*WrapperOfMine.forward"
     ):
         integration.use_low_rank(model)
     assert type(wrappers[0]) is integration.layer.ParamWrapper

@@ -449,7 +449,9 @@ def test_refresh_makes_what_is_missing(seen):
 
 def test_refresh_without_anything_to_refresh():
     merging = peft.get_peft_model(torch.nn.ModuleDict({"experts": MoEExperts(2, 8, 8, "silu")}), lora())
-    with pytest.raises(ValueError, match=r"model must have adapters that .*use_low_rank.* PeftModel has none"):
+    with pytest.raises(
+        ValueError, match=r"model must have adapters that are .*, and PeftModel has none: call .*use_low_rank"
+    ):
         refresh_adapters(merging)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
         refresh_adapters({})

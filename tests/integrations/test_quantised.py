@@ -163,7 +163,7 @@ def test_what_is_refused():
     with torch.device("meta"):
         model = gemma4(moe_intermediate_size=32)
     model.set_experts_implementation("cupymoe")
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.experts\.gate_up_proj must be here as a whole"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.experts\.gate_up_proj must be a whole tensor in memory"):
         quantize_experts(model, "int4")
 
 

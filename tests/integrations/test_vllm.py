@@ -189,7 +189,7 @@ class TestRegister:
 
         unregister()
         monkeypatch.setitem(op_registry_oot, NAME, Theirs)
-        with pytest.raises(RuntimeError, match=r"replaced by Theirs: name one of the two in VLLM_PLUGINS"):
+        with pytest.raises(RuntimeError, match=r"replaced by Theirs: let VLLM_PLUGINS name only one of the two"):
             plugin.register()
 
     def test_a_vllm_that_it_does_not_know_is_refused(self, registered, monkeypatch):

@@ -106,7 +106,7 @@ def test_a_layer_that_is_slow_only_with_the_same_bits_in_every_call_is_refused_t
     assert slow_reason(layer, MoEActivation.SILU, "fast") is None
     reason = slow_reason(layer, MoEActivation.SILU, "invariant")
     assert "only a slow backend serves 1 tokens" in reason
-    assert "fused: its tiles want a hidden size that is a multiple of 16, not 2824" in reason
+    assert "fused: its tiles need a hidden size that is a multiple of 16, not 2824" in reason
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

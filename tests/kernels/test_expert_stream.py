@@ -10,7 +10,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, MoEActivation
 from cupymoe.kernels import expert_stream, experts_down, experts_up, lora_shrink_chunks
 from cupymoe.kernels.arch import HOPPER
-from cupymoe.kernels.expert_stream import Shape, Tile, new_workspace, regime
+from cupymoe.kernels.expert_stream import Shape, Tiling, new_workspace, regime
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import WARPS
 from tests.helpers import compiled
@@ -126,7 +126,7 @@ def test_whole_rows_are_whole_32s_that_fit(intermediate, whole_rows):
     assert regime(Load.of(1, 8, 128), intermediate).down.whole_rows == whole_rows
 
 
-@pytest.mark.parametrize(("tile", "blocks"), [(Tile(256, 3), 132), (Tile(256, 3, blocks_per_sm=2), 264)])
+@pytest.mark.parametrize(("tile", "blocks"), [(Tiling(256, 3), 132), (Tiling(256, 3, blocks_per_sm=2), 264)])
 def test_the_grid_is_what_is_resident_at_once(monkeypatch, tile, blocks):
     hopper = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)

@@ -45,7 +45,7 @@ def test_a_multiprocessor_has_room_for_no_more_blocks_than_the_card_s(tokens, bu
     chosen = regime(Load.of(tokens, 8, 128), config.moe_intermediate_size, build)
     shape = shape_of(chosen, torch.bfloat16, torch.int64, config.activation, 128, 2816, 704, 8, arch=build)
     for source, tile in ((experts_up, shape.up), (experts_down, shape.down)):
-        kernel, _, threads = source._plan(shape, torch.cuda.current_device())
+        kernel, _, threads = source._prepared(shape, torch.cuda.current_device())
         shared_bytes = kernel.shared_bytes
         assert shared_bytes > tile.shared_bytes(chosen.tokens)
         driver = import_cupy().cuda.driver

@@ -12,7 +12,7 @@ from cupymoe import MoEActivation, reference
 from cupymoe.kernels import experts_down, experts_up, sort_by_expert
 from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, Arch
 from cupymoe.kernels.combine import combine_workspace
-from cupymoe.kernels.expert_stream import Tile, new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import Tiling, new_workspace, regime, shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts
@@ -175,7 +175,7 @@ def test_builds_of_other_cards(stored, build, num_tokens):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "codes", [Tile(704, 2, k_warps=2), Tile(704, 2, k_warps=4, row_blocks=2), Tile(256, 2), Tile(64, 2)]
+    "codes", [Tiling(704, 2, k_warps=2), Tiling(704, 2, k_warps=4, row_blocks=2), Tiling(256, 2), Tiling(64, 2)]
 )
 @pytest.mark.parametrize("stored", [INT4[0], STORED[len(INT4)]], ids=name_of)
 def test_other_tiles(stored, codes):

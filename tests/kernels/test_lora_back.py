@@ -29,7 +29,7 @@ def check(
     is_weighted=False,
     factor_transposed=True,
     scale=1.0,
-    cut=None,
+    its_tiling=None,
 ):
     rows, of_slots, expert_offsets, token_of_slot = random_slots(counts, columns, dtype, gathered)
     kept, rank = sum(counts), -(-ranks // 16) * 16
@@ -40,10 +40,10 @@ def check(
     low[kept:] = torch.nan
     low[:kept, ranks:] = 0
     weights = torch.randn(len(low), device="cuda") if is_weighted else None
-    cut = cut or tiling(columns, rank)
+    its_tiling = its_tiling or tiling(columns, rank)
     poison_free_memory()
     output, of_outer = (output_of(len(counts), ranks, columns, output_dtype, layout) for _ in range(2))
-    grad_low = lora_back(rows, factor, low, expert_offsets, output, cut, token_of_slot, weights, scale)
+    grad_low = lora_back(rows, factor, low, expert_offsets, output, its_tiling, token_of_slot, weights, scale)
     lora_outer(low, rows, expert_offsets, of_outer, token_of_slot, weights, scale)
     assert torch.equal(output, of_outer)
     assert grad_low.dtype == dtype
@@ -56,7 +56,7 @@ def check(
         assert_close(output[expert], scale * left @ its_rows, abs(scale) * left.abs() @ its_rows.abs())
         assert past > first or not output[expert].any()
     again = torch.empty_like(output)
-    low_again = lora_back(rows, factor, low, expert_offsets, again, cut, token_of_slot, weights, scale)
+    low_again = lora_back(rows, factor, low, expert_offsets, again, its_tiling, token_of_slot, weights, scale)
     assert torch.equal(again, output)
     assert torch.equal(low_again[:kept], grad_low[:kept])
 
@@ -79,7 +79,7 @@ def test_rank_32_and_layouts_of_the_factor(columns, factor_transposed):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("columns", "cluster"), [(1408, 1), (1408, 2), (2816, 2), (2816, 4), (2816, 8), (5632, 4)])
 def test_every_cluster(columns, cluster):
-    check(COUNTS, 16, columns, is_weighted=True, cut=tiling_of(columns, 16, cluster))
+    check(COUNTS, 16, columns, is_weighted=True, its_tiling=tiling_of(columns, 16, cluster))
 
 
 @pytest.mark.gpu
@@ -122,22 +122,22 @@ def test_an_expert_s_bits_are_its_own():
     factor = torch.randn(3, 16, 1408, device="cuda", dtype=torch.bfloat16)
     low = torch.randn(len(rows), 16, device="cuda", dtype=torch.bfloat16)
     output, alone = (output_of(experts, 16, 1408, torch.float32, "ranks") for experts in (3, 1))
-    cut = tiling(1408, 16)
-    grad_low = lora_back(rows, factor, low, expert_offsets, output, cut)
-    low_alone = lora_back(rows[40:130], factor[2:], low[40:130], offsets_of([90]), alone, cut)
+    its_tiling = tiling(1408, 16)
+    grad_low = lora_back(rows, factor, low, expert_offsets, output, its_tiling)
+    low_alone = lora_back(rows[40:130], factor[2:], low[40:130], offsets_of([90]), alone, its_tiling)
     assert torch.equal(output[2], alone[0])
     assert torch.equal(grad_low[40:130], low_alone)
 
 
 def test_every_tiling_holds_its_columns_and_fits_a_multiprocessor():
     for rank, columns in product((16, 32), range(8, 6400, 8)):
-        cut = tiling(columns, rank)
-        if cut is None:
+        its_tiling = tiling(columns, rank)
+        if its_tiling is None:
             continue
-        of_block = 16 * 8 * cut.squares
-        assert of_block * (cut.cluster - 1) < columns <= of_block * cut.cluster
-        assert cut.stages >= 2
-        assert shared_bytes(cut, rank) <= HOPPER.shared_bytes_of_block
+        of_block = 16 * 8 * its_tiling.squares
+        assert of_block * (its_tiling.cluster - 1) < columns <= of_block * its_tiling.cluster
+        assert its_tiling.stages >= 2
+        assert shared_bytes(its_tiling, rank) <= HOPPER.shared_bytes_of_block
 
 
 def test_which_columns_are_taken():

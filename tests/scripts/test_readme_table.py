@@ -1,6 +1,7 @@
 """readme_table.py renders the committed reports, and the regimes that no report was committed of yet."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -32,24 +33,74 @@ def test_committed_reports():
     assert len(lines) == sum(3 + lines_of(part) for _, part in shown)
 
 
-def test_the_readme_s_tables_are_of_the_committed_reports():
-    names = ("decode", "prefill", "model")
-    decode, prefill, model = (read(ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / f"{name}.json") for name in names)
-    training = read(ROOT / "benchmarks" / "nvidia-h200" / "training.json")
+def test_the_documents_tables_are_of_the_committed_reports():
+    for document in readme_table.DOCUMENTS:
+        assert readme_table.written(document, ROOT / "benchmarks") == document.read_text(encoding="utf-8"), document
+
+
+def test_what_the_documents_show():
+    """No table is lost: its lines are in the document, whatever asks for them."""
+    h100, h200 = (ROOT / "benchmarks" / name for name in ("nvidia-h100-80gb-hbm3", "nvidia-h200"))
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for folder in (h100, h200):
+        decode, prefill = (read(folder / f"{name}.json") for name in ("decode", "prefill"))
+        assert tables.experts_table(tables.together([decode, prefill])) in text
+        assert tables.skewed_table(decode) in text
+        assert tables.skewed_table(prefill) in text
+    assert tables.model_table(read(h100 / "model.json")) in text
+    assert tables.greedy_table(read(h100 / "model.json")) in text
+    assert tables.models_table(read(h100 / "models.json")) in text
+    assert tables.host_table(read(h100 / "host.json")) in text
+    assert tables.training_table(read(h200 / "training.json")) in text
+    assert tables.finetune_table(read(h200 / "finetune.json")) in text
+    assert tables.lora_table(read(h200 / "lora.json")) in text
+    assert tables.portable_table(read(h200 / "portable.json")) in text
+    assert tables.invariant_table(read(h200 / "decode.json")) in text
+
+
+def test_the_readme_s_sentence_is_of_the_reports_that_its_plot_shows():
+    folder = ROOT / "benchmarks" / "nvidia-h200"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.experts_table(tables.together([decode, prefill])) in readme
-    assert tables.model_table(model) in readme
-    assert tables.training_table(training) in readme
-    finetune = read(ROOT / "benchmarks" / "nvidia-h200" / "finetune.json")
-    assert tables.finetune_table(finetune) in readme
+    assert "(benchmarks/nvidia-h200/ratio.svg)" in readme
+    assert tables.summary(tables.together([read(folder / "decode.json"), read(folder / "prefill.json")])) in readme
 
 
-MODELS = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3" / "models.json"
+def test_every_report_has_a_command_beside_it():
+    """In the table of docs/benchmarks.md."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if "`python scripts/" in line and line.startswith("| ")]
+    linked = [target for row in rows for target in re.findall(r"\(\.\./(benchmarks/[^)]+)\)", row[3])]
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("*/*.json")} == set(linked)
+    scripts = {script for row in rows for script in re.findall(r"`python (scripts/\w+\.py)", row[2])}
+    assert "scripts/bench.py" in scripts
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-@pytest.mark.skipif(not MODELS.exists(), reason="no report of other models' sizes is committed")
-def test_the_readme_s_table_of_models_is_of_the_committed_report():
-    assert tables.models_table(read(MODELS)) in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_a_document_s_tables_are_made_anew(tmp_path):
+    row = {"tokens": 4, "floor_ms": 0.2, "ms": times(cupymoe=0.25, grouped_mm=1.0), "error": {"cupymoe": 0.001}}
+    origin = {"device": "x", "cuda_src_sha256": "0123456789abcdef", "versions": {"torch": "2.11"}}
+    for name, date, tokens in (("a", "2026-01-01", 4), ("b", "2026-01-02", 8)):
+        report = {**origin, "date": date, "rows": [{**row, "tokens": tokens}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    document = tmp_path / "page.md"
+    document.write_text(
+        "before\n<!-- rows of a.json b.json -->\nold\n<!-- end -->\n<!-- summary of a.json -->\n<!-- end -->\n"
+    )
+    lines = readme_table.written(document, tmp_path).splitlines()
+    assert lines[:3] == [
+        "before",
+        "<!-- rows of a.json b.json -->",
+        "x, torch 2.11: [a.json](a.json) of 2026-01-01 (cuda_src 0123456789ab), "
+        "[b.json](b.json) of 2026-01-02 (cuda_src 0123456789ab)",
+    ]
+    assert [line.split()[1] for line in lines[6:8]] == ["4", "8"]
+    assert lines[8:] == [
+        "<!-- end -->",
+        "<!-- summary of a.json -->",
+        "x, 2026-01-01: from 4 to 4 tokens a call takes 1.25 to 1.25 times",
+        "the floor, and transformers' `grouped_mm` takes 4.00 to 4.00 times as long as cupymoe.",
+        "<!-- end -->",
+    ]
 
 
 def times(**medians):
@@ -103,6 +154,12 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             {"first_call_s": {"from_disk": {"import_cupy": 0.1, "one_token": 0.2, "every_regime": 0.3}}},
             "| kernels | import cupy s | one token s | other regimes s |",
             "| from disk | 0.10 | 0.20 | 0.30 |",
+        ),
+        (
+            "invariant_table",
+            {"rows": [{"tokens": 4, "ms": times(**{"cupymoe": 0.25, "cupymoe:invariant": 0.275})}]},
+            "| tokens | fast us | invariant us |",
+            "| 4 | 250 | 275 (1.10x) |",
         ),
         (
             "skewed_table",
@@ -252,10 +309,11 @@ def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
 
 
 def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise():
-    first = {"device": "first", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
-    last = {"device": "last", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
+    first = {"device": "first", "date": "1", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
+    last = {"device": "last", "date": "2", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
     assert tables.together([first, last]) == {
         "device": "last",
+        "date": "1 and 2",
         "rows": [{"tokens": 1, "of": "first"}, {"tokens": 4, "of": "last"}, {"tokens": 8, "of": "last"}],
     }
 

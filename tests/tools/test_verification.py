@@ -293,7 +293,7 @@ def test_the_readme_s_counts_are_verify_s(monkeypatch):
     monkeypatch.setattr(compilation, "compile_offline", lambda *job: SimpleNamespace(spill_bytes=0, registers=1))
     result = CliRunner().invoke(main, ["verify", "--shape", "small"])
     assert result.exit_code == 0, result.output
-    assert f"\n{result.output.splitlines()[-1]}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f" `{result.output.splitlines()[-1]}`." in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

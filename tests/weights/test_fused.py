@@ -63,7 +63,11 @@ def test_what_neither_way_serves_is_named(on_hopper):
         reason = FusedBackend().unsupported_reason(call_on_cuda(formats))
         assert reason == "its kernels read codes of int4, int8, e4m3, e2m1, not of nf4"
     adapted = call_on_cuda(("int4_g32", "int4_g32"), adapter_rank=16)
-    assert FusedBackend().unsupported_reason(adapted).endswith("adapters to plain weights, not to int4_g32,int4_g32")
+    assert (
+        FusedBackend()
+        .unsupported_reason(adapted)
+        .endswith("adapters beside plain weights only, not beside int4_g32,int4_g32")
+    )
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

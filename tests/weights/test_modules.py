@@ -117,7 +117,7 @@ def test_states_that_do_not_fit():
         larger.load_state_dict(quantised.state_dict())
     assert isinstance(larger.experts.gate_up_proj, torch.nn.Parameter)
     state = {**quantised.state_dict(), "experts.down_proj._extra_state": torch.zeros(3, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match=r"experts\.down_proj\._extra_state must say a format and a shape"):
+    with pytest.raises(ValueError, match=r"experts\.down_proj\._extra_state must name a format and a shape"):
         plain.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Unexpected key experts\.gate_up_proj"):
         quantised.load_decoder_layer(plain.state_dict())

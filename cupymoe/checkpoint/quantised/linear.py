@@ -10,7 +10,7 @@ import torch
 
 from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.files import DTYPES, Header, PathLike
-from cupymoe.checkpoint.layout import Found, Slot
+from cupymoe.checkpoint.layout import Found, Target
 from cupymoe.checkpoint.quantised.compressed_tensors import MxFloats4, PackedIntegers
 from cupymoe.checkpoint.quantised.fp4 import Fp4Storage
 from cupymoe.checkpoint.quantised.fp8 import Fp8Storage
@@ -84,7 +84,7 @@ def _tensors(
     for tensor, rule in rules.items():
         key = keys.get(f"{module}.{tensor}")
         if key is not None:
-            tensors[tensor] = Found(key, headers[key].file, Slot(module, module, (), rule, tensor))
+            tensors[tensor] = Found(key, headers[key].file, Target(module, module, (), rule, tensor))
         elif not rule.optional:
             raise CheckpointError(f"{path}: {module}.{tensor} is missing; {module} is {storage}")
     return tensors

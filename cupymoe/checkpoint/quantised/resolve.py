@@ -78,7 +78,7 @@ def _common_storage(scheme: Scheme, held: list[_Held]) -> Storage | None:
     for weight, other in others:
         if other != storage:
             raise CheckpointError(
-                f"{scheme.file}: {weight} must be stored as {first} is, whose experts it belongs to: "
+                f"{scheme.file}: {weight} must be stored like {first}, of the same layer: "
                 f"{storage or 'unquantised'}, got {other or 'unquantised'}"
             )
     return storage
@@ -99,6 +99,6 @@ def _is_left_plain(scheme: Scheme, storage: Storage, files: Mapping[str, Path], 
     if storage.leaves_plain(plain.place.shape):
         return True
     raise CheckpointError(
-        f"{file}: {plain.key} is unquantised ({dtype}), and {scheme.file} promises {storage}: the file must hold that, "
-        "or the config must list the experts among those that are left out"
+        f"{file}: {plain.key} is unquantised ({dtype}), and {scheme.file} says {storage}: the file must hold that, or "
+        "the config must list the experts among the modules that are not quantised"
     )

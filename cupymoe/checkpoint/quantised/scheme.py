@@ -108,7 +108,9 @@ def read_scheme(path: PathLike, files: Mapping[str, Path]) -> Scheme | None:
     try:
         return Scheme(file, _METHODS[method](settings))
     except re.error as error:
-        raise CheckpointError(f"{file}: {where} has {error.pattern!r}, no regular expression: {error}") from error
+        raise CheckpointError(
+            f"{file}: {where} has {error.pattern!r}, which is no valid regular expression: {error}"
+        ) from error
 
 
 # --- names of modules -------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def _fp8(settings: _Settings) -> Callable[[str], Storage | None]:
     settings.one_of("expert_dtype", "fp8", None, default="fp8")
     settings.one_of("activation_scheme", "dynamic", "static", default="dynamic")
     if "weight_block_size" not in settings:
-        raise settings.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or null", "it is not there, and not assumed")
+        raise settings.refuse("weight_block_size", f"[{BLOCK}, {BLOCK}] or null", "it must be there, with no default")
     blocks = settings.one_of("weight_block_size", [BLOCK, BLOCK], None)
     storage = FineGrainedFp8(FORMATS["fp8_g128" if blocks else "fp8"], "block" if blocks else "tensor")
     return _unless(_are_kept(settings.names("modules_to_not_convert", "ignored_layers")), storage)

@@ -27,7 +27,7 @@ _AWQ_PLACES = tuple(_AWQ_ORDER.index(column) for column in range(8))
 
 def _check_words(n: int) -> None:
     if n % 8:
-        raise ValueError(f"n must be a multiple of 8, whose zero points share a word, got {n}")
+        raise ValueError(f"n must be a multiple of 8, since 8 zero points share a word, got {n}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Gptq(Storage):
         codes = unpack_words(tensors["qweight"].T, 4, k).contiguous()
         zeros = unpack_words(tensors["qzeros"], 4, n).T.contiguous() + self.zero_offset
         if bool((zeros > 15).any()):
-            raise BadTensorError("qzeros", "must be zero points up to 15, got 16: a 0 spoils its word")
+            raise BadTensorError("qzeros", "must be zero points up to 15, got 16, which carries into its neighbour")
         scales = tensors["scales"].T.contiguous()
         if self.format.has_zeros:
             return NaturalWeight(codes, scales, zeros)

@@ -92,7 +92,7 @@ def export_weights(
             except ValueError as error:
                 raise ValueError(f"{one.parameter}, expert {expert}: {error}") from error
             for name, part in parts.items():
-                key, rule = one.tensors[name].key, one.tensors[name].slot.rule
+                key, rule = one.tensors[name].key, one.tensors[name].target.rule
                 if one.expert is None and not rule.whole:
                     written[key][expert] = part
                 else:
@@ -105,17 +105,17 @@ def _by_weight(tensors: Sequence[Tensor], storages: Mapping[str, Storage]) -> It
     """The tensors of each quantised weight that the files hold."""
     grouped: dict[tuple[str, int | None, int], _One] = {}
     for tensor in tensors:
-        slot = tensor.slot
-        if not slot.tensor or slot.parameter not in storages:
+        target = tensor.target
+        if not target.tensor or target.parameter not in storages:
             continue
         expert, rows = None, slice(None)
-        for index in slot.part:
+        for index in target.part:
             if isinstance(index, slice):
                 rows = index
             else:
                 expert = index
-        one = grouped.setdefault((slot.parameter, expert, rows.start or 0), _One(slot.parameter, expert, rows, {}))
-        one.tensors[slot.tensor] = tensor
+        one = grouped.setdefault((target.parameter, expert, rows.start or 0), _One(target.parameter, expert, rows, {}))
+        one.tensors[target.tensor] = tensor
     yield from grouped.values()
 
 
@@ -123,7 +123,7 @@ def _of_expert(one: _One, opened: Mapping[str, torch.Tensor], expert: int) -> di
     """The tensors of one expert, where those of all may be fused."""
     if one.expert is not None:
         return dict(opened)
-    return {name: tensor if one.tensors[name].slot.rule.whole else tensor[expert] for name, tensor in opened.items()}
+    return {name: tensor if one.tensors[name].target.rule.whole else tensor[expert] for name, tensor in opened.items()}
 
 
 def allocate(

@@ -44,14 +44,14 @@ def _register() -> None:
         from cupymoe.integrations.vllm import quantized, unquantized
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"{ENVIRONMENT}=1 needs a vLLM from 0.23 on whose experts are as those of 0.33, got {version('vllm')}: "
+            f"{ENVIRONMENT}=1 needs vLLM 0.23 or newer, with experts that work as 0.33's, got {version('vllm')}: "
             f"{error}"
         ) from error
     if replaced := {**unquantized.replaced(), **quantized.replaced()}:
         name, theirs = replaced.popitem()
         raise RuntimeError(
             f"{ENVIRONMENT}=1 can't serve vLLM's {name}, which another plug-in has replaced by "
-            f"{theirs.__name__}: name one of the two in VLLM_PLUGINS"
+            f"{theirs.__name__}: let VLLM_PLUGINS name only one of the two"
         )
     unquantized.register()
     quantized.register()

@@ -84,7 +84,9 @@ def _asked(module: ModuleType, makers: dict[str, Callable[..., Any]], *arguments
             module.Gemma4DecoderLayer(*arguments, **settings)
         except _Asked as asked:
             return str(asked.args[0])
-    raise RuntimeError(f"{module.__name__} makes no experts by {' or '.join(makers)}")
+    raise RuntimeError(
+        f"{module.__name__} was expected to make its experts by {' or '.join(makers)}, and calls none of them"
+    )
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_load_into_asks_for_the_same_format(tmp_path):
     path = write(tmp_path, fp8, GEMMA4, per_expert(fp8, GEMMA4))
     with pytest.raises(ValueError, match=r"experts.\w+_proj must be fp8 with codes torch.uint8 .*, got int4_g32 with"):
         checkpoint.load_into(moe, path, LAYER)
-    with pytest.raises(ValueError, match=r"experts.\w+_proj must be quantised as fp8, as the checkpoint"):
+    with pytest.raises(ValueError, match=r"experts.\w+_proj must be quantised as fp8, like the checkpoint"):
         checkpoint.load_into(Gemma4MoE(moe.config).bfloat16(), path, LAYER)
     loaded = checkpoint.load_layer(path, LAYER)
     loaded.experts.down_proj.to("meta")

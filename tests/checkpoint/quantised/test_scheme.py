@@ -118,7 +118,7 @@ def test_lists_that_do_not_mean_the_experts(tmp_path, case):
 @pytest.mark.parametrize("name", ["ct int4 g32", "ct fp8 channel", "fp8 blocks", "modelopt nvfp4", "gptq", "nf4"])
 def test_a_promise_that_the_files_do_not_keep(tmp_path, name):
     kind = KINDS[name]
-    message = f"{PREFIX}experts.0.down_proj.weight is unquantised (BF16), and {tmp_path / 'config.json'} promises "
+    message = f"{PREFIX}experts.0.down_proj.weight is unquantised (BF16), and {tmp_path / 'config.json'} says "
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(tmp_path, kind, plain(kind, per_expert(kind, GEMMA4)))
 
@@ -136,8 +136,8 @@ def test_quantised_experts_that_config_does_not_promise(tmp_path, name):
 def test_some_experts_left_out(tmp_path):
     layer = per_expert(INT4, GEMMA4)
     message = (
-        f"config.json: {PREFIX}experts.2.up_proj must be stored as {PREFIX}experts.0.gate_proj is, whose experts it "
-        "belongs to: compressed-tensors pack-quantized int4_g32, got unquantised"
+        f"config.json: {PREFIX}experts.2.up_proj must be stored like {PREFIX}experts.0.gate_proj, of the same layer: "
+        "compressed-tensors pack-quantized int4_g32, got unquantised"
     )
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(tmp_path, INT4, layer, ignore=[f"{PREFIX}experts.2.up_proj"])
@@ -293,7 +293,7 @@ REFUSED = {
         "transform_config must be empty, got {'config_",
     ),
     "targets": ({"config_groups": {"a": {"targets": "Linear"}}}, "config_groups.a.targets must be a list of names"),
-    "regular expression": ({"ignore": ["re:("]}, "quantization_config has '(', no regular expression"),
+    "regular expression": ({"ignore": ["re:("]}, "quantization_config has '(', which is no valid regular expression"),
 }
 WEIGHTS = {
     "act-order": ({"actorder": "group"}, "weights.actorder must be null, 'weight' or 'static', got 'group'"),
@@ -323,7 +323,7 @@ OTHERS = {
     "fp8 without a word on blocks": (
         "fp8 blocks",
         {"weight_block_size": ...},
-        "weight_block_size must be [128, 128] or null, got None: it is not there, and not assumed",
+        "weight_block_size must be [128, 128] or null, got None: it must be there, with no default",
     ),
     "fp4 experts": ("fp8 blocks", {"expert_dtype": "fp4"}, "expert_dtype must be one of ['fp8', None], got 'fp4'"),
     "fp8 codes": ("fp8 blocks", {"fmt": "e5m2"}, "fmt must be one of ['e4m3'], got 'e5m2'"),

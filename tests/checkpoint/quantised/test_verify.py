@@ -71,4 +71,4 @@ def test_experts_that_config_promises_to_be_quantised_and_are_not(tmp_path):
     code, (check,) = run_verify(write(tmp_path, kind, GEMMA4, layer._replace(tensors=plain)))
     assert code == 1
     assert f"layers.{LAYER}.experts.down_proj is unquantised (BF16), and " in check["detail"]
-    assert "config.json promises compressed-tensors float-quantized fp8 (channel scales)" in check["detail"]
+    assert "config.json says compressed-tensors float-quantized fp8 (channel scales)" in check["detail"]

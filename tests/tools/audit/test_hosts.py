@@ -64,7 +64,7 @@ def test_a_decoder_layer_without_experts_is_not_guessed_about():
     transformers_gemma4()
     module = stand_in("gelu", None)
     module.Gemma4MoE.__init__ = lambda self, config: nn.Module.__init__(self)
-    with pytest.raises(RuntimeError, match="makes no experts by get_moe_impl_class"):
+    with pytest.raises(RuntimeError, match="was expected to make its experts by get_moe_impl_class"):
         hosts._asked(module, MAKERS, config=hosts._config("gelu_pytorch_tanh"), layer_id=0)
 
 
