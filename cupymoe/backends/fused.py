@@ -49,7 +49,7 @@ _FASTER_THAN_GROUPED_UP_TO = {"sm_80": 32, "sm_86": 8, "sm_120": 32, None: 48}
 
 class FusedBackend:
     """Few pairs of each expert: a stream of the hit experts' weights, in three launches up to 128 pairs and two of an
-    expert on average, and in four beyond. From 32 pairs of an expert on average, beside quantised weights from 16, and
+    expert on average, and in four beyond. From 24 pairs of an expert on average, beside quantised weights from 16, and
     where the stream can't: tiles for the tensor cores, in four launches up to 1024 pairs and in five beyond. Either
     takes one more for each weight that has an adapter, and tiles one more for a quantised gate_up_proj; up to 128 pairs
     of plain weights without adapters, where nothing is kept, they take one less. A launch begins while the one before

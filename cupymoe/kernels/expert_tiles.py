@@ -36,9 +36,10 @@ _WIDTHS_OF_FEW = (176, 192, 160, 144, 128, 96)
 # Tiles that an expert's slots take where a cut is the fastest; a second one of few slots counts as a quarter.
 _SLOT_TILES = {(1, 2): 1.0, (1, 3): 1.0, (2, 2): 2.25}
 _MULTIPROCESSORS = 132
-# From so many slots an expert on average, tiles beat the weight stream: at Gemma 4's sizes on an H100 24 slots take
-# 543 us here and 539 there, 32 take 551 and 552, 40 take 558 and 582 (benchmarks/NOTES.md).
-_TILES_FROM = 32
+# From so many slots an expert on average, tiles beat the weight stream, or lose less to it on one card than they win on
+# the other: at Gemma 4's sizes 24 slots take 543 us here and 539 there on an H100, and some 380 and 412 on an H200; 16
+# take 533 and 522, and 379 and 376; 32 take 551 and 552 on an H100 (benchmarks/NOTES.md).
+_TILES_FROM = 24
 # The same where a weight is codes. In int4 at Gemma 4's sizes on an H200 8 slots take 208 us here and 178 there, 16
 # take 214 and 228, 32 take 251 and 368, here without what sums the experts' outputs (benchmarks/NOTES.md).
 _TILES_FROM_OF_CODES = 16

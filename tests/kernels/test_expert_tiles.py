@@ -165,7 +165,7 @@ def test_the_down_projection_has_a_cut_of_its_own():
 
 def test_bounds_are_those_that_were_measured():
     """At 128 experts and 8 choices."""
-    assert [prefers_tiles(Load.of(tokens, 8, 128)) for tokens in (256, 511, 512, 1024)] == [False, False, True, True]
+    assert [prefers_tiles(Load.of(tokens, 8, 128)) for tokens in (256, 383, 384, 1024)] == [False, False, True, True]
     of_codes = [prefers_tiles(Load.of(tokens, 8, 128), has_codes=True) for tokens in (128, 255, 256, 512)]
     assert of_codes == [False, False, True, True]
     assert [expert_tiles.cut(Load.of(tokens, 8, 128), 704) for tokens in (512, 3839)] == [(1, 2)] * 2
