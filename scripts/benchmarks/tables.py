@@ -385,13 +385,14 @@ def vllm_table(report: Report) -> str:
 
 
 def rows_table(report: Report) -> str:
-    """The table of a report's ``"rows"``: of many models, of training, of adapters, or of one model's calls."""
+    """The table of a report's ``"rows"``: of many models, of training, of adapters, of batches, or of one model's calls."""
     tables = {
         "model": models_table,
         "mode": training_table,
         "adapters": lora_table,
         "build": portable_table,
         "format": quantised_table,
+        "tokens_per_expert": batched_table,
     }
     if "vllm_triton" in report["rows"][0].get("ms", {}):
         return vllm_table(report)
