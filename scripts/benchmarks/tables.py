@@ -385,7 +385,7 @@ def vllm_table(report: Report) -> str:
 
 
 def rows_table(report: Report) -> str:
-    """The table of a report's ``"rows"``: of many models, of training, of adapters, of batches, or of one model's calls."""
+    """The table of a report's ``"rows"``: of many models, training, adapters, builds, batches, or one model's calls."""
     tables = {
         "model": models_table,
         "mode": training_table,
