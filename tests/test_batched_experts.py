@@ -16,8 +16,8 @@ COUNTS = [0, 1, 63, 64, 65, 10**6, -3, 17]
 """Of eight experts; one has more than there are, and one less than none."""
 MANY = [250, 190, 250, 242, 250, 10**6, 249, 250]
 """The same, of which the tiles are cut for many rows: more than 240 on average."""
-MAX_TOKENS = [1, 3, 16, 31, 64, 100, 250, 700]
-"""On a Hopper card the weight stream, in three of its regimes, and tiles from 32 rows on, from 240 in two cuts."""
+MAX_TOKENS = [1, 3, 16, 23, 64, 100, 250, 700]
+"""On a Hopper card the weight stream, in three of its regimes, and tiles from 24 rows on, from 240 in two cuts."""
 
 
 def random_batch(max_tokens, counts=COUNTS, hidden=128, intermediate=96, *, dtype, device, activation=ACTIVATION):
@@ -244,15 +244,15 @@ def test_each_projection_is_launched_in_every_cut_that_may_be_wanted(monkeypatch
     def plan_batch(counts, max_tokens, many_from=None):
         return ("few",) if many_from is None else ("few", "many")
 
-    def up(rows, gate_up_proj, slots, shape, out):
+    def up(rows, gate_up_proj, scales, slots, shape, out):
         launches.append(("up", slots, (shape.blocks, shape.products), out.data_ptr()))
 
-    def down(intermediate, down_proj, slots, shape, out):
+    def down(intermediate, down_proj, scales, slots, shape, out):
         launches.append(("down", slots, (shape.blocks, shape.products), intermediate.data_ptr()))
 
     monkeypatch.setattr(fused_batched, "plan_batch", plan_batch)
-    monkeypatch.setattr(fused_batched, "experts_up_wgmma", up)
-    monkeypatch.setattr(fused_batched, "experts_down_wgmma", down)
+    monkeypatch.setattr(fused_batched, "up_product", up)
+    monkeypatch.setattr(fused_batched, "down_product", down)
     batch = BatchTensors(*random_batch(room, dtype=torch.bfloat16, device="cpu"))
     fused_batched.tiles(call_of(room), batch, torch.empty_like(batch.rows))
     cuts = {"few": (1, 2), "many": (1, 3)}

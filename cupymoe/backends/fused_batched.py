@@ -78,7 +78,7 @@ def _stream_shape(call: ExpertsCall, stored: tuple[StoredWeight, ...], arch: Arc
 @functools.lru_cache(maxsize=4096)
 def _tile_shapes(call: ExpertsCall, stored: tuple[StoredWeight, ...]) -> tuple[TileShape, ...]:
     """For few rows, and for many where there may be so many. Beside a quantised weight one, for as many as there may
-    be: the tiles of codes have no such cuts."""
+    be."""
     cuts = batch_cuts(call.load, call.intermediate_size)
     return tuple(
         tile_shape_of(

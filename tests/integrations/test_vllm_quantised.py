@@ -514,29 +514,30 @@ def test_a_layer_of_a_model_from_router_logits_to_the_output(served_here, world)
 
 
 class TestReload:
-    """vLLM gives a layer the checkpoint's parameters back, loads them, and copies what becomes of them."""
+    """vLLM gives a layer the checkpoint's parameters back and loads them: that is refused, not done by half."""
 
-    def test_new_weights_are_computed_with_where_the_old_ones_were(self, served_here):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_refused_by_name(self, served_here, kind):
         model = torch.nn.Module()
-        model.experts = new_layer(KINDS["int4 g32 zero"].config)
-        layer = model.experts
+        model.experts = new_layer(KINDS[kind].config)
         reload.record_metadata_for_reloading(model)
-        load(layer, checkpoint("int4 g32 zero").tensors)
-        layer.quant_method.process_weights_after_loading(layer)
-        tokens = random_tokens()
-        first = called(layer, tokens)
-        addresses = {name: each.data_ptr() for name, each in layer.named_parameters()}
-
-        new = checkpoint("int4 g32 zero", seed=1)
+        load(model.experts, checkpoint(kind).tensors)
+        model.experts.quant_method.process_weights_after_loading(model.experts)
         reload.initialize_layerwise_reload(model)
-        load(layer, new.tensors)
-        reload.finalize_layerwise_reload(model, None)
-        assert {name: each.data_ptr() for name, each in layer.named_parameters()} == addresses
-        second = called(layer, tokens)
-        assert relative_error(second, truth(new, tokens)) < 1e-6
-        assert relative_error(first, truth(new, tokens)) > 0.1
-        weight = layer.quant_method.weight(layer, "w13")
-        assert weight.codes.data_ptr() == addresses["w13_codes"]
+
+        def load_anew():
+            load(model.experts, checkpoint(kind, seed=1).tensors)
+            reload.finalize_layerwise_reload(model, None)
+
+        with pytest.raises(RuntimeError, match="can't load them anew: start vLLM again"):
+            load_anew()
+
+    def test_processing_twice_changes_nothing(self, served_here):
+        layer, tokens = loaded("int4 g32"), random_tokens()
+        first, addresses = called(layer, tokens), [each.data_ptr() for each in layer.parameters()]
+        layer.quant_method.process_weights_after_loading(layer)
+        assert [each.data_ptr() for each in layer.parameters()] == addresses
+        assert torch.equal(called(layer, tokens), first)
 
     def test_weights_that_are_made_anew_elsewhere_are_computed_with(self, served_here):
         layer, new, tokens = loaded("int4 g32"), checkpoint("int4 g32", seed=1), random_tokens()
@@ -564,6 +565,14 @@ class TestRefused:
         reasons = []
         monkeypatch.setattr(quantized, "say", lambda name, moe, weights, reason: reasons.append(reason))
         return reasons
+
+    @pytest.mark.parametrize(("place", "name"), [("uva", "cpu_offload_gb"), ("prefetch", "offload_group_size")])
+    def test_where_weights_are_offloaded(self, served_here, said, monkeypatch, place, name):
+        monkeypatch.setattr(getattr(get_current_vllm_config().offload_config, place), name, 8)
+        method = method_like("int4 g32")
+        layer = SimpleNamespace(moe_config=moe_config())
+        assert quantized.method_of(config_of(KINDS["int4 g32"].config), method, layer, NAME) is method
+        assert said == ["vLLM is to offload weights, which it does by names that are gone when codes are made"]
 
     @pytest.mark.parametrize(
         ("kind", "changes", "reason"),
@@ -716,13 +725,12 @@ class TestOnCuda:
         codes = 3 * E * H * I // 2
         assert torch.cuda.memory_allocated() - before < codes // 2
 
-    def test_a_capture_compiles_nothing_and_a_reload_reaches_it(self):
-        model = torch.nn.Module()
-        model.experts = new_layer(KINDS["int4 g32"].config, device="cuda", in_dtype=torch.bfloat16)
-        layer, new = model.experts, checkpoint("int4 g32", seed=1)
-        with torch.device("cuda"):
-            reload.record_metadata_for_reloading(model)
-        load(layer, checkpoint("int4 g32").tensors)
+    def test_a_capture_compiles_nothing(self):
+        layer, file = (
+            new_layer(KINDS["int4 g32"].config, device="cuda", in_dtype=torch.bfloat16),
+            checkpoint("int4 g32"),
+        )
+        load(layer, file.tensors)
         layer.quant_method.cupymoe_captured = [64]
         layer.quant_method.process_weights_after_loading(layer)
         compiled = jit.compiled_variants()
@@ -732,9 +740,6 @@ class TestOnCuda:
         with torch.inference_mode(), torch.cuda.graph(graph):
             output = layer.quant_method.apply(*arguments)
         assert jit.compiled_variants() == compiled
-        reload.initialize_layerwise_reload(model)
-        load(layer, new.tensors)
-        reload.finalize_layerwise_reload(model, None)
         graph.replay()
         torch.cuda.synchronize()
-        assert relative_error(output, truth(new, tokens)) < 0.0042
+        assert relative_error(output, truth(file, tokens)) < 0.0042

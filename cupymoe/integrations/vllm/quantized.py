@@ -5,9 +5,8 @@ method of a layer of experts, where cupymoe serves it, is :class:`CupymoeQuantiz
 
 Its parameters are those of the checkpoint until vLLM has loaded them. Then it makes codes of them as the kernels read
 them, one projection after the other, and lets them go: nothing is kept twice. The codes are parameters of the layer
-again, each with one row of memory for an expert. So EPLB moves them as any others, and where vLLM reloads a layer,
-which it does by giving it the checkpoint's parameters back, loading these and copying what is made of them to where it
-was, captured graphs read what is new.
+again, each with one row of memory for an expert, so EPLB moves them as any others. vLLM's reload of weights is refused:
+it counts elements to know when a layer is complete, and counts some of these formats' tensors twice.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.projections: dict[str, tuple[tuple[int, int], int]] = {}
         """``[n, k]`` and how many lie above each other, of w13 and of w2."""
         self._weights: dict[str, QuantizedWeight] = {}
+        self._has_codes = False
 
     @property
     def supports_eplb(self) -> bool:
@@ -70,6 +70,7 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Parameters for the checkpoint's tensors. Zeros, because vLLM may pad a layer and leave its edges as they
         are."""
+        self._has_codes = False
         size = intermediate_size_per_partition
         parts = 2 if self.moe.is_act_and_mul else 1
         self.projections = {"w13": ((size, hidden_size), parts), "w2": ((hidden_size, size), 1)}
@@ -82,13 +83,18 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 set_weight_attrs(parameter, attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Put codes in the place of what was loaded, and warm up.
+        """Put codes in the place of what was loaded, and warm up. Once more, it does nothing.
 
         Raises:
             ValueError: a tensor that was loaded holds what it must not.
+            RuntimeError: vLLM has given the layer the checkpoint's parameters back, to load its weights anew.
         """
+        if self._has_codes:
+            self._refuse_reload(layer)
+            return
         for projection in self.projections:
             self._take_over(layer, projection)
+        self._has_codes = True
         if self.moe_kernel is None:
             self.moe_quant_config = self.get_fused_moe_quant_config(layer)
             self.moe_kernel = make_unquantized_moe_kernel(
@@ -100,6 +106,15 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             )
         if layer.w13_codes.is_cuda:
             warm(self, self.weight(layer, "w13"), self.weight(layer, "w2"), layer.expert_map)
+
+    def _refuse_reload(self, layer: Any) -> None:
+        names = [name for name, _ in layer.named_parameters() if name.startswith(("w13_", "w2_"))]
+        if {name.partition("_")[2] for name in names} <= {*_BUFFERS}:
+            return
+        raise RuntimeError(
+            f"{getattr(layer, 'layer_name', 'a layer')}: cupymoe has made codes of this layer's quantised weights and "
+            "can't load them anew: start vLLM again with the new weights, or with CUPYMOE_VLLM=0"
+        )
 
     def _take_over(self, layer: Any, projection: str) -> None:
         shape, parts = self.projections[projection]
@@ -176,6 +191,12 @@ class CupymoeQuantizedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         )
 
 
+def offloads_weights() -> bool:
+    """Whether vLLM keeps some weights on the CPU (``--cpu-offload-gb``, ``--offload-group-size``)."""
+    offload = get_current_vllm_config().offload_config
+    return bool(offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0)
+
+
 def method_of(config: Any, theirs: Any, layer: Any, prefix: str) -> Any:
     """The method of a module that one of vLLM's configs of quantisation has made ``theirs`` for.
 
@@ -196,6 +217,8 @@ def method_of(config: Any, theirs: Any, layer: Any, prefix: str) -> Any:
         return theirs
     if getattr(config, "online_quantization_config", None) is not None:
         reason: str | None = "vLLM is to quantise weights anew (online quantisation)"
+    elif offloads_weights():
+        reason = "vLLM is to offload weights, which it does by names that are gone when codes are made"
     else:
         reason = stored.cut_reason(moe) or refusal(moe, experts_class(moe), stored.weight_format)
     say(prefix, moe, str(stored), reason)
