@@ -10,6 +10,7 @@ import torch
 
 from cupymoe.integrations.vllm.served import sizes
 from cupymoe.kernels.arch import HOPPER, Arch
+from cupymoe.kernels.expert_map import map_kind
 from cupymoe.warmup import one_of_each_way
 from cupymoe.weights.format import join_formats
 from cupymoe.weights.quantized import QuantizedWeight, Weight
@@ -38,7 +39,7 @@ def warm(method: Any, w13: Weight, w2: Weight, expert_map: torch.Tensor | None) 
     """
     moe, experts = method.moe, method.moe_kernel.fused_experts
     of_layer = *sizes(moe), moe.num_experts, moe.in_dtype, moe.has_bias
-    kind = type(experts), experts.member, *of_layer, _kind_of(w13), _kind_of(w2), w2.device
+    kind = type(experts), experts.member, *of_layer, _kind_of(w13), _kind_of(w2), map_kind(expert_map), w2.device
     if kind in _warmed:
         return
     _warmed.add(kind)
