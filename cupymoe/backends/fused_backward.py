@@ -24,7 +24,7 @@ from cupymoe.backends.expert_rows import dot_with_bias, in_local_experts
 from cupymoe.backends.fused_adapters import gradients_of, packed_adapters, ranks_of, step, step_back
 from cupymoe.backends.fused_codes import stored_weights
 from cupymoe.backends.row_products import GroupedRows, KernelRows, SimtRows
-from cupymoe.kernels.coded_tiles import coded_slots
+from cupymoe.kernels.coded_tiles import SLOTS, coded_slots
 from cupymoe.kernels.combine import combine
 from cupymoe.kernels.expert_tiles import TileShape, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.experts_down_back_wgmma import experts_down_back_wgmma
@@ -72,7 +72,7 @@ def _tile_shape(
         *ranks,
         *stored,
         few_pairs=few_pairs(call.load) if call.is_invariant() else 0,
-        **({"coded_slots": coded_slots(call.load)} if stored else {}),
+        coded_slots=coded_slots(call.load) if stored else SLOTS[-1],
         unsorted=unsorted,
     )
 

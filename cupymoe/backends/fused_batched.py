@@ -18,7 +18,7 @@ from cupymoe.backends import BatchTensors, ExpertsCall
 from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.backends.fused_products import down_product, up_product
 from cupymoe.kernels.arch import Arch
-from cupymoe.kernels.coded_tiles import coded_slots
+from cupymoe.kernels.coded_tiles import SLOTS, coded_slots
 from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
 from cupymoe.kernels.expert_tiles import MANY_SLOTS, TileShape, batch_cuts, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
@@ -97,7 +97,7 @@ def _tile_shapes(call: ExpertsCall, stored: tuple[StoredWeight, ...]) -> tuple[T
             0,
             *stored,
             scatters=True,
-            **({"coded_slots": coded_slots(call.load)} if stored else {}),
+            coded_slots=coded_slots(call.load) if stored else SLOTS[-1],
         )
         for cut in (cuts[-1:] if stored else cuts)
     )

@@ -105,11 +105,6 @@ def oracle(config: Gemma4MoEConfig, weights: Iterable[torch.Tensor | QuantizedWe
     return Oracle(rows, truth)
 
 
-def first_of(graph: Captured) -> Captured:
-    """The same graph, of which those outputs are looked at that have an oracle."""
-    return graph._replace(outputs=graph.outputs[:ORACLES])
-
-
 def call_of(
     config: Gemma4MoEConfig, backend: FusedBackend, weights: Sequence[QuantizedWeight], inputs: Inputs
 ) -> tuple[ExpertsCall, Callable[[], torch.Tensor]]:
@@ -146,11 +141,11 @@ class Quantised:
             ways[build] = "tiles" if backend.way(calls[0][0]).startswith("tiles") else "stream"
             graphs[build] = capture([run for _, run in calls])
             label = f"cupymoe, {self.name}, {build}"
-            errors[build] = self.bench.error(label, tokens, first_of(graphs[build]), oracles, ERROR_LIMITS[ways[build]])
+            errors[build] = self.bench.error(label, tokens, graphs[build], oracles, ERROR_LIMITS[ways[build]])
         plain = Contender(partial(bf16_call, self.config))
         graphs["bf16"] = capture([plain.bind(case) for case in cases])
         plain_oracles = [oracle(self.config, case.weights, case.inputs) for case in checked]
-        plain_error = self.bench.error("cupymoe:bf16", tokens, first_of(graphs["bf16"]), plain_oracles)
+        plain_error = self.bench.error("cupymoe:bf16", tokens, graphs["bf16"], plain_oracles)
         ms = time_in_turn(graphs)
         hit = mean_hit_experts(cases)
         floor = floor_ms(self.config, tokens, hit, self.weights[0])
