@@ -1,6 +1,6 @@
 // dequantize: rows of codes to the weights that they stand for.
 //
-// Reads  codes      [rows, ROW_WORDS] u32          BITS a code; code i of a word lies at place PLACES[i], from the lowest bits up
+// Reads  codes      [rows, ROW_WORDS] u32          BITS a code; FIELDS says where in a word its bits lie
 //        values     [2^BITS] f32                   what each code stands for
 //        scales     [rows, scale_pitch] SCALE      one for GROUP codes; nothing if GROUP is 0
 //        zeros      [rows, zero_pitch] u8          one for GROUP codes; nothing unless HAS_ZEROS
@@ -12,9 +12,9 @@
 // Maths  fp32, product by product in the order above, rounded once to OUT_SCALAR; subnormals are kept.
 #include "common/dtypes.cuh"
 
-#if !defined(OUT_SCALAR) || !defined(DEPTH) || !defined(BITS) || !defined(PLACES) || !defined(ROW_WORDS) || !defined(GROUP) ||  \
+#if !defined(OUT_SCALAR) || !defined(DEPTH) || !defined(BITS) || !defined(FIELDS) || !defined(ROW_WORDS) || !defined(GROUP) ||  \
     !defined(SCALE) || !defined(HAS_ZEROS) || !defined(HAS_ROW_SCALES) || !defined(WORDS_OF_THREAD) || !defined(BLOCK_THREADS)
-#error "define OUT_SCALAR, DEPTH, BITS, PLACES, ROW_WORDS, GROUP, SCALE, HAS_ZEROS, HAS_ROW_SCALES, WORDS_OF_THREAD and BLOCK_THREADS"
+#error "define OUT_SCALAR, DEPTH, BITS, FIELDS, ROW_WORDS, GROUP, SCALE, HAS_ZEROS, HAS_ROW_SCALES, WORDS_OF_THREAD and BLOCK_THREADS"
 #endif
 
 struct e4m3 { unsigned char bits; };
@@ -30,11 +30,24 @@ __device__ __forceinline__ float to_float(e8m0 scale) {
     return __uint_as_float(scale.bits ? (u32)scale.bits << 23 : 1u << 22);  // the last is 2^-127, a subnormal
 }
 
+// `bits` bits of a code, from first_bit on, which lie at `place` of its word.
+struct Field { u32 code, first_bit, bits, place; };
+constexpr Field kFields[] = {FIELDS};
+constexpr u32 kNumFields = sizeof(kFields) / sizeof(Field);
 constexpr u32 kCodes = 32 / BITS;                           // of a word
 constexpr u32 kWords = (DEPTH + kCodes - 1) / kCodes;       // of a row that hold codes of it; the others are padding
 constexpr u32 kGroup = GROUP ? GROUP : ROW_WORDS * kCodes;
 constexpr u32 kPack = 16 / sizeof(OUT_SCALAR) < kCodes ? 16 / sizeof(OUT_SCALAR) : kCodes;  // elements of a store
 static_assert(kGroup % kCodes == 0, "the codes of a word share a scale");
+
+__device__ __forceinline__ u32 code_of(u32 word, u32 index) {
+    u32 code = 0;
+#pragma unroll
+    for (u32 i = 0; i < kNumFields; i++) {
+        if (kFields[i].code == index) code |= (word >> kFields[i].place & ((1u << kFields[i].bits) - 1)) << kFields[i].first_bit;
+    }
+    return code;
+}
 
 // The weights of a word, to where its row has them.
 __device__ __forceinline__ void store_weights(OUT_SCALAR* address, u32 column, const OUT_SCALAR (&weights)[kCodes]) {
@@ -60,7 +73,6 @@ dequantize(const u32* __restrict__ codes, const float* __restrict__ values, cons
     __shared__ float value_of[1 << BITS];
     for (u32 code = threadIdx.x; code < 1u << BITS; code += BLOCK_THREADS) value_of[code] = values[code];
     __syncthreads();
-    constexpr u32 kPlaces[kCodes] = {PLACES};
     u64 first = (u64)blockIdx.x * BLOCK_THREADS * WORDS_OF_THREAD + threadIdx.x;
 #pragma unroll
     for (u32 step = 0; step < WORDS_OF_THREAD; step++) {
@@ -76,7 +88,7 @@ dequantize(const u32* __restrict__ codes, const float* __restrict__ values, cons
             OUT_SCALAR weights[kCodes];
 #pragma unroll
             for (u32 i = 0; i < kCodes; i++) {
-                float value = value_of[(word >> (BITS * kPlaces[i])) & ((1u << BITS) - 1)];
+                float value = value_of[code_of(word, i)];
                 if constexpr (HAS_ZEROS) value -= zero;
                 if constexpr (GROUP != 0) value = mul_rn(value, scale);
                 if constexpr (HAS_ROW_SCALES) value = mul_rn(value, row_scale);

@@ -19,9 +19,9 @@
 
 #if !defined(SCALAR) || !defined(SLOT_SCALAR) || !defined(INDEX) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
+    !defined(BLOCKS_PER_SM) || !defined(SHARES_MULTIPROCESSOR) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
     !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(WEIGHTS) || !defined(TRANSPOSED) || !defined(HAS_BIAS) || !defined(LOW_RANK)
-#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
+#error "define SCALAR, SLOT_SCALAR, INDEX, TRANSPOSED, HAS_BIAS, LOW_RANK, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, SHARES_MULTIPROCESSOR, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -29,7 +29,7 @@ typedef SCALAR scalar_t;
 // So many blocks. With an adapter and rings that fit together, a multiprocessor's registers are for experts_up,
 // lora_shrink_chunks and this; a block with four producer warps would spill them.
 // So has it with quantised weights for experts_up's block and one of this.
-#define REGISTERS_FOR (LOW_RANK && WHOLE_ROWS ? 3 : HAS_PDL && INLINE_PAIRS && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
+#define REGISTERS_FOR (LOW_RANK && WHOLE_ROWS ? 3 : SHARES_MULTIPROCESSOR && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
 
 struct DownGemm : NeighbouringRows<HIDDEN / 2> {
     static constexpr u32 kDepth = INTERMEDIATE;

@@ -3,7 +3,8 @@
 // Reads  down_map         TensorMap of its codes [NUM_EXPERTS, HIDDEN, bytes] (kernels/coded_tiles.py)
 //        scales_map       the same of scales of groups; only with GROUP
 //        zeros_map        the same of their zero points; only with HAS_ZEROS
-//        intermediate_map TensorMap of intermediate [slots, INTERMEDIATE] SCALAR, which the grid before this one may have written
+//        intermediate_map TensorMap of the intermediate SCALAR, turned rows (common/turned_rows.cuh), which the grid before this
+//                         one may have written
 //        expert_offsets   [NUM_EXPERTS + 1] i32
 //        ticket           u32                      0; counts the tiles that are taken after each block's first
 //        row_scales       [NUM_EXPERTS, HIDDEN] fp32, which multiply the sums; not read without HAS_ROW_SCALES
@@ -11,7 +12,7 @@
 // Writes expert_output    [slots, HIDDEN] SCALAR
 // Grid   any; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k; weights as coded_tiles.cuh says; rounded to SCALAR.
+// Maths  fp32 sums over ascending 32 k; weights as coded_tiles.cuh says; rounded to SCALAR.
 // Why    Launched as a programmatic dependent: a block's first codes are under way while experts_up_codes_wgmma still runs
 //        elsewhere.
 #include "common/dtypes.cuh"

@@ -26,10 +26,10 @@
 
 #if !defined(SCALAR) || !defined(INDEX) || !defined(ACTIVATION) || !defined(NUM_EXPERTS) || !defined(TOP_K) || \
     !defined(HIDDEN) || !defined(INTERMEDIATE) || !defined(INLINE_PAIRS) || !defined(TOKENS) || !defined(WARPS) || \
-    !defined(BLOCKS_PER_SM) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
+    !defined(BLOCKS_PER_SM) || !defined(SHARES_MULTIPROCESSOR) || !defined(K_WARPS) || !defined(TOKEN_WARPS) || !defined(ROW_BLOCKS) || !defined(BLOCK_K) || \
     !defined(STAGES) || !defined(WHOLE_ROWS) || !defined(WEIGHTS) || !defined(GATED) || !defined(INTERLEAVED) || !defined(TRANSPOSED) || \
     !defined(HAS_BIAS) || !defined(KEEPS_GATE_UP) || !defined(LOW_RANK)
-#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
+#error "define SCALAR, INDEX, ACTIVATION, GATED, INTERLEAVED, TRANSPOSED, HAS_BIAS, LOW_RANK, KEEPS_GATE_UP, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, INLINE_PAIRS, TOKENS, WARPS, BLOCKS_PER_SM, K_WARPS, TOKEN_WARPS, ROW_BLOCKS, SHARES_MULTIPROCESSOR, BLOCK_K, STAGES, WHOLE_ROWS and WEIGHTS"
 #endif
 typedef SCALAR scalar_t;
 #include "common/expert_stream.cuh"
@@ -94,8 +94,8 @@ struct UpGemm : UpRows {
     }
 };
 
-// So many blocks: beside one of few tokens and quantised weights experts_down begins with one of its own.
-#define REGISTERS_FOR (HAS_PDL && INLINE_PAIRS && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
+// So many blocks: experts_down begins with one of its own beside it.
+#define REGISTERS_FOR (SHARES_MULTIPROCESSOR && WEIGHTS != PLAIN && !LOW_RANK ? 2 : BLOCKS_PER_SM)
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, REGISTERS_FOR)
 experts_up(const scalar_t* __restrict__ hidden_states, const unsigned char* __restrict__ gate_up_proj,

@@ -3,28 +3,28 @@
 // Reads  gate_up_map    TensorMap of its codes [NUM_EXPERTS, kRows, bytes] (kernels/coded_tiles.py), rows as there
 //        scales_map     the same of scales of groups; only with GROUP
 //        zeros_map      the same of their zero points; only with HAS_ZEROS
-//        token_map      TensorMap of the slots' token rows [slots, HIDDEN], which operand_rows.cu, the grid before this one, writes:
-//                       SCALAR, or with SCALED_TOKENS fp16
+//        token_map      TensorMap of the slots' token rows, turned (common/turned_rows.cuh), which operand_rows.cu, the grid before
+//                       this one, writes: SCALAR, or with SCALED_TOKENS fp16
 //        expert_offsets [NUM_EXPERTS + 1] i32     of sort_by_expert.cu
 //        ticket         u32                      0; counts the tiles that are taken after each block's first
 //        row_scales     [NUM_EXPERTS, kRows] fp32, which multiply the sums; not read without HAS_ROW_SCALES
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
 //        token_factors  [slots] fp32              what operand_rows.cu took out of the rows; not read without SCALED_TOKENS
-// Writes intermediate   [slots, INTERMEDIATE] SCALAR
+// Writes intermediate   [slots, INTERMEDIATE] SCALAR, or with TURNS_OUTPUT turned rows, for experts_down_codes_wgmma.cu
 //        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
 //                       backward; not written without KEEPS_GATE_UP
 // Grid   any; one block per multiprocessor. Block BLOCK_THREADS. Smem STAGES * STAGE_BYTES + sizeof(Shared).
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
-// Maths  fp32 sums over ascending k; weights as coded_tiles.cuh says; activation in fp32, of the unrounded sums; one rounding at
+// Maths  fp32 sums over ascending 32 k; weights as coded_tiles.cuh says; activation in fp32, of the unrounded sums; one rounding at
 //        the store.
 #include "common/activations.cuh"
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(HAS_BIAS) ||              \
-    !defined(KEEPS_GATE_UP) || !defined(SCALED_TOKENS) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || !defined(INTERMEDIATE) || \
-    !defined(BLOCK_THREADS) || !defined(WARPGROUPS) || !defined(CONSUMER_REGISTERS) || !defined(TILE_SLOTS) || \
-    !defined(CODE_ROW_BYTES) || !defined(BLOCK_K) || !defined(STAGES)
-#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, KEEPS_GATE_UP, SCALED_TOKENS, NUM_EXPERTS, HIDDEN, INTERMEDIATE, \
-BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, CODE_ROW_BYTES, BLOCK_K and STAGES"
+    !defined(KEEPS_GATE_UP) || !defined(SCALED_TOKENS) || !defined(TURNS_OUTPUT) || !defined(NUM_EXPERTS) || !defined(HIDDEN) || \
+    !defined(INTERMEDIATE) || !defined(BLOCK_THREADS) || !defined(WARPGROUPS) || !defined(CONSUMER_REGISTERS) ||              \
+    !defined(TILE_SLOTS) || !defined(CODE_ROW_BYTES) || !defined(BLOCK_K) || !defined(STAGES)
+#error "define SCALAR, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, KEEPS_GATE_UP, SCALED_TOKENS, TURNS_OUTPUT, NUM_EXPERTS, HIDDEN, \
+INTERMEDIATE, BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, CODE_ROW_BYTES, BLOCK_K and STAGES"
 #endif
 typedef SCALAR scalar_t;
 #if SCALED_TOKENS
@@ -73,13 +73,15 @@ struct UpGemm {
         if (KEEPS_GATE_UP) keep_gate_up(tile, first_slot, column, sums);
         if constexpr (GATED) {
             u32 word = pair_of(activate<ACTIVATION, false>(sums[0], sums[2]), activate<ACTIVATION, false>(sums[1], sums[3]));
-            store_eight<INTERMEDIATE, INTERMEDIATE>(intermediate, tile, first_slot, column, word);
+            if (TURNS_OUTPUT) store_turned_eight<INTERMEDIATE>(intermediate, tile, first_slot, column, word);
+            else store_eight<INTERMEDIATE, INTERMEDIATE>(intermediate, tile, first_slot, column, word);
         } else {
             float outputs[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) outputs[i] = activate<ACTIVATION, false>(sums[i], 1.0f);
             u32 low = pair_of(outputs[0], outputs[1]), high = pair_of(outputs[2], outputs[3]);
-            store_sixteen<INTERMEDIATE, INTERMEDIATE>(intermediate, tile, first_slot, column, low, high);
+            if (TURNS_OUTPUT) store_turned_sixteen<INTERMEDIATE>(intermediate, tile, first_slot, column, low, high);
+            else store_sixteen<INTERMEDIATE, INTERMEDIATE>(intermediate, tile, first_slot, column, low, high);
         }
     }
 

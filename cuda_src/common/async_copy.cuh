@@ -22,6 +22,8 @@ template <typename T> __device__ __forceinline__ T load_shared(u32 address) {
     }
 }
 
+// Not written out as the constant that it is on Hopper: of that, ptxas makes copies that are illegal instructions, in some variants
+// (tests/kernels/test_machine_code.py).
 #define CACHE_POLICY(kind)                                                                       \
     __device__ __forceinline__ u64 kind##_policy() {                                             \
         u64 policy;                                                                              \

@@ -17,9 +17,11 @@
 //        128 rows each, experts_up took 673 us of FP8 and 689 of NVFP4 at 4096 tokens, with three 604 and 638. With few slots a
 //        lane has few sums, so that there are registers for up to six warpgroups (benchmarks/NOTES.md).
 // Chunk  A lane loads 32 k of both rows at a time, since each wait for shared memory and for products is a pause, and what two
-//        groups of 32 k share is made ready in one go.
+//        groups of 32 k share is made ready in one go. Of these 32 it decodes 8 neighbours, one word or two: nothing that a lane
+//        does with a word depends on which lane it is, and no other lane loads that word.
 // Dense  Token rows come in expert order, by the copy engine: operand_rows.cu copies them so for the gate_up projection. Gathered
 //        by 16-byte copies, as for plain tiles, they took the time of int4: 40 KB a stage at some 10 bytes a clock.
+// Turned Their columns come in the order of turned_rows.cuh, in which a product finds the k of the lanes' codes.
 // Scale  The scale of a group multiplies its weights, which are then rounded, by at most 0.502 units of the last place (PairScale).
 //        Weights of NVFP4 stay exact, as e2m1.cuh says. The scale of a row multiplies the sums in fp32, so that codes without
 //        groups are exact.
@@ -56,6 +58,7 @@
 #define SCALE_BYTES ((GROUP > 0) * TILE_ROWS * SCALE_ROW_BYTES)
 #define ZERO_BYTES (HAS_ZEROS * TILE_ROWS * SCALE_ROW_BYTES)
 #define STAGE_BYTES (TOKEN_BYTES + CODE_BYTES + SCALE_BYTES + ZERO_BYTES)
+#include "turned_rows.cuh"
 #include "weights/codec.cuh"
 #include "weights/scales.cuh"
 #include "tiles/roles.cuh"
@@ -66,6 +69,11 @@
 // Whether the codec subtracts a zero of 8 and scales in one instruction, scaled_pair().
 template <typename T, typename S> constexpr bool kFuses = false;
 template <> constexpr bool kFuses<fp16, bf16> = WEIGHTS == INT4 && !HAS_ZEROS;
+// Whether the scales of two groups become numbers of the operands' type together.
+template <typename T, typename S> constexpr bool kTogether = false;
+template <typename T> constexpr bool kTogether<T, T> = true;
+template <> constexpr bool kTogether<fp16, bf16> = true;
+template <> constexpr bool kTogether<bf16, e8m0> = true;
 // Whether an instruction makes two operands of two codes.
 template <typename T> constexpr bool kConverts = false;
 template <> constexpr bool kConverts<fp16> = WEIGHTS == E4M3;
@@ -73,6 +81,21 @@ template <> constexpr bool kConverts<fp16> = WEIGHTS == E4M3;
 // How many times itself a weight is that is multiplied.
 template <typename T> constexpr float kWeightFactor = 1.0f;
 template <> constexpr float kWeightFactor<fp16> = SCALES_WEIGHTS ? 64.0f : 1.0f;
+
+// Two scales, 16 bits apart, as two numbers of the operands' type, times kWeightFactor.
+__device__ __forceinline__ u32 operand_scales(u32 scales, bf16, bf16) { return scales; }
+
+__device__ __forceinline__ u32 operand_scales(u32 scales, fp16, fp16 type) { return mul_pair(scales, 0x54005400u, type); }
+
+__device__ __forceinline__ u32 operand_scales(u32 scales, bf16 type, fp16) {
+    scales = mul_pair(scales, 0x42804280u, type);  // while they are bf16, of which none is too small
+    return rounded_pair(__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u), fp16());
+}
+
+__device__ __forceinline__ u32 operand_scales(u32 scales, e8m0, bf16) {
+    return __vmaxu2(scales << 7, 0x00400040u);  // the lowest is 2^-127, which is subnormal
+}
+
 static_assert(STAGE_BYTES % 1024 == 0, "tokens start on 1024 bytes");
 static_assert(BLOCK_K * Codec::kBits == CODE_ROW_BYTES * 8, "BLOCK_K");
 static_assert(GROUP % 16 == 0, "the 16 k of a product share their scales");
@@ -135,40 +158,29 @@ struct CodedWeights {
 // not looked up in it.
 template <class Gemm, class Codec = Codec> struct LaneRows {
     static constexpr u32 kGroups = GROUP && GROUP < 64 ? 64 / GROUP : 1;  // that begin in 64 k
+    static constexpr u32 kWords = Codec::kBits / 4, kPairs = 4 / kWords;  // of 8 codes, and of a word
     u32 first;  // the row of the first half in a stage
-    u32 codes;  // where its first 16 bytes of codes lie in a stage: the copy engine exchanges the four packs of a row
-    u32 pair;   // which two of eight neighbouring codes are this lane's
+    u32 codes;  // where its first codes that are this lane's lie in a stage: the copy engine exchanges the four packs of a row
 
-    // A chunk of both rows, as it lies in a stage, and what the groups of the 64 k around share.
+    // This lane's 8 codes of a chunk of both rows, as they lie in a stage, and what the groups of the 64 k around share.
     struct Stored {
-        u32 eights[2][CHUNK_K / 8];  // of each half the words that hold this lane's pairs of each eight codes
+        Pack<u32, kWords> eight[2];
         Pack<SCALE_SCALAR, kGroups> scales[2];
         Pack<unsigned char, kGroups> zeros[2];
     };
 
     __device__ __forceinline__ LaneRows(u32 warp, u32 lane) {
         first = warp * Gemm::kWarpRows + lane / 4;
-        codes = first * CODE_ROW_BYTES + (CODE_ROW_BYTES == 64 ? first / 2 % 4 : first % 8) * 16;
-        pair = lane % 4;
+        u32 swap = CODE_ROW_BYTES == 64 ? first / 2 % 4 : first % 8, byte = lane % 4 * (kWords * 4);
+        codes = first * CODE_ROW_BYTES + (byte ^ swap * 16);
     }
 
-    // Loads a chunk of a stage. Of the two words of eight codes of 8 bits a lane needs one.
     __device__ __forceinline__ void load(Stored& stored, u32 weights, u32 step, int chunk) const {
         u32 group = (step * BLOCK_K + chunk * CHUNK_K) / GROUP_K;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            u32 (&eights)[CHUNK_K / 8] = stored.eights[half];
             u32 of_row = weights + half * Gemm::kHalfRows * CODE_ROW_BYTES;
-            if constexpr (Codec::kBits == 4) {
-                Fragment all = load_fragment(of_row + (codes ^ chunk * 16));
-#pragma unroll
-                for (int i = 0; i < 4; i++) eights[i] = all.words[i];
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    eights[i] = load_shared<u32>(of_row + (codes ^ (chunk * 2 + i / 2) * 16) + i % 2 * 8 + pair / 2 * 4);
-                }
-            }
+            stored.eight[half] = load_shared<Pack<u32, kWords>>(of_row + (codes ^ chunk * (CHUNK_K * Codec::kBits / 8)));
             if (GROUP == 0 || chunk % 2 != 0) continue;
             of_row = weights + CODE_BYTES + (first + half * Gemm::kHalfRows) * SCALE_ROW_BYTES;
             stored.scales[half] = load_shared<Pack<SCALE_SCALAR, kGroups>>(of_row + group * sizeof(SCALE_SCALAR) % SCALE_ROW_BYTES);
@@ -178,38 +190,53 @@ template <class Gemm, class Codec = Codec> struct LaneRows {
         }
     }
 
-    // The operand of the k16-th 16 k of a stage, which are in the chunk.
+    // What the codec wants to know of the group of this lane's codes in chunk `chunk` of two.
+    __device__ __forceinline__ u32 of_group(const Stored& stored, int half, int chunk) const {
+        if constexpr (GROUP == 16) {
+            // Of four scales the first two are of the first chunk, and the first of two is of the lower half of the lanes of a row.
+            u32 scales = __byte_perm(*reinterpret_cast<const u32*>(&stored.scales[half]), 0, 0x4240 + threadIdx.x % 4 / 2 * 0x0101);
+            return twice(Codec::factors_of(scales, OPERAND()), chunk);
+        } else {
+            return Codec::of_group(HAS_ZEROS ? stored.zeros[half].values[chunk * 32 / GROUP_K] : 8, OPERAND());
+        }
+    }
+
+    // Those of the one or two groups that begin in 64 k, for pairs of operands.
+    static __device__ __forceinline__ u32 both_scales(const Pack<SCALE_SCALAR, kGroups>& scales) {
+        u32 both;
+        if constexpr (sizeof(scales) == 4) both = *reinterpret_cast<const u32*>(&scales);
+        else both = scales.values[0].bits | (u32)scales.values[kGroups - 1].bits << 16;
+        return operand_scales(both, SCALE_SCALAR(), OPERAND());
+    }
+
+    // The operand of the k16-th 16 k of a stage, which are in the chunk: of each row two pairs of this lane's codes.
     __device__ __forceinline__ Fragment fragment(const Stored& stored, int k16) const {
         Fragment fragment;
+        int chunk = k16 / 2 % 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            u32 of_group = Codec::of_group(0, OPERAND());  // what the codec wants to know of a group
+            u32 of_group = this->of_group(stored, half, chunk);
             [[maybe_unused]] PairScale<OPERAND, SCALE_SCALAR> scale;
-            if constexpr (GROUP > 0) {
-                int group = k16 % 4 * 16 / GROUP_K;
+            if constexpr (SCALES_WEIGHTS) {
+                int group = chunk * 32 / GROUP_K;
                 const Pack<SCALE_SCALAR, kGroups>& scales = stored.scales[half];
-                u32 value = 8;
-                if constexpr (HAS_ZEROS) value = stored.zeros[half].values[group];
-                if constexpr (GROUP == 16) value = byte_of(scales.values[group]);
-                of_group = Codec::of_group(value, OPERAND());
-                if constexpr (kFuses<OPERAND, SCALE_SCALAR>) {
-                    // Those of two groups are made together.
-                    float factor = kWeightFactor<OPERAND>;
-                    u32 both = rounded_pair(to_float(scales.values[0]) * factor, to_float(scales.values[kGroups - 1]) * factor, OPERAND());
-                    scale.high = twice(both, group), of_group = twice(Codec::of_scale(both), group);
-                } else if constexpr (SCALES_WEIGHTS) {
+                if constexpr (kTogether<OPERAND, SCALE_SCALAR>) {
+                    u32 both = both_scales(scales);
+                    scale.high = twice(both, group);
+                    if constexpr (kFuses<OPERAND, SCALE_SCALAR>) of_group = twice(Codec::of_scale(both), group);
+                } else {
                     scale = scale.of(scales.values[group], kWeightFactor<OPERAND>);
                 }
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                u32 eight = stored.eights[half][k16 % 2 * 2 + i], of_eight = Codec::kBits == 4 ? pair : pair % 2;
+                u32 pair = k16 % 2 * 2 + i, of_word = pair % kPairs, from = stored.eight[half].values[pair / kPairs];
                 u32& word = fragment.words[half + i * 2];
                 if constexpr (kFuses<OPERAND, SCALE_SCALAR>) {
-                    word = Codec::scaled_pair(eight, of_eight, scale.high, of_group);
+                    word = Codec::scaled_pair(from, of_word, scale.high, of_group);
                 } else {
-                    if constexpr (kConverts<OPERAND>) word = Codec::converted_pair(eight, of_eight);
-                    else word = Codec::pair(Codec::aligned(eight, of_eight), of_group, OPERAND());
+                    if constexpr (kConverts<OPERAND>) word = Codec::converted_pair(from, of_word);
+                    else word = Codec::pair(from, of_word, of_group, OPERAND());
                     if constexpr (SCALES_WEIGHTS) word = scale.times(word);
                 }
             }
@@ -352,27 +379,50 @@ __device__ __forceinline__ u32 pair_of(float first, float second) {
     return *reinterpret_cast<u32*>(&pair);
 }
 
+// Where a column of this lane's slot of eight lies in an output [slots, kPitch]; nowhere, if the slot is past the tile's last.
+template <u32 kPitch> __device__ __forceinline__ SCALAR* place_of(SCALAR* output, const Tile& tile, int first_slot, u32 column) {
+    int of_eight = threadIdx.x % 32 / 4;
+    SCALAR* first = output + (u64)(tile.first_slot + of_eight) * kPitch + column;
+    return first_slot < tile.slots - of_eight ? first + first_slot * kPitch : nullptr;
+}
+
 // Stores 16 columns of 8 slots of a tile into an output [slots, kPitch], none of them past the first kColumns: low has two slots of
 // column lane / 4, high those of the column 8 further. Lanes swap in pairs, so that each stores 4 neighbours.
 template <u32 kPitch, u32 kColumns>
 __device__ __forceinline__ void store_sixteen(SCALAR* output, const Tile& tile, int first_slot, u32 column, u32 low, u32 high) {
-    u32 lane = threadIdx.x % 32, quad = lane % 4;
-    int slot = first_slot + lane / 4;
+    u32 quad = threadIdx.x % 4;
     bool odd = quad % 2;
     low = transposed(low), high = transposed(high);
     u32 got = __shfl_xor_sync(FULL_WARP, odd ? low : high, 1);
     column += odd ? 8 + (quad - 1) * 2 : quad * 2;
-    if (slot < tile.slots && column < kColumns) {
-        u32* to = reinterpret_cast<u32*>(output + (u64)(tile.first_slot + slot) * kPitch + column);
-        store_pack(to, odd ? Pack<u32, 2>{got, high} : Pack<u32, 2>{low, got});
-    }
+    SCALAR* to = place_of<kPitch>(output, tile, first_slot, column);
+    if (to && column < kColumns) store_pack(reinterpret_cast<u32*>(to), odd ? Pack<u32, 2>{got, high} : Pack<u32, 2>{low, got});
 }
 
 // The same for 8 columns: word has two slots of column lane / 4.
 template <u32 kPitch, u32 kColumns>
 __device__ __forceinline__ void store_eight(SCALAR* output, const Tile& tile, int first_slot, u32 column, u32 word) {
-    u32 lane = threadIdx.x % 32;
-    int slot = first_slot + lane / 4;
-    word = transposed(word), column += lane % 4 * 2;
-    if (slot < tile.slots && column < kColumns) *reinterpret_cast<u32*>(output + (u64)(tile.first_slot + slot) * kPitch + column) = word;
+    word = transposed(word), column += threadIdx.x % 4 * 2;
+    SCALAR* to = place_of<kPitch>(output, tile, first_slot, column);
+    if (to && column < kColumns) *reinterpret_cast<u32*>(to) = word;
+}
+
+// As store_sixteen(), into turned rows of kColumns columns. Of a lane both words are neighbours there.
+template <u32 kColumns>
+__device__ __forceinline__ void store_turned_sixteen(SCALAR* output, const Tile& tile, int first_slot, u32 column, u32 low,
+                                                     u32 high) {
+    constexpr u32 kPitch = turned_columns(kColumns);
+    low = transposed(low), high = transposed(high), column += threadIdx.x % 4 * 2;
+    SCALAR* to = place_of<kPitch>(output, tile, first_slot, turned(column));
+    Pack<u32, 2> both = {column < kColumns ? low : 0, column + 8 < kColumns ? high : 0};
+    if (to && column < kPitch) store_pack(reinterpret_cast<u32*>(to), both);
+}
+
+// As store_eight(), into turned rows.
+template <u32 kColumns>
+__device__ __forceinline__ void store_turned_eight(SCALAR* output, const Tile& tile, int first_slot, u32 column, u32 word) {
+    constexpr u32 kPitch = turned_columns(kColumns);
+    word = transposed(word), column += threadIdx.x % 4 * 2;
+    SCALAR* to = place_of<kPitch>(output, tile, first_slot, turned(column));
+    if (to && column < kPitch) *reinterpret_cast<u32*>(to) = column < kColumns ? word : 0;
 }

@@ -24,7 +24,8 @@
 //             straight into registers while the tile before is stored; in the ring they would take the place of a stage.
 // Order       An output element is the sum over K_WARPS of sums over ascending k, whatever the tile, the chunk or the column:
 //             it depends on its own row and token alone. LOW_RANK's come last. With HAS_BIAS the first of them begins with the bias
-//             of its row. Unused rows and columns of a tile keep what the ring held: they reach no output that is stored.
+//             of its row. With Weights::kTwoChains every other 32 k of a stage are summed apart, and added at the stage's end. Unused
+//             rows and columns of a tile keep what the ring held: they reach no output that is stored.
 #pragma once
 #include "stream/consumer.cuh"
 

@@ -44,7 +44,7 @@ def tiles(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor) -> None:
     shapes = _tile_shapes(call, stored)
     plans = plan_batch(batch.expert_num_tokens, batch.max_tokens, MANY_SLOTS if len(shapes) > 1 else None)
     of_gate_up, of_down = scales_of(call, batch)
-    intermediate = batch.rows.new_empty((len(batch.rows), call.intermediate_size))
+    intermediate = batch.rows.new_empty((len(batch.rows), shapes[0].intermediate_columns))
     for slots, shape in zip(plans, shapes, strict=True):
         up_product(batch.rows, batch.gate_up_proj, of_gate_up, slots, shape, out=intermediate)
     for slots, shape in zip(plans, shapes, strict=True):

@@ -49,7 +49,7 @@ from cupymoe.kernels.expert_stream import Shape, regime, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
-from cupymoe.kernels.stored_weight import stored_weight
+from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, stored_weight
 from cupymoe.kernels.unsorted_pairs import PairsKind
 from cupymoe.weights.format import FORMATS
 
@@ -181,6 +181,7 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_down_codes_wgmma.variant(tile_shape)
         if tile_shape.gate_up_stored.format is not None and tile_shape.gate_up_stored.format.name == "int4_g32":
             yield experts_down_codes_wgmma.variant(replace(tile_shape, scatters=True))
+            yield experts_up_codes_wgmma.variant(replace(tile_shape, down_stored=PLAIN_WEIGHT))
     yield sum_parts.variant(6)
     for dtype in (torch.bfloat16, torch.float16):
         for left_gathered in (False, True):

@@ -19,12 +19,6 @@ WORDS_OF_THREAD = 8
 _SCALES = {**SCALARS, torch.float8_e4m3fn: "e4m3", torch.float8_e8m0fnu: "e8m0"}
 
 
-def places(format: WeightFormat) -> tuple[int, ...]:
-    """Where each code of a word lies, from its lowest bits up."""
-    order = format.codec.word_order
-    return tuple(order.index(code) for code in range(len(order)))
-
-
 def variant(format: WeightFormat, k: int, scale_dtype: torch.dtype | None, dtype: torch.dtype) -> Variant:
     """The compilation for a format, a depth, the dtype of the groups' scales, if there are any, and the output's."""
     return Variant(
@@ -33,7 +27,7 @@ def variant(format: WeightFormat, k: int, scale_dtype: torch.dtype | None, dtype
             f"OUT_SCALAR={SCALARS[dtype]}",
             f"DEPTH={k}",
             f"BITS={format.bits}",
-            f"PLACES={','.join(map(str, places(format)))}",
+            f"FIELDS={','.join('{' + ','.join(map(str, field)) + '}' for field in format.codec.fields)}",
             f"ROW_WORDS={format.row_bytes(k) // 4}",
             f"GROUP={format.group or 0}",
             f"SCALE={_SCALES[scale_dtype or torch.float32]}",
@@ -50,8 +44,7 @@ def _kernel(
     format: WeightFormat, k: int, scale_dtype: torch.dtype | None, dtype: torch.dtype, device: int
 ) -> tuple[Kernel, int]:
     """The kernel, and how many words of a row it reads."""
-    codes_of_word = len(format.codec.word_order)
-    return kernel(variant(format, k, scale_dtype, dtype), "dequantize", device), -(-k // codes_of_word)
+    return kernel(variant(format, k, scale_dtype, dtype), "dequantize", device), -(-k // format.codec.codes_of_word)
 
 
 def dequantize(format: WeightFormat, k: int, buffers: Buffers, dtype: torch.dtype) -> torch.Tensor:

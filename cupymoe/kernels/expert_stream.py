@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cupymoe.activation import MoEActivation
-from cupymoe.kernels.arch import HOPPER, Arch
+from cupymoe.kernels.arch import HOPPER, RESERVED_BYTES, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_map import MapKind, map_defines
 from cupymoe.kernels.load import Load
@@ -171,8 +171,8 @@ _BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
 # Of more tokens; for all of them in a warp there are no registers.
 _CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
 _MOST_PAIRS_SHARING = 32
-"""Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: 4 tokens take 46 us
-so and 50 with longer rings, 16 tokens 118 and 107."""
+"""Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: one token takes 20
+us so and 22 with longer rings, 8 tokens 73 and 66."""
 
 
 @functools.cache
@@ -349,15 +349,19 @@ class Shape:
     def up(self) -> Tiling:
         """Of the gate_up projection."""
         stored, rank = self.gate_up_stored, self.gate_up_rank
-        return self._tiling(self.regime.up, self.gate_up_transposed, stored, rank, self.hidden_size)
+        return self._tiling(self.regime.up, self.gate_up_transposed, stored, rank, self.hidden_size, self._up_room)
 
     @property
     def down(self) -> Tiling:
         """Of the down projection."""
         stored, rank = self.down_stored, self.down_rank
-        return self._tiling(self.regime.down, self.down_transposed, stored, rank, self.intermediate_size)
+        return self._tiling(
+            self.regime.down, self.down_transposed, stored, rank, self.intermediate_size, self._down_room
+        )
 
-    def _tiling(self, plain: Tiling, transposed: bool, stored: StoredWeight, rank: int, depth: int) -> Tiling:
+    def _tiling(
+        self, plain: Tiling, transposed: bool, stored: StoredWeight, rank: int, depth: int, room: int
+    ) -> Tiling:
         if transposed:
             return self.regime.transposed
         if stored.format is None:
@@ -367,14 +371,35 @@ class Shape:
         tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
         if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
             tiling = replace(tiling, row_blocks=1)
-        room = self.arch.shared_bytes_of_block // (2 if self.regime.shares_multiprocessor else 1)
-        room -= _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
         return _fitted(tiling, self.regime.tokens, room, stored)
 
     @property
+    def _static_bytes(self) -> int:
+        return _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
+
+    @property
+    def _up_room(self) -> int:
+        """For the ring of the gate_up projection; beside more of it two stages of the other would not fit."""
+        whole = self.arch.shared_bytes_of_block
+        return (whole * 4 // 7 if self.regime.shares_multiprocessor else whole) - self._static_bytes
+
+    @property
+    def _down_room(self) -> int:
+        """The same of the down projection: what the other leaves, if they share a multiprocessor."""
+        room = self.arch.shared_bytes_of_block - self._static_bytes
+        if self.regime.shares_multiprocessor:
+            room -= self.up_shared_bytes + self._static_bytes + RESERVED_BYTES
+        return room
+
+    @property
     def up_shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of the gate_up projection."""
-        return self.up.shared_bytes(self.regime.tokens, self.gate_up_stored)
+        """Dynamic shared memory of a block of the gate_up projection.
+
+        Beside a block of the down projection it takes more than half, needed or not: else two blocks of this one may
+        come to share a multiprocessor, and another has none, so that the call takes half as long again.
+        """
+        ring = self.up.shared_bytes(self.regime.tokens, self.gate_up_stored)
+        return max(ring, self.arch.shared_bytes_of_block // 2) if self.regime.shares_multiprocessor else ring
 
     @property
     def down_shared_bytes(self) -> int:
@@ -397,6 +422,7 @@ class Shape:
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
             f"TOKENS={self.regime.tokens}",
+            f"SHARES_MULTIPROCESSOR={int(self.regime.shares_multiprocessor)}",
             *map_defines(self.expert_map),
         )
 

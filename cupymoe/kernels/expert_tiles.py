@@ -13,7 +13,7 @@ from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER
 from cupymoe.kernels.dtypes import SCALARS
 from cupymoe.kernels.load import Load
-from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
+from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight, turned_columns
 from cupymoe.kernels.tensor_map import tensor_map
 from cupymoe.kernels.unsorted_pairs import MAX_PAIRS, PairsKind
 
@@ -217,6 +217,17 @@ class TileShape:
     def scales_tokens(self) -> bool:
         """Whether the gate_up projection multiplies narrowed rows, see :mod:`cupymoe.kernels.operand_rows`."""
         return self.dtype == torch.bfloat16 and self.gate_up_stored.wants_fp16
+
+    @property
+    def turns_intermediate(self) -> bool:
+        """Whether the gate_up projection stores its output turned: both weights are quantised. Where down_proj alone
+        is, the rows are turned between the projections."""
+        return self.gate_up_stored.format is not None and self.down_stored.format is not None
+
+    @property
+    def intermediate_columns(self) -> int:
+        """Of the gate_up projection's output."""
+        return turned_columns(self.intermediate_size) if self.turns_intermediate else self.intermediate_size
 
     @property
     def gate_up_rows(self) -> int:

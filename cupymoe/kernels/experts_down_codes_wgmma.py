@@ -12,6 +12,7 @@ from cupymoe.kernels.coded_tiles import BOX_SLOTS, CodedTiling, RowOrder, Scales
 from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.operand_rows import turned_rows
 from cupymoe.kernels.sort_by_expert import Slots
 
 _ORDER = RowOrder()
@@ -56,8 +57,9 @@ def experts_down_codes_wgmma(
     """``[T * K, H]``, the experts' outputs, not yet weighted; rows in expert order, undefined past the last slot.
 
     Args:
-        intermediate: ``[T * K, I]``, of any launch before this one. All else must have been written two launches
-            before it or earlier.
+        intermediate: ``[T * K, shape.intermediate_columns]``, of any launch before this one; turned where
+            ``shape.turns_intermediate``, else it is turned here. All else must have been written two launches before it
+            or earlier.
         codes: of down_proj, uint8 ``[E, H, row bytes]``, contiguous, 16-byte aligned.
         scales: what belongs to them.
         pairs: the sorted pairs.
@@ -67,6 +69,8 @@ def experts_down_codes_wgmma(
     device = intermediate.device.index
     expert_output = intermediate.new_empty((intermediate.shape[0], shape.hidden_size)) if out is None else out
     run, blocks, tiling = _prepared(shape, device)
+    if not shape.turns_intermediate:
+        intermediate = turned_rows(intermediate, pairs)
     run(
         blocks,
         tiling.threads,

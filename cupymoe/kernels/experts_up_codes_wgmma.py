@@ -30,6 +30,7 @@ def variant(shape: TileShape) -> Variant:
             f"HAS_BIAS={int(shape.has_gate_up_bias)}",
             f"KEEPS_GATE_UP={int(shape.keeps_gate_up)}",
             f"SCALED_TOKENS={int(shape.scales_tokens)}",
+            f"TURNS_OUTPUT={int(shape.turns_intermediate)}",
         ),
     )
 
@@ -60,7 +61,8 @@ def experts_up_codes_wgmma(
     gate_up: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T * K, I]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past the last slot.
+    """``[T * K, shape.intermediate_columns]`` of ``act(gate) * up``, rounded once; rows in expert order, undefined past
+    the last slot. Where ``shape.turns_intermediate`` they are turned.
 
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned.
@@ -70,10 +72,10 @@ def experts_up_codes_wgmma(
         pairs: the sorted pairs; takes its first ticket counter.
         bias: ``[E, 2 I]`` or ``[E, I]``, contiguous, where ``shape.has_gate_up_bias``, else None.
         gate_up: ``[T * K, 2 I]`` (``[T * K, I]``), written where ``shape.keeps_gate_up``, else None.
-        out: as of :func:`experts_up_wgmma`.
+        out: what is returned, contiguous, 16-byte aligned; None: new memory.
     """
     device = hidden_states.device.index
-    sizes = pairs.token_of_slot.shape[0], shape.intermediate_size
+    sizes = pairs.token_of_slot.shape[0], shape.intermediate_columns
     intermediate = hidden_states.new_empty(sizes) if out is None else out
     run, blocks, tiling, order = _prepared(shape, device)
     rows, factors = operand_rows(hidden_states, pairs, narrowed=shape.scales_tokens)

@@ -135,6 +135,8 @@ class Kernel:
         # Never lowered: builds of several cards may share a function, and ask for more of it each.
         if shared_bytes > raw_kernel.max_dynamic_shared_size_bytes:
             raw_kernel.max_dynamic_shared_size_bytes = shared_bytes
+            # All that there is, whatever this kernel needs: with less no block of the next one could begin beside it.
+            raw_kernel.preferred_shared_memory_carveout = 100
         self.shared_bytes = shared_bytes
         self.function = raw_kernel.kernel.ptr
         self._raw_kernel = raw_kernel

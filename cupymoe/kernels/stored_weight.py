@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cupymoe.kernels.dtypes import SCALARS
-from cupymoe.weights.format import PLAIN, WeightFormat, format_of
+from cupymoe.weights.format import DEPTH_MULTIPLE, PLAIN, WeightFormat, format_of
 
 _CODECS = {"int4": "INT4", "int8": "INT8", "e4m3": "E4M3", "e2m1": "E2M1"}
 """What the sources call the codes that they read."""
@@ -88,6 +88,12 @@ class StoredWeight:
 
 
 PLAIN_WEIGHT = StoredWeight(None)
+
+
+def turned_columns(columns: int) -> int:
+    """Of a row of tokens as the tiles of quantised weights take it, see ``cuda_src/common/turned_rows.cuh``: as many as
+    a row of codes has, with its padding."""
+    return -(-columns // DEPTH_MULTIPLE) * DEPTH_MULTIPLE
 
 
 def unsupported_reason(weight_format: str) -> str | None:

@@ -24,24 +24,64 @@ DEPTH_MULTIPLE = 32
 """The depth of a row is padded to a multiple of this, so that a row of any format is whole 16-byte packs."""
 
 
+class Field(NamedTuple):
+    """Some bits of a code, and where they lie in its word."""
+
+    code: int
+    """Which of the neighbouring codes of the word."""
+    first_bit: int
+    """Of the code."""
+    bits: int
+    place: int
+    """Of the first bit in the word; bit 0 is the lowest."""
+
+
 class Codec(NamedTuple):
     """What the codes of a format stand for, and how they lie in memory."""
 
     bits: int
     values: tuple[float, ...]
     """The value of every code; exact in float32."""
-    word_order: tuple[int, ...]
-    """Which of the neighbouring codes of a 4-byte little-endian word lies at each place, from its lowest bits up."""
+    fields: tuple[Field, ...]
+    """Of a 4-byte little-endian word of neighbouring codes: together all of its bits."""
+    layout: int = 1
+    """Counts the fields that this codec has had; what is saved says it, so that no codes are read by other fields."""
+
+    @property
+    def codes_of_word(self) -> int:
+        """How many neighbouring codes a word holds."""
+        return 32 // self.bits
 
 
 def _float_values(dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).tolist())
 
 
-# Pairs of neighbours lie 16 bits apart, so that a mask and a shift of a word is a pair, as the kernels' products of
-# 16-bit numbers take it.
-_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-_BYTES = (0, 2, 1, 3)
+def _fields(of_pairs: tuple[tuple[tuple[int, int, int, int], ...], ...]) -> tuple[Field, ...]:
+    """Of a word whose pairs of neighbours lie 16 bits apart, so that a mask and a shift of it is a pair, as the
+    kernels' products of 16-bit numbers take it: for each pair ``(first_bit, bits, place of the even code, of the
+    odd)``."""
+    return tuple(
+        Field(2 * pair + odd, first_bit, bits, places[odd])
+        for pair, of_pair in enumerate(of_pairs)
+        for first_bit, bits, *places in of_pair
+        for odd in (0, 1)
+    )
+
+
+_NIBBLES = _fields(tuple(((0, 4, 4 * pair, 16 + 4 * pair),) for pair in range(4)))
+_BYTES = _fields(tuple(((0, 8, 8 * pair, 16 + 8 * pair),) for pair in range(2)))
+# A bfloat16 has its sign at bit 15, the lowest two bits of its exponent at 8 and 7, and the highest of its mantissa
+# at 6. There a mask finds pair 0 as it lies, pair 1 shifted up by 6, and pair 2 turned down by 4, whose signs come from
+# the other half. Pair 3 has what is left: shifted up by 2, but for a bit that is 6 too high.
+_FLOATS = _fields(
+    (
+        ((0, 3, 6, 22), (3, 1, 15, 31)),
+        ((0, 3, 0, 16), (3, 1, 9, 25)),
+        ((0, 3, 10, 26), (3, 1, 19, 3)),
+        ((0, 2, 4, 20), (2, 1, 14, 30), (3, 1, 13, 29)),
+    )
+)
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Of bitsandbytes: its float32 numbers, as the shortest decimals that give them.
@@ -52,7 +92,7 @@ _NF4 = (
 
 CODECS = {
     "int4": Codec(4, tuple(float(code - 8) for code in range(16)), _NIBBLES),
-    "e2m1": Codec(4, (*_E2M1, *(-value for value in _E2M1)), _NIBBLES),
+    "e2m1": Codec(4, (*_E2M1, *(-value for value in _E2M1)), _FLOATS, layout=2),
     "nf4": Codec(4, tuple(torch.tensor(_NF4, dtype=torch.float32, device="cpu").tolist()), _NIBBLES),
     "int8": Codec(8, tuple(float(code - 256 * (code > 127)) for code in range(256)), _BYTES),
     "e4m3": Codec(8, _float_values(torch.float8_e4m3fn), _BYTES),

@@ -7,24 +7,23 @@ import torch
 from cupymoe.weights.format import Codec, WeightFormat
 
 
-def _reordered(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The codes of each word in another order. An index tensor would have to be copied to the device in every call."""
-    words = codes.view(*codes.shape[:-1], codes.shape[-1] // len(order), len(order))
-    return torch.stack([words[..., place] for place in order], dim=-1).flatten(-2)
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(place) for place in range(len(order)))
-
-
 def _packed_rows(codec: Codec, codes: torch.Tensor) -> torch.Tensor:
-    codes = _reordered(codes, codec.word_order)
-    return codes if codec.bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+    of_words = codes.unflatten(-1, (-1, codec.codes_of_word))
+    words: torch.Tensor = of_words.new_zeros(of_words.shape[:-1], dtype=torch.int32)
+    for code, first_bit, bits, place in codec.fields:
+        words |= ((of_words[..., code] >> first_bit) & ((1 << bits) - 1)).int() << place
+    return words.view(torch.uint8)
 
 
 def _unpacked_rows(codec: Codec, rows: torch.Tensor) -> torch.Tensor:
-    codes = rows if codec.bits == 8 else torch.stack((rows & 15, rows >> 4), dim=-1).flatten(-2)
-    return _reordered(codes, _inverse(codec.word_order))
+    # A view as words has to begin at one.
+    at_word = rows.storage_offset() % 4 == 0
+    whole = rows.contiguous() if at_word else rows.clone(memory_format=torch.contiguous_format)
+    words = whole.view(torch.int32)
+    codes = rows.new_zeros((*words.shape, codec.codes_of_word))
+    for code, first_bit, bits, place in codec.fields:
+        codes[..., code] |= (((words >> place) & ((1 << bits) - 1)) << first_bit).byte()
+    return codes.flatten(-2)
 
 
 def pack_codes(format: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
@@ -45,7 +44,7 @@ def pack_codes(format: WeightFormat, codes: torch.Tensor) -> torch.Tensor:
     padding = format.row_bytes(codes.shape[-1]) * 8 // format.bits - codes.shape[-1]
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding), value=format.padding_code)
-    return _packed_rows(format.codec, codes).contiguous()
+    return _packed_rows(format.codec, codes)
 
 
 def unpack_codes(format: WeightFormat, rows: torch.Tensor, k: int) -> torch.Tensor:

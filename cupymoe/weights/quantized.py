@@ -59,6 +59,9 @@ def _bytes_moved(fn: Callable[[torch.Tensor], torch.Tensor], buffer: torch.Tenso
     return (moved if moved.dtype == torch.uint8 else as_bytes.to(moved.device)).view(buffer.dtype)
 
 
+_OLD_LAYOUT = "codes that lie as another version of cupymoe had them: load the checkpoint, or quantize, anew"
+
+
 class QuantizedWeight(nn.Module):
     """A weight ``[E, n, k]`` as codes and scales, in the layout that the kernels read.
 
@@ -260,7 +263,7 @@ class QuantizedWeight(nn.Module):
             return None
         try:
             name, *sizes = _text(state).split()
-            num_experts, rows, k = map(int, sizes)
+            num_experts, rows, k = map(int, sizes[:3])
         except (AttributeError, ValueError):
             raise ValueError(f"{prefix}_extra_state must name a format and a shape, got {state!r}") from None
         scales = state_dict.get(prefix + "scales")
@@ -272,22 +275,27 @@ class QuantizedWeight(nn.Module):
         return f"{self.format.name}, {' x '.join(map(str, self.shape))}"
 
     def get_extra_state(self) -> torch.Tensor:
-        """Format and shape, as the bytes of a text: safetensors keeps nothing but tensors."""
-        text = f"{self.format.name} {' '.join(map(str, self.shape))}"
+        """Format and shape, and which layout the codes have if it is not the first, as the bytes of a text: safetensors
+        keeps nothing but tensors."""
+        layout = self.format.codec.layout
+        text = " ".join(map(str, (self.format.name, *self.shape, *((layout,) if layout > 1 else ()))))
         return torch.tensor([*text.encode()], dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Nothing is set: a state of another format or shape is refused before its buffers are loaded."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Buffers as bytes with their dtype, because torch unpickles no tensor of 8-bit floats."""
+        """Buffers as bytes with their dtype, because torch unpickles no tensor of 8-bit floats; the codes' layout."""
         buffers = {
             name: None if buffer is None else (buffer.view(torch.uint8), buffer.dtype)
             for name, buffer in self._buffers.items()
         }
-        return {**self.__dict__, "_buffers": buffers}
+        return {**self.__dict__, "_buffers": buffers, "layout": self.format.codec.layout}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        if state.pop("layout", 1) != state["format"].codec.layout:
+            raise ValueError(f"this {state['format'].name} weight has {_OLD_LAYOUT}")
         buffers = {name: kept and kept[0].view(kept[1]) for name, kept in state["_buffers"].items()}
         super().__setstate__({**state, "_buffers": buffers})  # type: ignore[no-untyped-call]
 
@@ -306,7 +314,9 @@ class QuantizedWeight(nn.Module):
         state = state_dict.get(prefix + "_extra_state")
         own = self.get_extra_state()
         if isinstance(state, torch.Tensor) and not torch.equal(state.cpu(), own):
-            errors.insert(0, f"{prefix.removesuffix('.')} must be {_text(own)}, got {_text(state)}")
+            name, given, wanted = prefix.removesuffix("."), _text(state), _text(own)
+            same = given.split()[:4] == wanted.split()[:4]
+            errors.insert(0, f"{name} has {_OLD_LAYOUT}" if same else f"{name} must be {wanted}, got {given}")
         scales = state_dict.get(prefix + "scales")
         if not errors and isinstance(scales, torch.Tensor) and self.scales is not None:
             try:

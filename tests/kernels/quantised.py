@@ -1,4 +1,4 @@
-"""Quantised experts as the kernels of the weight stream read them, beside the float64 weights that they are."""
+"""Quantised experts as kernels read them, beside the float64 weights that they are, and turned rows of tokens."""
 
 from typing import NamedTuple
 
@@ -26,12 +26,20 @@ class Quantised(NamedTuple):
 
 def packed(codes, weight_format):
     """uint8 ``[E, n, k]``, one code a byte, as rows of words."""
-    order, bits = weight_format.codec.word_order, weight_format.bits
     padding = -codes.shape[-1] % DEPTH_MULTIPLE
     codes = torch.nn.functional.pad(codes, (0, padding), value=weight_format.padding_code)
-    fields = codes.long().unflatten(-1, (-1, 32 // bits))
-    words = sum(fields[..., which] << bits * place for place, which in enumerate(order))
+    of_words = codes.long().unflatten(-1, (-1, 32 // weight_format.bits))
+    words = sum(
+        (of_words[..., code] >> first_bit & 2**bits - 1) << place
+        for code, first_bit, bits, place in weight_format.codec.fields
+    )
     return torch.stack([words >> 8 * byte & 255 for byte in range(4)], -1).byte().flatten(-2)
+
+
+def turned(rows):
+    """Rows of tokens as the tiles of quantised weights take them: each 32 columns, 4 lines of 4 pairs, transposed."""
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 32))
+    return rows.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4)
 
 
 def padded(values):

@@ -1,5 +1,6 @@
 """experts_up_codes_wgmma.cu and experts_down_codes_wgmma.cu slot by slot, against float64."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
 from cupymoe.kernels.experts_down_codes_wgmma import experts_down_codes_wgmma
 from cupymoe.kernels.experts_up_codes_wgmma import experts_up_codes_wgmma
 from cupymoe.kernels.sort_by_expert import sort_by_expert
-from cupymoe.kernels.stored_weight import stored_weight
+from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, stored_weight
 from cupymoe.weights import FORMATS, QuantizedWeight
 from tests.helpers import poison_free_memory, random_routing, relative_error
+from tests.kernels.quantised import turned
 
 pytestmark = pytest.mark.gpu
 
@@ -90,10 +92,29 @@ def scales_of(weight):
 
 
 def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False, slots=160):
-    """Pairs in expert order; what experts_up gives and, where it is kept, gate_up; what experts_down makes of it. By
-    tiles of so many slots, on poisoned memory, without the rows past the last slot."""
+    """Pairs in expert order; what experts_up gives, in the order of its columns, and, where it is kept, gate_up; what
+    experts_down makes of it. By tiles of so many slots, on poisoned memory, without the rows past the last slot."""
+    intermediate_size = case.down.shape[-1]
+    shape = shape_of(case, activation, gate_up_bias, down_bias, keeps_gate_up, slots)
+    poison_free_memory()
+    pairs = sort_by_expert(case.top_k_index, len(case.down.codes))
+    gate_up = None
+    if keeps_gate_up:
+        gate_up = case.hidden_states.new_full((case.top_k_index.numel(), shape.gate_up_rows), float("nan"))
+    of_gate_up, of_down = scales_of(case.gate_up), scales_of(case.down)
+    intermediate = experts_up_codes_wgmma(
+        case.hidden_states, case.gate_up.codes, of_gate_up, pairs, shape, gate_up_bias, gate_up
+    )
+    output = experts_down_codes_wgmma(intermediate, case.down.codes, of_down, pairs, shape, down_bias)
+    kept = int(pairs.expert_offsets[-1])
+    in_order = turned(intermediate[:kept])
+    assert (in_order[:, intermediate_size:] == 0).all()
+    return pairs, in_order[:, :intermediate_size], gate_up if gate_up is None else gate_up[:kept], output[:kept]
+
+
+def shape_of(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keeps_gate_up=False, slots=160):
     num_experts, hidden, intermediate_size = case.down.shape
-    shape = tile_shape_of(
+    return tile_shape_of(
         *CUTS[0],
         case.hidden_states.dtype,
         activation,
@@ -107,18 +128,6 @@ def multiply(case, activation=GELU_TANH, gate_up_bias=None, down_bias=None, keep
         down_stored=stored(case.down),
         coded_slots=slots,
     )
-    poison_free_memory()
-    pairs = sort_by_expert(case.top_k_index, num_experts)
-    gate_up = None
-    if keeps_gate_up:
-        gate_up = case.hidden_states.new_full((case.top_k_index.numel(), shape.gate_up_rows), float("nan"))
-    of_gate_up, of_down = scales_of(case.gate_up), scales_of(case.down)
-    intermediate = experts_up_codes_wgmma(
-        case.hidden_states, case.gate_up.codes, of_gate_up, pairs, shape, gate_up_bias, gate_up
-    )
-    output = experts_down_codes_wgmma(intermediate, case.down.codes, of_down, pairs, shape, down_bias)
-    kept = int(pairs.expert_offsets[-1])
-    return pairs, *(rows if rows is None else rows[:kept] for rows in (intermediate, gate_up, output))
 
 
 def rounded(weight, expert, dtype, factor=1):
@@ -237,18 +246,21 @@ def test_groups_and_dtypes_of_int4(name, dtype, scale_dtype):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_formats(name, dtype):
-    """Where groups may be cut, at depths that cut them."""
-    sizes = (1001, 5, 208, 72, 3) if name in ("int8", "fp8", "fp8_g128") else (1001, 5, 320, 192, 3)
+    """Where groups may be cut, at depths that cut them; where a depth may end inside 32 k, at such depths."""
+    sizes = {"nvfp4": (208, 144), "int8": (208, 72), "fp8": (232, 72), "fp8_g128": (232, 88)}.get(name, (320, 192))
+    sizes = 1001, 5, *sizes, 3
     case = random_case(sizes, (name, name), dtype)
     check(case)
     check(case, **random_biases(case))
 
 
 @pytest.mark.parametrize("activation", [GELU_TANH, MoEActivation.SWIGLUOAI, MoEActivation.RELU2_NO_MUL], ids=str)
-@pytest.mark.parametrize("names", [("int4_g32", "nvfp4"), ("fp8", "int4_g32")], ids=str)
-def test_kinds_of_experts(names, activation):
-    """With biases; each weight in a format of its own; widths that end inside a box."""
-    case = random_case((700, 8, 320, 352, 4), names, activation=activation)
+@pytest.mark.parametrize(
+    ("names", "width"), [(("int4_g32", "nvfp4"), 368), (("fp8", "int4_g32"), 352), (("nvfp4", "fp8"), 344)], ids=str
+)
+def test_kinds_of_experts(names, width, activation):
+    """With biases; each weight in a format of its own; widths that end inside a box, and inside 32 columns."""
+    case = random_case((700, 8, 320, width, 4), names, activation=activation)
     check(case, activation, **random_biases(case))
 
 
@@ -260,6 +272,24 @@ def test_masked_pairs_and_empty_experts(name):
     check(case._replace(top_k_index=index))
     multiply(case._replace(top_k_index=torch.full_like(index, 40)))
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("activation", [GELU_TANH, MoEActivation.RELU2_NO_MUL], ids=str)
+def test_beside_a_plain_weight_rows_are_in_order(activation):
+    """What experts_up gives where down_proj is plain, and what experts_down makes of it where gate_up_proj is."""
+    case = random_case((700, 8, 320, 344, 4), ("int8", "fp8"), activation=activation)
+    _, intermediate, _, output = multiply(case, activation)
+    kept, shape = len(output), shape_of(case, activation)
+    poison_free_memory()
+    pairs = sort_by_expert(case.top_k_index, len(case.down.codes))
+    in_order = experts_up_codes_wgmma(
+        case.hidden_states, case.gate_up.codes, scales_of(case.gate_up), pairs, replace(shape, down_stored=PLAIN_WEIGHT)
+    )
+    assert torch.equal(in_order[:kept], intermediate)
+    same = experts_down_codes_wgmma(
+        in_order, case.down.codes, scales_of(case.down), pairs, replace(shape, gate_up_stored=PLAIN_WEIGHT)
+    )
+    assert torch.equal(same[:kept], output)
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "fp8_g128"])

@@ -3,14 +3,22 @@
 import pytest
 import torch
 
-from cupymoe.kernels.operand_rows import operand_rows
+from cupymoe.kernels.operand_rows import operand_rows, turned_rows
 from cupymoe.kernels.plan_batch import plan_batch
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from tests.helpers import every_value, poison_free_memory, random_routing
+from tests.kernels.quantised import turned
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
+
+
+def in_order(rows, columns):
+    """Turned rows with their columns in order again; what is past the last is zero."""
+    rows = turned(rows)
+    assert (rows[:, columns:] == 0).all()
+    return rows[:, :columns]
 
 
 def narrowed_rows(rows):
@@ -19,7 +27,7 @@ def narrowed_rows(rows):
     poison_free_memory()
     narrowed, factors = operand_rows(rows, pairs, narrowed=True)
     order = pairs.slot_of_pair.flatten().long()
-    return narrowed[order], factors[order]
+    return in_order(narrowed[order], rows.shape[1]), factors[order]
 
 
 def check(rows):
@@ -53,14 +61,15 @@ def test_every_slot_has_its_token(num_tokens, num_experts, columns, top_k, dtype
     poison_free_memory()
     copied, factors = operand_rows(rows, pairs, narrowed=False)
     assert factors is None
-    assert torch.equal(copied[:kept], rows[tokens])
+    assert torch.equal(copied[:kept], turned(rows[tokens]))
+    assert torch.equal(turned_rows(rows[tokens], pairs), copied[:kept])
     if dtype == BF16:
         narrowed, factors = operand_rows(rows, pairs, narrowed=True)
-        assert torch.equal(narrowed[:kept].float() * factors[:kept, None], rows[tokens].float())
+        assert torch.equal(narrowed[:kept].float() * factors[:kept, None], turned(rows[tokens]).float())
 
 
-# Less than a warp's packs, whole packs of a warp, Gemma 4's.
-@pytest.mark.parametrize("columns", [8, 64, 256, 264, 2816])
+# Less than 32 columns, less than a warp's packs, whole packs of a warp, Gemma 4's; ends of every kind in a 32.
+@pytest.mark.parametrize("columns", [8, 64, 208, 256, 264, 2816, 2840])
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 1000])
 def test_rows_of_every_size(num_rows, columns):
     sizes = torch.exp2(torch.randint(-100, 100, (num_rows, 1), device="cuda").double())
@@ -95,13 +104,13 @@ def test_rows_of_a_batch(max_tokens):
     counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
     (slots,) = plan_batch(counts, max_tokens)
     poison_free_memory()
-    garbage = torch.full_like(rows, torch.nan)  # whose memory the next tensor of its size gets
+    garbage = torch.full_like(turned(rows), torch.nan)  # whose memory the next tensor of its size gets
     del garbage
     narrowed, factors = operand_rows(rows, slots, narrowed=True)
     copied, _ = operand_rows(rows, slots, narrowed=False)
     kept = int(counted.sum())
-    assert torch.equal(copied[:kept], rows[counted])
-    assert torch.equal(narrowed[:kept].float() * factors[:kept, None], rows[counted].float())
+    assert torch.equal(copied[:kept], turned(rows[counted]))
+    assert torch.equal(narrowed[:kept].float() * factors[:kept, None], turned(rows[counted]).float())
     assert narrowed[kept:].isnan().all()
 
 

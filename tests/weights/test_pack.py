@@ -12,7 +12,7 @@ def words(packed):
     return packed.numpy().view("<u4")
 
 
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.bits == 4])
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.codes in ("int4", "nf4")])
 def test_a_mask_and_a_shift_of_a_word_is_a_pair_of_neighbours_in_4_bits(name):
     codes = codes_of(name, 2, 3, 64)
     packed = words(pack_codes(FORMATS[name], codes))
@@ -21,6 +21,15 @@ def test_a_mask_and_a_shift_of_a_word_is_a_pair_of_neighbours_in_4_bits(name):
         pair = (packed >> 4 * j) & 0x000F000F
         assert np.array_equal(pair & 0xFFFF, natural[..., 2 * j])
         assert np.array_equal(pair >> 16, natural[..., 2 * j + 1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_fields_are_all_of_a_word(name):
+    codec = FORMATS[name].codec
+    places = [field.place + bit for field in codec.fields for bit in range(field.bits)]
+    of_codes = [(field.code, field.first_bit + bit) for field in codec.fields for bit in range(field.bits)]
+    assert sorted(places) == [*range(32)]
+    assert sorted(of_codes) == [(code, bit) for code in range(32 // codec.bits) for bit in range(codec.bits)]
 
 
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.bits == 8])

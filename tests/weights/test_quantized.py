@@ -268,3 +268,22 @@ def test_a_state_with_weights_that_are_too_large_is_refused():
     state["scales"] = state["scales"] * 1e6
     with pytest.raises(RuntimeError, match=r"scales must be at most 42\.5 in magnitude"):
         weight.load_state_dict(state)
+
+
+def test_codes_of_an_older_layout_are_refused():
+    """Files of version 0.2.0 have nvfp4 and mxfp4 in nibbles; their state says no layout."""
+    weight = random_weight("nvfp4", 1, 2, 32)
+    state = weight.state_dict()
+    state["_extra_state"] = torch.tensor([*b"nvfp4 1 2 32"], dtype=torch.uint8)
+    empty = QuantizedWeight.like_state(state, "")
+    with pytest.raises(RuntimeError, match="codes that lie as another version of cupymoe had them"):
+        empty.load_state_dict(state)
+    pickled = weight.__getstate__()
+    del pickled["layout"]
+    with pytest.raises(ValueError, match="this nvfp4 weight has codes that lie as another version"):
+        empty.__setstate__(pickled)
+
+
+def test_a_first_layout_is_not_said():
+    assert bytes(random_weight("int4_g32", 1, 2, 32).get_extra_state()) == b"int4_g32 1 2 32"
+    assert bytes(random_weight("nvfp4", 1, 2, 32).get_extra_state()) == b"nvfp4 1 2 32 2"

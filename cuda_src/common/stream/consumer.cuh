@@ -27,6 +27,7 @@ struct Warp {
     template <int kGroups> __device__ __forceinline__ void multiply_stage(Sums& sums, u32 stage, u32 k) const {
         constexpr int kSteps = BLOCK_K / Weights::kStep;
         u32 first_token = stage + tokens;
+        [[maybe_unused]] float odd[ROW_BLOCKS][kGroups][4] = {};  // sums of every other part
 #pragma unroll(Weights::unrolled_steps(kGroups))
         for (int s = 0; s < STEPS; s++) {
             if ((s + 1) * K_WARPS > kSteps && s * K_WARPS + place.k_warp >= kSteps) break;
@@ -41,8 +42,17 @@ struct Warp {
                     if (Weights::kLoadsAhead < kGroups && g && g % Weights::kLoadsAhead == 0) __syncwarp();
                     Fragment of_tokens = load_fragment(from + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
 #pragma unroll
-                    for (int b = 0; b < ROW_BLOCKS; b++) operands.multiply_by(of_tokens, b, sums[b][g]);
+                    for (int b = 0; b < ROW_BLOCKS; b++) {
+                        operands.multiply_by(of_tokens, b, Weights::kTwoChains && part % 2 ? odd[b][g] : sums[b][g]);
+                    }
                 }
+            }
+        }
+        if constexpr (Weights::kTwoChains) {
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) {
+#pragma unroll
+                for (int i = 0; i < kGroups * 4; i++) sums[b][i / 4][i % 4] += odd[b][i / 4][i % 4];
             }
         }
     }
@@ -92,18 +102,20 @@ template <class Gemm> __device__ __forceinline__ RowScales row_scales_of(const G
     for (int i = 0; i < 2 * ROW_BLOCKS; i++, row += 8) {
         if (tile.done() || Gemm::unit_of_row(row) >= tile.units) continue;
         u64 index = Gemm::row_of(tile.chunk.expert, tile.first_unit, row);
-        scales.values[i] = load_from_l2(gemm.row_scales + index) * Weights::kOfRowScale;
+        scales.values[i] = load_from_l2(gemm.row_scales + index);
     }
     return scales;
 }
 
+// What the codec lacks comes to the scales here: where they are loaded, that would wait for them.
 __device__ __forceinline__ void finish_sums(Sums& sums, RowScales scales, Biases biases) {
 #pragma unroll
     for (int b = 0; b < ROW_BLOCKS; b++) {
 #pragma unroll
         for (int i = 0; i < TOKEN_GROUPS * 4; i++) {
             float bias = HAS_BIAS ? to_float(biases.values[b * 2 + i / 2 % 2]) : 0.0f;
-            sums[b][i / 4][i % 4] = fma_rn(sums[b][i / 4][i % 4], scales.values[b * 2 + i / 2 % 2], bias);
+            float scale = scales.values[b * 2 + i / 2 % 2] * Weights::kOfRowScale;
+            sums[b][i / 4][i % 4] = fma_rn(sums[b][i / 4][i % 4], scale, bias);
         }
     }
 }

@@ -1,8 +1,7 @@
 // The codec that WEIGHTS names: how a quantised weight becomes an operand of 16 bits, exactly. Each codec says
 //   kBits        of a code
 //   kOfRowScale  what sums lack beside the scale of their row
-//   aligned      moves pair j of a word to where pair() takes it
-//   pair         two neighbouring codes of a row as two numbers
+//   pair         pair j of a word, two neighbouring codes of a row, as two numbers
 //   of_group     what pair() wants to know of a group: from its zero, which is 8 where there are none of their own, or with GROUP 16
 //                from the byte of its scale
 //   scaled_pair  of int4 alone, and of_scale for it: pair() times the scale of a group, as fp16, in one instruction less

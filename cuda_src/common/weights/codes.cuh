@@ -44,6 +44,10 @@ struct Weights {
         return row % kTogether / (kTogether / kSame) * kUnit;
     }
 
+    // A product waits for the one whose sums it goes on with. Where scales multiply sums, those of each 32 k begin anew; else two
+    // chains, of every other 32 k of a stage, are half as long.
+    static constexpr bool kTwoChains = !SCALES_SUMS && PARTS_OF_STEP == 2;
+
     // 32 k of 16 rows for each of ROW_BLOCKS.
     struct Operands {
         Fragment low[ROW_BLOCKS], high[ROW_BLOCKS];
@@ -62,43 +66,60 @@ struct Weights {
         }
     };
 
-    // Codes as they are stored: of each block of rows two words of the low rows and two of the high.
-    struct Step {
-        const Weights& weights;
-        u32 stage, k, more;
-        u32 low_words[ROW_BLOCKS][2], high_words[ROW_BLOCKS][2];
+    // What the groups of a row's step share.
+    struct OfGroups {
+        static constexpr u32 kGroups = GROUP && GROUP < kStep ? kStep / GROUP : 1;  // of a step
+        [[maybe_unused]] Pack<SCALE_SCALAR, kGroups> scales;
+        [[maybe_unused]] Pack<unsigned char, kGroups> zeros;
+        [[maybe_unused]] u32 factors;  // of groups of 16: of this lane's codes in both parts of a step, 16 bits each
 
-        __device__ __forceinline__ Operands operands(int part) const {
-            Operands operands;
-            u32 of_part = more + part * 32;
-#pragma unroll
-            for (int b = 0; b < ROW_BLOCKS; b++) {
-                u32 low = weights.row_of_group + b * 16, high = low + 8;
-                operands.low[b] = Codec::fragment(low_words[b][part], low_words[b][1], of_group(low, of_part), scalar_t());
-                operands.high[b] = Codec::fragment(high_words[b][part], high_words[b][1], of_group(high, of_part), scalar_t());
-#if SCALES_SUMS
-                operands.low_scales[b] = to_float(scale<SCALE_SCALAR>(low, of_part));
-                operands.high_scales[b] = to_float(scale<SCALE_SCALAR>(high, of_part));
-#endif
-            }
-            return operands;
-        }
-
+        // Of a row of the stage, which begins at k, from `more` on.
+        __device__ __forceinline__ void load(u32 stage, u32 row, u32 k, u32 more) {
 #if GROUP
-        template <typename T> __device__ __forceinline__ T scale(u32 row, u32 of_part) const {
-            return load_shared<T>(stage + FIRST_SCALE + row * Scales::kStageRowBytes + Scales::place(k, of_part));
-        }
+            scales = load_shared<Pack<SCALE_SCALAR, kGroups>>(stage + FIRST_SCALE + row * Scales::kStageRowBytes + Scales::place(k, more));
 #endif
+#if HAS_ZEROS
+            zeros = load_shared<Pack<unsigned char, kGroups>>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, more));
+#endif
+#if GROUP == 16
+            // Of four bytes the first two belong to the first part, and the first of two to the lower half of the lanes of a row.
+            u32 bytes = *reinterpret_cast<u32*>(&scales);
+            factors = Codec::factors_of(__byte_perm(bytes, 0, 0x4240 + threadIdx.x % 4 / 2 * 0x0101), scalar_t());
+#endif
+        }
+
+        static __device__ __forceinline__ constexpr u32 group_of(int part) { return kGroups == 1 ? 0 : part * 32 / GROUP; }
+
+        __device__ __forceinline__ float scale(int part) const { return to_float(scales.values[group_of(part)]); }
 
         // What the codec wants to know of the group of this lane's 8 codes.
-        __device__ __forceinline__ u32 of_group(u32 row, u32 of_part) const {
+        __device__ __forceinline__ u32 of_part(int part) const {
 #if HAS_ZEROS
-            return load_shared<unsigned char>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, of_part));
+            return zeros.values[group_of(part)];
 #elif GROUP == 16
-            return scale<unsigned char>(row, of_part + threadIdx.x % 4 / 2 * 16);
+            return twice(factors, part);
 #else
             return 8;  // the zero of codes that have none of their own
 #endif
+        }
+    };
+
+    // Codes as they are stored, of each block of rows two words of the low rows and two of the high, and what their groups share.
+    struct Step {
+        u32 low_words[ROW_BLOCKS][2], high_words[ROW_BLOCKS][2];
+        OfGroups low_groups[ROW_BLOCKS], high_groups[ROW_BLOCKS];
+
+        __device__ __forceinline__ Operands operands(int part) const {
+            Operands operands;
+#pragma unroll
+            for (int b = 0; b < ROW_BLOCKS; b++) {
+                operands.low[b] = Codec::fragment(low_words[b][part], low_words[b][1], low_groups[b].of_part(part), scalar_t());
+                operands.high[b] = Codec::fragment(high_words[b][part], high_words[b][1], high_groups[b].of_part(part), scalar_t());
+#if SCALES_SUMS
+                operands.low_scales[b] = low_groups[b].scale(part), operands.high_scales[b] = high_groups[b].scale(part);
+#endif
+            }
+            return operands;
         }
     };
 
@@ -116,13 +137,14 @@ struct Weights {
     // Both leave no registers to spill: each group of tokens in flight has sums of its own.
     static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (LOW_RANK ? 3 : 2) : 3;
 
+    // Of few sums, so that loads run further ahead.
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) {
-        return groups * ROW_BLOCKS > 4 || INLINE_PAIRS && GROUP == 16 ? 1 : 128 / kStep;
+        return groups * ROW_BLOCKS > 4 ? 1 : (groups * ROW_BLOCKS == 1 ? 256 : 128) / kStep;
     }
 
     // Step s of a stage, which begins at k.
     __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
-        Step step = {*this, stage, k, (s * K_WARPS + k_warp) * kStep};
+        Step step;
         u32 from = stage + first_row * WEIGHT_ROW_BYTES + ((first_pack + s * K_WARPS * 2) ^ swap) * 16;
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++, from += 16 * WEIGHT_ROW_BYTES) {
@@ -138,6 +160,8 @@ struct Weights {
 #pragma unroll
                 for (int i = 0; i < 2; i++) step.low_words[b][i] = low.values[i], step.high_words[b][i] = high.values[i];
             }
+            u32 row = row_of_group + b * 16, more = (s * K_WARPS + k_warp) * kStep;
+            step.low_groups[b].load(stage, row, k, more), step.high_groups[b].load(stage, row + 8, k, more);
         }
         return step;
     }

@@ -7,15 +7,13 @@
 struct Codec {
     static constexpr u32 kBits = 4, kOfRowScale = 1;
 
-    // Pair j of a word of 8 codes, where pair() takes it.
-    static __device__ __forceinline__ u32 aligned(u32 word, u32 j) { return word >> 4 * j; }
-
-    static __device__ __forceinline__ u32 pair(u32 word, u32 minus, bf16 type) {
-        return fma_pair(digits_of(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, minus, type);
+    // Pair j of a word of 8 codes.
+    static __device__ __forceinline__ u32 pair(u32 word, u32 j, u32 minus, bf16 type) {
+        return fma_pair(digits_of(word >> 4 * j, 0x000f000fu, 0x43004300u), 0x3f803f80u, minus, type);
     }
 
-    static __device__ __forceinline__ u32 pair(u32 word, u32 minus, fp16 type) {
-        return fma_pair(digits_of(word, 0x000f000fu, 0x64006400u), 0x3c003c00u, minus, type);
+    static __device__ __forceinline__ u32 pair(u32 word, u32 j, u32 minus, fp16 type) {
+        return fma_pair(digits_of(word >> 4 * j, 0x000f000fu, 0x64006400u), 0x3c003c00u, minus, type);
     }
 
     // What pair() wants to know of a group, from its zero: -(128 + zero), of fp16 -(1024 + zero).
@@ -37,7 +35,7 @@ struct Codec {
         u32 minus = of_group(zero, type);
         Fragment f;
 #pragma unroll
-        for (int j = 0; j < 4; j++) f.words[j] = pair(aligned(word, j), minus, type);
+        for (int j = 0; j < 4; j++) f.words[j] = pair(word, j, minus, type);
         return f;
     }
 
@@ -47,7 +45,7 @@ struct Codec {
         Fragment f;
 #pragma unroll
         for (int j = 0; j < 4; j += 2, word >>= 8) {
-            f.words[j] = pair(word, minus, type);
+            f.words[j] = pair(word, 0, minus, type);
             f.words[j + 1] = fma_pair(digits_of(word, 0x00f000f0u, 0x64006400u), 0x2c002c00u, minus_of_16th, type);
         }
         return f;

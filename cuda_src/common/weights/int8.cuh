@@ -8,20 +8,19 @@
 struct Codec {
     static constexpr u32 kBits = 8, kOfRowScale = 1;
 
-    // Pair j of a word of 4 codes, where pair() takes it.
-    static __device__ __forceinline__ u32 aligned(u32 word, u32 j) { return word >> 8 * j; }
-
-    static __device__ __forceinline__ u32 pair(u32 word, u32, bf16 type) {
+    // Pair j of a word of 4 codes.
+    static __device__ __forceinline__ u32 pair(u32 word, u32 j, u32, bf16 type) {
+        word >>= 8 * j;
         return fma_pair(digits_of(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, digits_of(word, 0x00800080u, 0xc300c300u), type);
     }
 
-    static __device__ __forceinline__ u32 pair(u32 word, u32, fp16 type) {
-        return fma_pair((word & 0x00ff00ffu) ^ 0x64806480u, 0x3c003c00u, 0xe480e480u, type);
+    static __device__ __forceinline__ u32 pair(u32 word, u32 j, u32, fp16 type) {
+        return fma_pair((word >> 8 * j & 0x00ff00ffu) ^ 0x64806480u, 0x3c003c00u, 0xe480e480u, type);
     }
 
     template <typename T> static __device__ __forceinline__ u32 of_group(u32, T) { return 0; }
 
     template <typename T> static __device__ __forceinline__ Fragment fragment(u32 first, u32 second, u32, T type) {
-        return {pair(first, 0, type), pair(aligned(first, 1), 0, type), pair(second, 0, type), pair(aligned(second, 1), 0, type)};
+        return {pair(first, 0, 0, type), pair(first, 1, 0, type), pair(second, 0, 0, type), pair(second, 1, 0, type)};
     }
 };

@@ -11,6 +11,7 @@
 //   load            of step s of a stage, this lane's part of the warp's rows, as a Step, which has Operands for each 32 k
 //   multiply_by     of Operands: sums += their products with 8 tokens
 //   unrolled_steps  how many steps' code stands in a row, where each multiplies `groups` times 8 tokens
+//   kTwoChains      whether sums of every other 32 k of a stage are made apart
 //   kLoadsAhead     how many groups of tokens may be loaded before one is multiplied
 #pragma once
 #include "../stream/stage.cuh"
@@ -40,6 +41,8 @@ struct Weights {
 
     // Bulk copies leave rows as they are.
     static __device__ __forceinline__ constexpr u32 swap_of_row(u32 row) { return WHOLE_ROWS ? 0 : row % 2 * 4; }
+
+    static constexpr bool kTwoChains = false;
 
     // 32 k of 16 rows for each of ROW_BLOCKS.
     struct Operands {
