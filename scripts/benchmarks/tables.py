@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
 
 from scripts.benchmarks.report import Report
 
@@ -280,23 +282,25 @@ def portable_table(report: Report) -> str:
 
 
 def quantised_table(report: Report) -> str:
-    """The table of ``quantised.json``: medians in microseconds, over the floor, and those of bf16 weights over them."""
-    rows = []
+    """The table of ``quantised.json``: medians in microseconds, over the floor, a column for each format; and of bf16
+    weights, which are timed beside each format, the median of these."""
+    formats = [*dict.fromkeys(row["format"] for row in report["rows"])]
+    calls: dict[tuple[str, int], dict[str, Any]] = {}
     for row in report["rows"]:
-        ours, bf16 = (row["ms"][name]["p50"] for name in ("cupymoe", "cupymoe:bf16"))
-        rows.append(
-            [
-                row["format"],
-                row["build"],
-                str(row["tokens"]),
-                microseconds(row["floor_ms"]),
-                f"{microseconds(ours)} ({ours / row['floor_ms']:.2f})",
-                row["way"],
-                f"{microseconds(bf16)} ({bf16 / ours:.2f}x)",
-                f"{row['error']['cupymoe']:.5f}",
-            ]
-        )
-    return markdown(["format", "build", "tokens", "floor us", "us (x floor)", "by", "bf16 us", "error"], rows)
+        calls.setdefault((row["build"], row["tokens"]), {})[row["format"]] = row
+    rows = []
+    for (build, tokens), of_formats in sorted(calls.items(), key=lambda call: (call[0][0] != "sm_90a", call[0])):
+        bf16 = median(row["ms"]["cupymoe:bf16"]["p50"] for row in of_formats.values())
+        cells = []
+        for name in formats:
+            if (timed := of_formats.get(name)) is None:
+                cells.append("")
+                continue
+            ours = timed["ms"]["cupymoe"]["p50"]
+            cells.append(f"{microseconds(ours)} ({ours / timed['floor_ms']:.2f})")
+        error = max(row["error"]["cupymoe"] for row in of_formats.values())
+        rows.append([build, str(tokens), microseconds(bf16), *cells, f"{error:.5f}"])
+    return markdown(["build", "tokens", "bf16 us", *(f"{name} (x floor)" for name in formats), "largest error"], rows)
 
 
 def batched_table(report: Report) -> str:
