@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
 from cupymoe.weights.format import Codec, WeightFormat
 
 
+class _Piece(NamedTuple):
+    """Of a :class:`Field` what lies in one byte of the word."""
+
+    code: int
+    first_bit: int
+    bits: int
+    byte: int
+    place: int
+    """Of the first bit in the byte."""
+
+
+@functools.cache
+def _pieces(codec: Codec) -> tuple[_Piece, ...]:
+    pieces = []
+    for code, first_bit, bits, place in codec.fields:
+        done = 0
+        while done < bits:
+            byte, place_of_piece = divmod(place + done, 8)
+            bits_of_piece = min(bits - done, 8 - place_of_piece)
+            pieces.append(_Piece(code, first_bit + done, bits_of_piece, byte, place_of_piece))
+            done += bits_of_piece
+    return tuple(pieces)
+
+
+def _moved(bytes: torch.Tensor, bits: int, place: int, to: int) -> torch.Tensor:
+    """Some bits of each byte, from ``place`` on, alone and from ``to`` on."""
+    # Of a large weight each of these takes a while.
+    if place:
+        bytes = bytes >> place
+    if place + bits < 8:
+        bytes = bytes & ((1 << bits) - 1)
+    return bytes << to if to else bytes
+
+
 def _packed_rows(codec: Codec, codes: torch.Tensor) -> torch.Tensor:
     of_words = codes.unflatten(-1, (-1, codec.codes_of_word))
-    words: torch.Tensor = of_words.new_zeros(of_words.shape[:-1], dtype=torch.int32)
-    for code, first_bit, bits, place in codec.fields:
-        words |= ((of_words[..., code] >> first_bit) & ((1 << bits) - 1)).int() << place
-    return words.view(torch.uint8)
+    rows = codes.new_zeros((*of_words.shape[:-1], 4))
+    for code, first_bit, bits, byte, place in _pieces(codec):
+        rows[..., byte] |= _moved(of_words[..., code], bits, first_bit, place)
+    return rows.flatten(-2)
 
 
 def _unpacked_rows(codec: Codec, rows: torch.Tensor) -> torch.Tensor:
-    # A view as words has to begin at one.
-    at_word = rows.storage_offset() % 4 == 0
-    whole = rows.contiguous() if at_word else rows.clone(memory_format=torch.contiguous_format)
-    words = whole.view(torch.int32)
-    codes = rows.new_zeros((*words.shape, codec.codes_of_word))
-    for code, first_bit, bits, place in codec.fields:
-        codes[..., code] |= (((words >> place) & ((1 << bits) - 1)) << first_bit).byte()
+    of_words = rows.unflatten(-1, (-1, 4))
+    codes = rows.new_zeros((*of_words.shape[:-1], codec.codes_of_word))
+    for code, first_bit, bits, byte, place in _pieces(codec):
+        codes[..., code] |= _moved(of_words[..., byte], bits, place, first_bit)
     return codes.flatten(-2)
 
 
