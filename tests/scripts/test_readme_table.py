@@ -17,9 +17,12 @@ def read(path):
 
 
 def lines_of(part):
-    """How many lines a part of a report has in its table: a model has one, with all its numbers of tokens."""
-    of_models = isinstance(part, list) and "model" in part[0]
-    return len({(row["model"], row["ep"]) for row in part} if of_models else part)
+    """How many lines a part of a report has in its table: a model has one, with all its numbers of tokens, and a number
+    of tokens one with all formats."""
+    for first, one_line in (("model", ("model", "ep")), ("format", ("build", "tokens"))):
+        if isinstance(part, list) and first in part[0]:
+            return len({tuple(row[key] for key in one_line) for row in part})
+    return len(part)
 
 
 def test_committed_reports():
@@ -55,6 +58,7 @@ def test_what_the_documents_show():
     assert tables.finetune_table(read(h200 / "finetune.json")) in text
     assert tables.lora_table(read(h200 / "lora.json")) in text
     assert tables.portable_table(read(h200 / "portable.json")) in text
+    assert tables.quantised_table(read(h200 / "quantised.json")) in text
     assert tables.invariant_table(read(h200 / "decode.json")) in text
 
 
