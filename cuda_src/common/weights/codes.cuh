@@ -45,8 +45,8 @@ struct Weights {
     }
 
     // A product waits for the one whose sums it goes on with. Where scales multiply sums, those of each 32 k begin anew; else two
-    // chains, of every other 32 k of a stage, are half as long.
-    static constexpr bool kTwoChains = !SCALES_SUMS && PARTS_OF_STEP == 2;
+    // chains, of every other 32 k of a stage, are half as long. With more sums than that a warp has others to go on with.
+    static constexpr bool kTwoChains = !SCALES_SUMS && PARTS_OF_STEP == 2 && TOKEN_GROUPS * ROW_BLOCKS <= 4;
 
     // 32 k of 16 rows for each of ROW_BLOCKS.
     struct Operands {
@@ -134,8 +134,8 @@ struct Weights {
         swap = swap_of_row(Codec::kBits == 4 ? lane % 8 : lane / 4);
     }
 
-    // Both leave no registers to spill: each group of tokens in flight has sums of its own.
-    static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (LOW_RANK ? 3 : 2) : 3;
+    // These leave no registers to spill: each group of tokens in flight has sums of its own.
+    static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (HAS_ZEROS && GROUP > 32 ? 1 : LOW_RANK ? 3 : 2) : 3;
 
     // Of few sums, so that loads run further ahead.
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) {
