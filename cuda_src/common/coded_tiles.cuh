@@ -193,9 +193,7 @@ template <class Gemm, class Codec = Codec> struct LaneRows {
     // What the codec wants to know of the group of this lane's codes in chunk `chunk` of two.
     __device__ __forceinline__ u32 of_group(const Stored& stored, int half, int chunk) const {
         if constexpr (GROUP == 16) {
-            // Of four scales the first two are of the first chunk, and the first of two is of the lower half of the lanes of a row.
-            u32 scales = __byte_perm(*reinterpret_cast<const u32*>(&stored.scales[half]), 0, 0x4240 + threadIdx.x % 4 / 2 * 0x0101);
-            return twice(Codec::factors_of(scales, OPERAND()), chunk);
+            return twice(Codec::lane_factors(*reinterpret_cast<const u32*>(&stored.scales[half]), OPERAND()), chunk);
         } else {
             return Codec::of_group(HAS_ZEROS ? stored.zeros[half].values[chunk * 32 / GROUP_K] : 8, OPERAND());
         }

@@ -106,7 +106,7 @@ FAULTS = (
     ),
     cuda(
         "the scale of the first 16 of 32 k for the others",
-        "common/coded_tiles.cuh",
+        "common/weights/e2m1.cuh",
         "0x4240 + threadIdx.x % 4 / 2 * 0x0101",
         "0x4240",
         CODED_TILES,

@@ -2,8 +2,8 @@
 //   kBits        of a code
 //   kOfRowScale  what sums lack beside the scale of their row
 //   pair         pair j of a word, two neighbouring codes of a row, as two numbers
-//   of_group     what pair() wants to know of a group: from its zero, which is 8 where there are none of their own, or with GROUP 16
-//                from the byte of its scale
+//   of_group     what pair() wants to know of a group, from its zero, which is 8 where there are none of their own
+//   lane_factors of e2m1 alone, with GROUP 16: the same for two groups, from the bytes of the scales of four
 //   scaled_pair  of int4 alone, and of_scale for it: pair() times the scale of a group, as fp16, in one instruction less
 //   converted_pair  of e4m3 alone: pair j of a word as fp16, by an instruction of sm_89
 //   fragment     the pairs of 8 neighbouring codes, which are one word or two, from what of_group() takes

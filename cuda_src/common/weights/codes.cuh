@@ -82,9 +82,7 @@ struct Weights {
             zeros = load_shared<Pack<unsigned char, kGroups>>(stage + FIRST_ZERO + row * Zeros::kStageRowBytes + Zeros::place(k, more));
 #endif
 #if GROUP == 16
-            // Of four bytes the first two belong to the first part, and the first of two to the lower half of the lanes of a row.
-            u32 bytes = *reinterpret_cast<u32*>(&scales);
-            factors = Codec::factors_of(__byte_perm(bytes, 0, 0x4240 + threadIdx.x % 4 / 2 * 0x0101), scalar_t());
+            factors = Codec::lane_factors(*reinterpret_cast<u32*>(&scales), scalar_t());
 #endif
         }
 

@@ -20,9 +20,13 @@ struct Codec {
         return mul_pair(in_place(digits(word, j), type), factor, type);
     }
 
-    // What pair() wants to know of a group, from the byte of its scale.
-    template <typename T> static __device__ __forceinline__ u32 of_group(u32 scale, T type) {
-        return GROUP == 16 ? factors_of(scale * 0x00010001u, type) : unscaled(type);
+    // What pair() wants to know where scales do not multiply the weights.
+    template <typename T> static __device__ __forceinline__ u32 of_group(u32, T type) { return unscaled(type); }
+
+    // Of the scales of four groups of 16, a byte each, those of this lane's codes in the first and in the second 32 k, 16 bits apart:
+    // of two groups the first is of the lower half of the lanes of a row.
+    template <typename T> static __device__ __forceinline__ u32 lane_factors(u32 scales, T type) {
+        return factors_of(__byte_perm(scales, 0, 0x4240 + threadIdx.x % 4 / 2 * 0x0101), type);
     }
 
     template <typename T> static __device__ __forceinline__ Fragment fragment(u32 word, u32, u32 factor, T type) {

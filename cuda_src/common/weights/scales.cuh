@@ -12,8 +12,6 @@ __device__ __forceinline__ float to_float(e4m3 value) { return mul_rn(__uint_as_
 
 __device__ __forceinline__ float to_float(e8m0 value) { return __uint_as_float(value.bits ? (u32)value.bits << 23 : 1u << 22); }
 
-template <typename S> __device__ __forceinline__ u32 byte_of(S scale) { return *reinterpret_cast<unsigned char*>(&scale); }
-
 // Whether every S is a T, but for what a T is too narrow or too small for.
 template <typename T, typename S> constexpr bool kHolds = true;
 template <> constexpr bool kHolds<bf16, fp16> = false;
