@@ -23,7 +23,7 @@ template <typename T> __device__ __forceinline__ T load_shared(u32 address) {
 }
 
 // Not written out as the constant that it is on Hopper: of that, ptxas makes copies that are illegal instructions, in some variants
-// (tests/kernels/test_machine_code.py).
+// (tests/kernels/test_machine_code.py). stream/producer.cuh says how that is avoided.
 #define CACHE_POLICY(kind)                                                                       \
     __device__ __forceinline__ u64 kind##_policy() {                                             \
         u64 policy;                                                                              \

@@ -61,7 +61,7 @@ class Tiling:
 
     def shared_bytes(self, tokens: int, stored: StoredWeight = PLAIN_WEIGHT) -> int:
         """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
-        sums = self.k_warps * min(tokens, 16) * (self.rows + 4) * 4
+        sums = self.k_warps * min(max(tokens, 8), 16) * (self.rows + 4) * 4
         stage = self.rows * stored.stage_row_bytes(self.block_k) + tokens * self.block_k * 2
         return self.stages * stage + sums
 
@@ -99,7 +99,7 @@ class Regime:
     eight_bits: Tiling | None = None
     """The same of codes of 8 bits."""
     shares_multiprocessor: bool = False
-    """Whether the rings of both GEMMs have to fit together where their weights are codes."""
+    """Whether the rings of both GEMMs have to fit together where their weights are codes of 4 bits."""
 
 
 # 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
@@ -164,9 +164,13 @@ def _inline_regime(intermediate_size: int) -> Regime:
 # Tiles of codes. Those of 704 k are of whole rows of Gemma 4's down_proj and of quarters of gate_up_proj's: a warp then
 # has 11 steps of 64 k for each time that it waits for a stage.
 _DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tiling(704, 2), Tiling(704, 2, warps=4), Tiling(704, 2, warps=4, row_blocks=2)
+# 64 rows of bytes, as those of few codes of 4 bits.
+_BYTES_OF_FEW = Tiling(704, 2, k_warps=2)
+# 96 rows: of one token a block has fewer of gate_up_proj, and meets them as one tile.
+_DEEP_OF_ONE, _BYTES_OF_ONE = Tiling(704, 2, warps=6), Tiling(704, 2, warps=12, k_warps=2)
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
 _CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
-# Half as many of bytes where half of the memory is for a ring: of 128 there would be two stages.
+# Half as many, where there is half of the memory.
 _BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
 # Of more tokens; for all of them in a warp there are no registers.
 _CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
@@ -177,14 +181,16 @@ us so and 22 with longer rings, 8 tokens 73 and 66."""
 
 @functools.cache
 def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
-    """Of Hopper's, where a weight is codes: two whose blocks plan for themselves, then by :data:`_MOST_PAIRS_OF_CODES`.
+    """Of Hopper's, where a weight is codes: for one token, for few and for more three whose blocks plan for themselves,
+    then by :data:`_MOST_PAIRS_OF_CODES`.
 
     Fewer tokens in a chunk than beside plain weights: what codes take is instructions, more with each eight tokens.
     """
     inline = _inline_regime(intermediate_size)
     return (
-        replace(inline, four_bits=_DEEP_OF_FEW, eight_bits=_BYTES_OF_8, shares_multiprocessor=True),
-        replace(inline, four_bits=_DEEP, eight_bits=_CODES),
+        replace(inline, tokens=1, four_bits=_DEEP_OF_ONE, eight_bits=_BYTES_OF_ONE, shares_multiprocessor=True),
+        replace(inline, four_bits=_DEEP_OF_FEW, eight_bits=_BYTES_OF_FEW, shares_multiprocessor=True),
+        replace(inline, four_bits=_DEEP, eight_bits=_DEEP),
         replace(_UP_TO_4_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
         replace(_UP_TO_16_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
         replace(_UP_TO_16_PAIRS, tokens=24, four_bits=_DEEP_OF_TWO, eight_bits=_CODES),
@@ -289,10 +295,10 @@ def regime(
         inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
         bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
     elif has_codes:
-        of_few, inline, *planned = _regimes_of_codes(intermediate_size)
+        of_one, of_few, inline, *planned = _regimes_of_codes(intermediate_size)
         bounds = _MOST_PAIRS_OF_CODES
         if load.num_pairs <= _MOST_PAIRS_SHARING:
-            inline = of_few
+            inline = of_one if load.num_tokens == 1 else of_few
     else:
         inline, *planned = _inline_regime(intermediate_size), *_PLANNED
         bounds = _MOST_PAIRS
@@ -374,6 +380,12 @@ class Shape:
         return _fitted(tiling, self.regime.tokens, room, stored)
 
     @property
+    def shares_multiprocessor(self) -> bool:
+        """Whether blocks of both GEMMs have to fit together."""
+        formats = [stored.format for stored in (self.gate_up_stored, self.down_stored) if stored.format is not None]
+        return self.regime.shares_multiprocessor and all(each.bits == 4 for each in formats)
+
+    @property
     def _static_bytes(self) -> int:
         return _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
 
@@ -381,13 +393,13 @@ class Shape:
     def _up_room(self) -> int:
         """For the ring of the gate_up projection; beside more of it two stages of the other would not fit."""
         whole = self.arch.shared_bytes_of_block
-        return (whole * 4 // 7 if self.regime.shares_multiprocessor else whole) - self._static_bytes
+        return (whole * 4 // 7 if self.shares_multiprocessor else whole) - self._static_bytes
 
     @property
     def _down_room(self) -> int:
         """The same of the down projection: what the other leaves, if they share a multiprocessor."""
         room = self.arch.shared_bytes_of_block - self._static_bytes
-        if self.regime.shares_multiprocessor:
+        if self.shares_multiprocessor:
             room -= self.up_shared_bytes + self._static_bytes + RESERVED_BYTES
         return room
 
@@ -399,7 +411,7 @@ class Shape:
         come to share a multiprocessor, and another has none, so that the call takes half as long again.
         """
         ring = self.up.shared_bytes(self.regime.tokens, self.gate_up_stored)
-        return max(ring, self.arch.shared_bytes_of_block // 2) if self.regime.shares_multiprocessor else ring
+        return max(ring, self.arch.shared_bytes_of_block // 2) if self.shares_multiprocessor else ring
 
     @property
     def down_shared_bytes(self) -> int:
@@ -422,7 +434,7 @@ class Shape:
             f"INTERMEDIATE={self.intermediate_size}",
             f"INLINE_PAIRS={self.regime.inline_pairs}",
             f"TOKENS={self.regime.tokens}",
-            f"SHARES_MULTIPROCESSOR={int(self.regime.shares_multiprocessor)}",
+            f"SHARES_MULTIPROCESSOR={int(self.shares_multiprocessor)}",
             *map_defines(self.expert_map),
         )
 

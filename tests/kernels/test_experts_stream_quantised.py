@@ -51,7 +51,7 @@ def name_of(stored):
 
 
 # Of 16 experts and 8 choices a token: one number of tokens a regime.
-TOKENS = (4, 8, 32, 64, 128)
+TOKENS = (1, 4, 8, 32, 64, 128)
 
 
 class Case(NamedTuple):
@@ -273,7 +273,7 @@ def test_rings_fit(stored, arch):
         shape = shape_of(chosen, torch.bfloat16, index, activation, *sizes, arch=arch, **both)
         limit = arch.shared_bytes_of_block - (4096 if chosen.inline_pairs else 512)
         assert max(shape.up_shared_bytes, shape.down_shared_bytes) <= limit
-        if chosen.shares_multiprocessor:
+        if shape.shares_multiprocessor:
             up, down = (bytes + 4096 + RESERVED_BYTES for bytes in (shape.up_shared_bytes, shape.down_shared_bytes))
             assert up + down <= arch.shared_bytes_of_multiprocessor < 2 * up
         assert shape.up.stages >= 2

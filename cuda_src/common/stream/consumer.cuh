@@ -18,14 +18,17 @@ struct Warp {
     u32 first_pack, swap;                  // in a token's row
 
     __device__ __forceinline__ Warp(u32 lane) : weights(place, lane) {
-        tokens = FIRST_TOKEN + (place.token_warp * 8 + lane / 4) * TOKEN_ROW_BYTES;
-        first_pack = place.k_warp * PARTS_OF_STEP * 64 + lane % 4 * 16, swap = swap_of_token(lane / 4) * 16;
+        u32 token = TOKENS < 8 ? lane / 4 % TOKENS : place.token_warp * 8 + lane / 4;
+        tokens = FIRST_TOKEN + token * TOKEN_ROW_BYTES;
+        first_pack = place.k_warp * PARTS_OF_STEP * 64 + lane % 4 * 16, swap = swap_of_token(token) * 16;
     }
 
     // sums += this warp's rows and k steps of the stage that begins at k x its first kGroups groups of 8 tokens; unrolled, so that
     // loads run ahead.
     template <int kGroups> __device__ __forceinline__ void multiply_stage(Sums& sums, u32 stage, u32 k) const {
         constexpr int kSteps = BLOCK_K / Weights::kStep;
+        // Of a token's row, from a step to the warp's next. Where it leaves alone what `swap` changes, it is added to a known address.
+        constexpr u32 kStepBytes = K_WARPS * PARTS_OF_STEP * 64;
         u32 first_token = stage + tokens;
         [[maybe_unused]] float odd[ROW_BLOCKS][kGroups][4] = {};  // sums of every other part
 #pragma unroll(Weights::unrolled_steps(kGroups))
@@ -35,7 +38,8 @@ struct Warp {
 #pragma unroll
             for (int part = 0; part < PARTS_OF_STEP; part++) {
                 Weights::Operands operands = step.operands(part);
-                u32 from = first_token + ((s * K_WARPS * PARTS_OF_STEP + part) * 64 + first_pack ^ swap);
+                u32 from = first_token + (kStepBytes % 128 ? (s * kStepBytes + part * 64 + first_pack ^ swap)
+                                                           : (part * 64 + first_pack ^ swap) + s * kStepBytes);
 #pragma unroll
                 for (int g = 0; g < kGroups; g++) {
                     // No load passes this.

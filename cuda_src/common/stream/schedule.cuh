@@ -39,9 +39,11 @@ template <class Gemm> struct Cursor {
     static constexpr u32 kGrain = TRANSPOSED ? Gemm::kUnitsOfPack : 2;
     static_assert(Gemm::kUnits % kGrain == 0, "HIDDEN, INTERMEDIATE");
 
-    // A multiple of `grain`, which is larger where a block has many units.
-    static __device__ __forceinline__ u32 cut(u32 total, u32 grain, u32 block) {
-        return block == gridDim.x ? total : (u32)((u64)total * block / gridDim.x) / grain * grain;
+    // Where the part of a block begins: a multiple of `grain`, which is larger where a block has many units. In 32 bits, since a
+    // division of 64 is a subroutine: total / grid times block, rounded down.
+    static __device__ __forceinline__ u32 part_begin(u32 total, u32 grain, u32 block) {
+        u32 grid = gridDim.x, each = total / grid, rest = total - each * grid;
+        return block == grid ? total : (each * block + rest * block / grid) / grain * grain;
     }
 
     __device__ __forceinline__ Cursor(const Plan& plan) : position(0), end(0), k(0), units(0) {
@@ -49,8 +51,8 @@ template <class Gemm> struct Cursor {
         dealt_end = TRANSPOSED || Gemm::kUnits % TILE_UNITS == 0 ? total / round * round : 0;
         next_tile = blockIdx.x * TILE_UNITS;
         u32 grain = total / gridDim.x >= 64 * kGrain ? 2 * kGrain : kGrain;
-        last_position = dealt_end + cut(total - dealt_end, grain, blockIdx.x);
-        last_end = dealt_end + cut(total - dealt_end, grain, blockIdx.x + 1);
+        last_position = dealt_end + part_begin(total - dealt_end, grain, blockIdx.x);
+        last_end = dealt_end + part_begin(total - dealt_end, grain, blockIdx.x + 1);
         open(plan);
     }
 

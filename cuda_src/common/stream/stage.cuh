@@ -34,7 +34,8 @@
 #define ROW_WARPS (WARPS / K_WARPS / TOKEN_WARPS)
 #define TILE_ROWS (ROW_WARPS * ROW_BLOCKS * 16)
 #define TILE_UNITS (TILE_ROWS / 2)
-#define TOKEN_GROUPS (TOKENS / 8 / TOKEN_WARPS)  // of a warp
+#define COLUMNS (TOKENS < 8 ? 8 : TOKENS)         // of products; those past TOKENS repeat tokens, and are not stored
+#define TOKEN_GROUPS (COLUMNS / 8 / TOKEN_WARPS)  // of a warp
 #define K_ROW_BYTES (TILE_ROWS * 2)              // of TRANSPOSED weights, in a stage
 #define TOKEN_ROW_BYTES (BLOCK_K * 2)            // in a stage
 #define WEIGHT_ROW_BYTES ((u32)Weights::bytes(BLOCK_K))  // in a stage
@@ -48,7 +49,7 @@
 
 static_assert(BLOCK_K % 32 == 0 && WARPS % K_WARPS == 0, "BLOCK_K, WARPS, K_WARPS");
 static_assert(WHOLE_ROWS || BLOCK_K % 64 == 0, "BLOCK_K");
-static_assert(TOKENS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
+static_assert(COLUMNS % TOKENS == 0 && COLUMNS % 8 == 0 && (TOKENS <= 32 || TOKENS % 16 == 0) && STAGES >= 2, "TOKENS, STAGES");
 static_assert(TOKEN_WARPS == 1 || TOKEN_WARPS == 2 && K_WARPS == 1 && TOKENS % 16 == 0, "TOKEN_WARPS");
 static_assert(ROW_BLOCKS == 1 || ROW_BLOCKS == 2, "ROW_BLOCKS");
 static_assert(!TRANSPOSED || !WHOLE_ROWS && TILE_ROWS >= 32, "TRANSPOSED");

@@ -2,7 +2,7 @@
 #pragma once
 #include "schedule.cuh"
 
-#define PASS_TOKENS (TOKENS < 16 ? TOKENS : 16)
+#define PASS_TOKENS (COLUMNS < 16 ? COLUMNS : 16)
 #define SUMS_PITCH (TILE_ROWS + 4)                           // no bank conflict between a warp's four token pairs
 #define SUMS_BYTES (K_WARPS * PASS_TOKENS * SUMS_PITCH * 4)  // after the ring
 

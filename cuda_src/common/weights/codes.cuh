@@ -38,9 +38,10 @@ struct Weights {
 
     // The rows that are loaded together, of 8 a pack or of 4 a pair of packs, then begin in different banks: a row is kSame times
     // an odd number of those.
+    static constexpr u32 kTogether = Codec::kBits == 4 ? 8 : 4, kUnit = 8 / kTogether, kUnits = BLOCK_K / kOfPack / kUnit;
+    static constexpr u32 kSame = kUnits % kTogether == 0 ? kTogether : kUnits & -kUnits;
+
     static __device__ __forceinline__ constexpr u32 swap_of_row(u32 row) {
-        constexpr u32 kTogether = Codec::kBits == 4 ? 8 : 4, kUnit = 8 / kTogether, kUnits = BLOCK_K / kOfPack / kUnit;
-        constexpr u32 kSame = kUnits % kTogether == 0 ? kTogether : kUnits & -kUnits;
         return row % kTogether / (kTogether / kSame) * kUnit;
     }
 
@@ -135,15 +136,19 @@ struct Weights {
     // These leave no registers to spill: each group of tokens in flight has sums of its own.
     static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (HAS_ZEROS && GROUP > 32 ? 1 : LOW_RANK ? 3 : 2) : 3;
 
-    // Of few sums, so that loads run further ahead.
+    // Of few sums, so that loads run further ahead; of the fewest all steps of a stage. That takes registers, which an adapter, or scales
+    // of 4 bytes for each 32 weights, need.
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) {
-        return groups * ROW_BLOCKS > 4 ? 1 : (groups * ROW_BLOCKS == 1 ? 256 : 128) / kStep;
+        constexpr bool kSpares = !LOW_RANK && (GROUP != 32 || sizeof(SCALE_SCALAR) < 4);
+        return groups * ROW_BLOCKS > 4 ? 1 : groups * ROW_BLOCKS <= 2 && kSpares ? STEPS : 128 / kStep;
     }
 
     // Step s of a stage, which begins at k.
     __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
         Step step;
-        u32 from = stage + first_row * WEIGHT_ROW_BYTES + ((first_pack + s * K_WARPS * 2) ^ swap) * 16;
+        constexpr u32 kPacks = K_WARPS * 2;  // from a step to the warp's next, see Warp::multiply_stage
+        u32 pack = kPacks % (kSame * kUnit) ? (first_pack + s * kPacks) ^ swap : (first_pack ^ swap) + s * kPacks;
+        u32 from = stage + first_row * WEIGHT_ROW_BYTES + pack * 16;
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++, from += 16 * WEIGHT_ROW_BYTES) {
             if constexpr (Codec::kBits == 4) {
