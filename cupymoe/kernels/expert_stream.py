@@ -79,6 +79,26 @@ class Tiling:
         )
 
 
+@functools.cache
+def _fitted(tiling: Tiling, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tiling:
+    """The tiling with as many stages as fit: the more of them, the more bytes are on their way."""
+    stages = 2
+    while replace(tiling, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
+        stages += 1
+    return replace(tiling, stages=stages)
+
+
+def _stage_depth(depth: int, most: int) -> int:
+    """The largest multiple of 64 up to ``most`` that divides the depth of a weight, if that is at least half of it;
+    else 256, where the last stage is cut off."""
+    dividing = [k for k in range(-(-most // 128) * 64, most + 1, 64) if depth % k == 0]
+    return max(dividing, default=min(most, 256))
+
+
+# What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
+_STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
+
+
 @dataclass(frozen=True, eq=False)
 class Regime:
     """How a range of loads is computed. Within one, a token's result depends on no other token of the call."""
@@ -100,6 +120,21 @@ class Regime:
     """The same of codes of 8 bits."""
     shares_multiprocessor: bool = False
     """Whether the rings of both GEMMs have to fit together where their weights are codes of 4 bits."""
+
+    @property
+    def static_bytes(self) -> int:
+        """Static shared memory of a block of either GEMM."""
+        return _STATIC_BYTES_OF_PLAN if self.inline_pairs else _STATIC_BYTES
+
+    def tiling_of_codes(self, stored: StoredWeight, depth: int, shared_bytes: int, *, has_adapter: bool) -> Tiling:
+        """Of a GEMM whose weight is codes, ``depth`` of them in a row, where its ring may have ``shared_bytes``."""
+        assert stored.format is not None
+        tiling = self.four_bits if stored.format.bits == 4 else self.eight_bits
+        assert tiling is not None
+        tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
+        if has_adapter and self.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
+            tiling = replace(tiling, row_blocks=1)
+        return _fitted(tiling, self.tokens, shared_bytes, stored)
 
 
 # 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
@@ -197,26 +232,6 @@ def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
         replace(_UP_TO_32_PAIRS, four_bits=_CODES_OF_48, eight_bits=_CODES_OF_48),
         replace(_MORE_PAIRS, four_bits=_CODES_OF_80, eight_bits=_CODES_OF_80),
     )
-
-
-# What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
-_STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
-
-
-@functools.cache
-def _fitted(tiling: Tiling, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tiling:
-    """The tiling with as many stages as fit: the more of them, the more bytes are on their way."""
-    stages = 2
-    while replace(tiling, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
-        stages += 1
-    return replace(tiling, stages=stages)
-
-
-def _stage_depth(depth: int, most: int) -> int:
-    """The largest multiple of 64 up to ``most`` that divides the depth of a weight, if that is at least half of it;
-    else 256, where the last stage is cut off."""
-    dividing = [k for k in range(-(-most // 128) * 64, most + 1, 64) if depth % k == 0]
-    return max(dividing, default=min(most, 256))
 
 
 @functools.cache
@@ -372,12 +387,7 @@ class Shape:
             return self.regime.transposed
         if stored.format is None:
             return plain
-        tiling = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
-        assert tiling is not None
-        tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
-        if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
-            tiling = replace(tiling, row_blocks=1)
-        return _fitted(tiling, self.regime.tokens, room, stored)
+        return self.regime.tiling_of_codes(stored, depth, room, has_adapter=rank > 0)
 
     @property
     def shares_multiprocessor(self) -> bool:
@@ -386,21 +396,17 @@ class Shape:
         return self.regime.shares_multiprocessor and all(each.bits == 4 for each in formats)
 
     @property
-    def _static_bytes(self) -> int:
-        return _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
-
-    @property
     def _up_room(self) -> int:
         """For the ring of the gate_up projection; beside more of it two stages of the other would not fit."""
         whole = self.arch.shared_bytes_of_block
-        return (whole * 4 // 7 if self.shares_multiprocessor else whole) - self._static_bytes
+        return (whole * 4 // 7 if self.shares_multiprocessor else whole) - self.regime.static_bytes
 
     @property
     def _down_room(self) -> int:
         """The same of the down projection: what the other leaves, if they share a multiprocessor."""
-        room = self.arch.shared_bytes_of_block - self._static_bytes
+        room = self.arch.shared_bytes_of_block - self.regime.static_bytes
         if self.shares_multiprocessor:
-            room -= self.up_shared_bytes + self._static_bytes + RESERVED_BYTES
+            room -= self.up_shared_bytes + self.regime.static_bytes + RESERVED_BYTES
         return room
 
     @property
