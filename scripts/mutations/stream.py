@@ -200,7 +200,7 @@ FAULTS = (
     ),
     launcher(
         "a regime that splits k for bits that may not depend on the load",
-        "kernels/expert_stream.py",
+        "kernels/stream_regimes.py",
         "return planned[-1]",
         "return planned[bisect.bisect_left(bounds, pairs)]",
         INVARIANT_STREAM,
