@@ -193,7 +193,7 @@ FAULTS = (
     ),
     launcher(
         "a stale workspace, shared by all streams",
-        "kernels/expert_stream.py",
+        "kernels/stream_workspace.py",
         "memory = like.new_empty(size, dtype=torch.uint8)",
         "memory = vars(new_workspace).setdefault(size, like.new_empty(size, dtype=torch.uint8))",
         STREAMS,
