@@ -20,11 +20,11 @@ from cupymoe.experts import MoEExperts, experts_per_token
 from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, numerics_of, sizes_of
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.coded_tiles import coded_slots
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut, few_pairs
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.kernels.unsorted_pairs import MAX_PAIRS
 from cupymoe.modules import Gemma4MoE, Gemma4Router
 from cupymoe.parameters import DTYPES

@@ -11,9 +11,9 @@ from cupymoe import Gemma4Experts, Gemma4MoEConfig, fused_experts, route
 from cupymoe.backends import registry
 from cupymoe.backends.fused import tiles_reason
 from cupymoe.kernels import jit
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from tests.helpers import Experts, oracle, random_experts, relative_error, run_python
 
 BACKENDS = [name for name in registry() if name != "reference"]

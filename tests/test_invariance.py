@@ -22,9 +22,9 @@ from cupymoe import (
 from cupymoe.backends import ExpertsTensors, registry, select, serving
 from cupymoe.backends.fused import FusedBackend, takes_tiles
 from cupymoe.kernels.arch import BUILDS
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.ops import experts_call
 from cupymoe.warmup import one_of_each_way
 from tests.helpers import Experts, oracle, random_biases, random_experts, randomize, relative_error, transposed

@@ -13,11 +13,11 @@ from cupymoe import Gemma4MoE, Gemma4MoEConfig, fused_experts, warmup
 from cupymoe.backends import DIFFERENTIABLE, registry
 from cupymoe.backends.fused import stream_reason, takes_tiles, tiles_reason
 from cupymoe.kernels import jit
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, cut, prefers_tiles
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import pairs_per_lane
 from cupymoe.kernels.sort_by_expert import block_of
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.warmup import NUM_TOKENS, one_of_each_way
 from tests.helpers import randomize, relative_error, slow_on_cuda, transformers_config, transformers_gemma4
 

@@ -27,7 +27,7 @@ from cupymoe.kernels.arch import HOPPER, Arch, build_of
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.combine import combine, combine_workspace
 from cupymoe.kernels.expert_map import map_kind
-from cupymoe.kernels.expert_stream import Regime, new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.expert_tiles import cut, prefers_tiles
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
@@ -38,6 +38,8 @@ from cupymoe.kernels.lora_shrink import MAX_RANK
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts, shared_bytes_of_plan
+from cupymoe.kernels.stream_regimes import Regime, regime
+from cupymoe.kernels.stream_workspace import new_workspace
 from cupymoe.kernels.unsorted_pairs import UnsortedPairs
 from cupymoe.weights.format import PLAIN, formats_of
 

@@ -19,12 +19,14 @@ from cupymoe.backends.fused_codes import scales_of, stored_weights
 from cupymoe.backends.fused_products import down_product, up_product
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.coded_tiles import SLOTS, coded_slots
-from cupymoe.kernels.expert_stream import Shape, batch_regime, new_batch_workspace, shape_of
+from cupymoe.kernels.expert_stream import Shape, shape_of
 from cupymoe.kernels.expert_tiles import MANY_SLOTS, TileShape, batch_cuts, tile_shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_up import experts_up
 from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
 from cupymoe.kernels.stored_weight import StoredWeight
+from cupymoe.kernels.stream_regimes import batch_regime
+from cupymoe.kernels.stream_workspace import new_batch_workspace
 
 
 def stream(call: ExpertsCall, batch: BatchTensors, output: torch.Tensor, arch: Arch) -> None:

@@ -45,11 +45,12 @@ from cupymoe.kernels.arch import ARCHITECTURES, HOPPER, Arch
 from cupymoe.kernels.coded_tiles import SLOTS
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_map import MapKind
-from cupymoe.kernels.expert_stream import Shape, regime, shape_of
+from cupymoe.kernels.expert_stream import Shape, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.jit import Variant
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, stored_weight
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.kernels.unsorted_pairs import PairsKind
 from cupymoe.weights.format import FORMATS
 

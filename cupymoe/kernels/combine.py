@@ -8,10 +8,11 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
-from cupymoe.kernels.expert_stream import Shape, Workspace
+from cupymoe.kernels.expert_stream import Shape
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.rows import row_defines, vector_width
+from cupymoe.kernels.stream_workspace import Workspace
 
 # Rows that a thread loads before it adds them, and threads of a block. Many rows hide latency at few tokens, and cost
 # bandwidth, by occupancy, at many; and where most pairs are masked, the number of blocks is what takes time.

@@ -1,11 +1,9 @@
-"""How ``cuda_src/common/expert_stream.cuh`` is set up: tilings, regimes and the workspace of its launches."""
+"""How ``cuda_src/common/expert_stream.cuh`` is set up for a call: what its kernels are compiled for, and limits."""
 
 from __future__ import annotations
 
-import bisect
 import functools
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -13,310 +11,14 @@ from cupymoe.activation import MoEActivation
 from cupymoe.kernels.arch import HOPPER, RESERVED_BYTES, Arch
 from cupymoe.kernels.dtypes import INDEX_TYPES, SCALARS
 from cupymoe.kernels.expert_map import MapKind, map_defines
-from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
+from cupymoe.kernels.stream_regimes import Regime, Tiling
 
 MAX_PAIRS = 8192
 """Of a call that plan_experts.cu plans; more are sorted before."""
 MAX_SORTED_PAIRS = 2**22
 """Units of all chunks are counted in 32 bits."""
 MAX_EXPERTS = 1024
-
-_INLINE_PAIRS = 128
-# 64 take 161 us with tiles of 32 rows, and 165 with the next regime's; 96 take 225 and 211, because what an adapter
-# adds comes from memory for each tile.
-_INLINE_PAIRS_WITH_ADAPTER = 64
-# Of an expert on average; beyond, some have more than the 8 of a chunk, and their weights would be read twice.
-_INLINE_PAIRS_PER_EXPERT = 2
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The ring of one GEMM: a stage is ``block_k`` deep, with 16 times ``row_blocks`` weight rows for each of the warps
-    that lie side by side over them."""
-
-    block_k: int
-    stages: int
-    k_warps: int = 1
-    """Warps that share the rows and split the depth of a stage."""
-    warps: int = 8
-    """That consume the ring."""
-    blocks_per_sm: int = 1
-    whole_rows: bool = False
-    """``block_k`` is the whole depth: a stage is two bulk copies, ordered by one thread."""
-    token_warps: int = 1
-    """Warps that share the rows and split a chunk's tokens, instead of the depth: 1 or 2."""
-    row_blocks: int = 1
-    """Of 16 rows, in a warp: 1 or 2."""
-
-    @property
-    def rows(self) -> int:
-        """Of a weight, in a stage."""
-        return self.warps // self.k_warps // self.token_warps * self.row_blocks * 16
-
-    @property
-    def threads(self) -> int:
-        """Consumers, and one producer warp or four."""
-        return (self.warps + (1 if self.whole_rows else 4)) * 32
-
-    def shared_bytes(self, tokens: int, stored: StoredWeight = PLAIN_WEIGHT) -> int:
-        """STAGES * STAGE_BYTES + SUMS_BYTES of the source."""
-        sums = self.k_warps * min(max(tokens, 8), 16) * (self.rows + 4) * 4
-        stage = self.rows * stored.stage_row_bytes(self.block_k) + tokens * self.block_k * 2
-        return self.stages * stage + sums
-
-    def defines(self) -> tuple[str, ...]:
-        """The macros of this tiling."""
-        return (
-            f"WARPS={self.warps}",
-            f"BLOCKS_PER_SM={self.blocks_per_sm}",
-            f"K_WARPS={self.k_warps}",
-            f"TOKEN_WARPS={self.token_warps}",
-            f"ROW_BLOCKS={self.row_blocks}",
-            f"BLOCK_K={self.block_k}",
-            f"STAGES={self.stages}",
-            f"WHOLE_ROWS={int(self.whole_rows)}",
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Regime:
-    """How a range of loads is computed. Within one, a token's result depends on no other token of the call."""
-
-    tokens: int
-    """Most tokens of a chunk: of one expert and one pass over its weights."""
-    up: Tiling
-    down: Tiling
-    transposed: Tiling
-    """Of either GEMM, where its weight is transposed."""
-    inline_pairs: int
-    """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
-    fp32_slots: bool
-    """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
-    four_bits: Tiling | None = None
-    """Of either GEMM, where its weight is codes of 4 bits. ``block_k`` is the most that it may be, and of stages there
-    are as many as fit, whatever the scales are. None where regimes are of plain weights."""
-    eight_bits: Tiling | None = None
-    """The same of codes of 8 bits."""
-    shares_multiprocessor: bool = False
-    """Whether the rings of both GEMMs have to fit together where their weights are codes of 4 bits."""
-
-
-# 128 rows, so that each k is 256 bytes of memory. Of ten tiles the fastest at GPT-OSS 20b's sizes from 32 tokens on;
-# with fewer tokens 64 rows and 256 k are (benchmarks/NOTES.md).
-_TRANSPOSED = Tiling(128, 4)
-
-_UP_TO_4_PAIRS = Regime(
-    tokens=32,
-    up=Tiling(256, 4, k_warps=2),
-    down=Tiling(256, 4, k_warps=2),
-    transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=True,
-)
-_UP_TO_16_PAIRS = Regime(
-    tokens=32,
-    up=Tiling(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
-    down=Tiling(256, 4, k_warps=2),
-    transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
-)
-_UP_TO_32_PAIRS = Regime(
-    tokens=48,
-    up=Tiling(256, 3, k_warps=2),
-    down=Tiling(256, 3, k_warps=2),
-    transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
-)
-_MORE_PAIRS = Regime(
-    tokens=80,
-    up=Tiling(128, 4),
-    down=Tiling(128, 4),
-    transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
-)
-_PLANNED = (_UP_TO_4_PAIRS, _UP_TO_16_PAIRS, _UP_TO_32_PAIRS, _MORE_PAIRS)
-# The most pairs of an expert, on average, that each of these serves; the last serves all that are more.
-_MOST_PAIRS: tuple[int, ...] = (4, 16, 32)
-# The same of the planned regimes of weights that are codes.
-_MOST_PAIRS_OF_CODES: tuple[int, ...] = (4, 8, 16, 32)
-
-
-@functools.cache
-def _inline_regime(intermediate_size: int) -> Regime:
-    # Both rings of contiguous weights fit a multiprocessor together, so that experts_down fills its own while
-    # experts_up still runs.
-    whole_rows = intermediate_size % 32 == 0 and intermediate_size <= 768
-    down = Tiling(intermediate_size, 2, k_warps=4, whole_rows=True) if whole_rows else Tiling(256, 5, k_warps=4)
-    return Regime(
-        tokens=8,
-        up=Tiling(256, 4, k_warps=4),
-        down=down,
-        transposed=Tiling(256, 3, k_warps=2),
-        inline_pairs=_INLINE_PAIRS,
-        fp32_slots=True,
-    )
-
-
-# Tiles of codes. Those of 704 k are of whole rows of Gemma 4's down_proj and of quarters of gate_up_proj's: a warp then
-# has 11 steps of 64 k for each time that it waits for a stage.
-_DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tiling(704, 2), Tiling(704, 2, warps=4), Tiling(704, 2, warps=4, row_blocks=2)
-# 64 rows of bytes, as those of few codes of 4 bits.
-_BYTES_OF_FEW = Tiling(704, 2, k_warps=2)
-# 96 rows: of one token a block has fewer of gate_up_proj, and meets them as one tile.
-_DEEP_OF_ONE, _BYTES_OF_ONE = Tiling(704, 2, warps=6), Tiling(704, 2, warps=12, k_warps=2)
-# 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
-_CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
-# Half as many, where there is half of the memory.
-_BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
-# Of more tokens; for all of them in a warp there are no registers.
-_CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
-_MOST_PAIRS_SHARING = 32
-"""Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: one token takes 20
-us so and 22 with longer rings, 8 tokens 73 and 66."""
-
-
-@functools.cache
-def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
-    """Of Hopper's, where a weight is codes: for one token, for few and for more three whose blocks plan for themselves,
-    then by :data:`_MOST_PAIRS_OF_CODES`.
-
-    Fewer tokens in a chunk than beside plain weights: what codes take is instructions, more with each eight tokens.
-    """
-    inline = _inline_regime(intermediate_size)
-    return (
-        replace(inline, tokens=1, four_bits=_DEEP_OF_ONE, eight_bits=_BYTES_OF_ONE, shares_multiprocessor=True),
-        replace(inline, four_bits=_DEEP_OF_FEW, eight_bits=_BYTES_OF_FEW, shares_multiprocessor=True),
-        replace(inline, four_bits=_DEEP, eight_bits=_DEEP),
-        replace(_UP_TO_4_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
-        replace(_UP_TO_16_PAIRS, tokens=16, four_bits=_DEEP, eight_bits=_CODES),
-        replace(_UP_TO_16_PAIRS, tokens=24, four_bits=_DEEP_OF_TWO, eight_bits=_CODES),
-        replace(_UP_TO_32_PAIRS, four_bits=_CODES_OF_48, eight_bits=_CODES_OF_48),
-        replace(_MORE_PAIRS, four_bits=_CODES_OF_80, eight_bits=_CODES_OF_80),
-    )
-
-
-# What a block has in static shared memory beside its ring: barriers, and where each plans for itself the plan.
-_STATIC_BYTES, _STATIC_BYTES_OF_PLAN = 512, 4096
-
-
-@functools.cache
-def _fitted(tiling: Tiling, tokens: int, shared_bytes: int, stored: StoredWeight = PLAIN_WEIGHT) -> Tiling:
-    """The tiling with as many stages as fit: the more of them, the more bytes are on their way."""
-    stages = 2
-    while replace(tiling, stages=stages + 1).shared_bytes(tokens, stored) <= shared_bytes:
-        stages += 1
-    return replace(tiling, stages=stages)
-
-
-def _stage_depth(depth: int, most: int) -> int:
-    """The largest multiple of 64 up to ``most`` that divides the depth of a weight, if that is at least half of it;
-    else 256, where the last stage is cut off."""
-    dividing = [k for k in range(-(-most // 128) * 64, most + 1, 64) if depth % k == 0]
-    return max(dividing, default=min(most, 256))
-
-
-@functools.cache
-def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
-    """Regimes of cards whose blocks have less shared memory than Hopper's, in the order of :func:`regime`.
-
-    No ring is of whole rows, which would need more. Beyond the fewest tokens of each size of card, tiles were chosen
-    from some six each by their builds' times on an H200 (benchmarks/NOTES.md): with 99 KB, 128 rows of 64 k are faster
-    than 64 rows of 128, because a warp then shares its tokens with no other. From 32 pairs an expert on, products take
-    the time, and warps lie two by four over tokens and rows.
-    """
-
-    def new(
-        tokens: int,
-        tiling: Tiling,
-        transposed: Tiling,
-        four_bits: Tiling,
-        eight_bits: Tiling,
-        *,
-        fp32_slots: bool = False,
-    ) -> Regime:
-        room = shared_bytes - _STATIC_BYTES
-        of_both = _fitted(tiling, tokens, room)
-        of_transposed = _fitted(transposed, tokens, room)
-        return Regime(tokens, of_both, of_both, of_transposed, 0, fp32_slots, four_bits, eight_bits)
-
-    def inline(transposed: Tiling) -> Regime:
-        # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
-        tiling, room = Tiling(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
-        of_transposed = _fitted(transposed, 8, room)
-        return Regime(8, tiling, tiling, of_transposed, _INLINE_PAIRS, True, _DEEP_OF_FEW, _BYTES_OF_8)
-
-    wide, square = Tiling(64, 2), Tiling(64, 2, token_warps=2, row_blocks=2)
-    of_bytes, codes_of_96 = Tiling(128, 2), Tiling(64, 2, token_warps=2)
-    if shared_bytes < 160 * 1024:
-        return (
-            inline(Tiling(128, 2, k_warps=2)),
-            new(16, wide, wide, _CODES, of_bytes, fp32_slots=True),
-            new(32, wide, wide, of_bytes, of_bytes),
-            new(48, square, wide, of_bytes, of_bytes),
-            new(96, square, square, codes_of_96, codes_of_96),
-        )
-    deep, deep_square = Tiling(256, 2, k_warps=2), replace(square, block_k=128)
-    return (
-        inline(deep),
-        new(32, deep, Tiling(128, 2), _CODES, _CODES, fp32_slots=True),
-        new(32, deep, Tiling(128, 2), _CODES, _CODES),
-        new(48, deep_square, wide, _CODES_OF_48, _CODES_OF_48),
-        new(64, deep_square, square, _CODES_OF_80, _CODES_OF_80),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def regime(
-    load: Load,
-    intermediate_size: int,
-    arch: Arch = HOPPER,
-    *,
-    has_adapter: bool = False,
-    has_codes: bool = False,
-    plans_inline: bool = True,
-    is_invariant: bool = False,
-) -> Regime:
-    """The regime of a call; without ``plans_inline`` none whose blocks plan for themselves.
-
-    Each bound was measured on an H100 at Gemma 4's sizes, and held at other models' (benchmarks/NOTES.md); with an
-    adapter, or where a weight is codes, on an H200.
-
-    Where it ``is_invariant``, that of the most tokens, whatever the load is: it serves any number of them, and fastest
-    where calls take the longest.
-    """
-    pairs = load.pairs_per_expert
-    most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
-    is_inline = plans_inline and load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
-    if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
-        inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
-        bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
-    elif has_codes:
-        of_one, of_few, inline, *planned = _regimes_of_codes(intermediate_size)
-        bounds = _MOST_PAIRS_OF_CODES
-        if load.num_pairs <= _MOST_PAIRS_SHARING:
-            inline = of_one if load.num_tokens == 1 else of_few
-    else:
-        inline, *planned = _inline_regime(intermediate_size), *_PLANNED
-        bounds = _MOST_PAIRS
-    if is_invariant:
-        return planned[-1]
-    return inline if is_inline else planned[bisect.bisect_left(bounds, pairs)]
-
-
-@functools.lru_cache(maxsize=4096)
-def batch_regime(load: Load, intermediate_size: int, arch: Arch, *, has_codes: bool) -> Regime:
-    """The regime of a batch, whose experts' outputs are the call's, and so of its dtype."""
-    chosen = regime(load, intermediate_size, arch, has_codes=has_codes, plans_inline=False)
-    return _with_slots_of_dtype(chosen)
-
-
-@functools.cache
-def _with_slots_of_dtype(regime: Regime) -> Regime:
-    return replace(regime, fp32_slots=False) if regime.fp32_slots else regime
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,12 +74,7 @@ class Shape:
             return self.regime.transposed
         if stored.format is None:
             return plain
-        tiling = self.regime.four_bits if stored.format.bits == 4 else self.regime.eight_bits
-        assert tiling is not None
-        tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
-        if rank and self.regime.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
-            tiling = replace(tiling, row_blocks=1)
-        return _fitted(tiling, self.regime.tokens, room, stored)
+        return self.regime.tiling_of_codes(stored, depth, room, has_adapter=rank > 0)
 
     @property
     def shares_multiprocessor(self) -> bool:
@@ -386,21 +83,17 @@ class Shape:
         return self.regime.shares_multiprocessor and all(each.bits == 4 for each in formats)
 
     @property
-    def _static_bytes(self) -> int:
-        return _STATIC_BYTES_OF_PLAN if self.regime.inline_pairs else _STATIC_BYTES
-
-    @property
     def _up_room(self) -> int:
         """For the ring of the gate_up projection; beside more of it two stages of the other would not fit."""
         whole = self.arch.shared_bytes_of_block
-        return (whole * 4 // 7 if self.shares_multiprocessor else whole) - self._static_bytes
+        return (whole * 4 // 7 if self.shares_multiprocessor else whole) - self.regime.static_bytes
 
     @property
     def _down_room(self) -> int:
         """The same of the down projection: what the other leaves, if they share a multiprocessor."""
-        room = self.arch.shared_bytes_of_block - self._static_bytes
+        room = self.arch.shared_bytes_of_block - self.regime.static_bytes
         if self.shares_multiprocessor:
-            room -= self.up_shared_bytes + self._static_bytes + RESERVED_BYTES
+            room -= self.up_shared_bytes + self.regime.static_bytes + RESERVED_BYTES
         return room
 
     @property
@@ -440,78 +133,6 @@ class Shape:
 
 
 shape_of = functools.cache(Shape)
-
-
-class Workspace(NamedTuple):
-    """Addresses in one allocation: what the launches of a call hand to each other."""
-
-    memory: torch.Tensor
-    """Keeps the allocation; torch may reuse it for later work on the same stream."""
-    chunks: int
-    pair_of_slot: int
-    num_chunks: int
-    slot_of_pair: int
-    intermediate: int
-    expert_output: int
-    gate_up_low: int
-    """``[slots, shape.gate_up_rank]``: hidden states times the first factor of gate_up_proj's adapter."""
-    down_low: int
-    """``[slots, shape.down_rank]``: the same of the intermediate and down_proj's."""
-
-    def keeping(self, gate_up_low: torch.Tensor | None, down_low: torch.Tensor | None) -> Workspace:
-        """The same, but that these are written where they are given: what outlives the call."""
-        return self._replace(
-            gate_up_low=self.gate_up_low if gate_up_low is None else gate_up_low.data_ptr(),
-            down_low=self.down_low if down_low is None else down_low.data_ptr(),
-        )
-
-    def of_sorted(self, token_of_slot: torch.Tensor, slot_of_pair: torch.Tensor) -> Workspace:
-        """The same, where a sort has made these two, which the caller keeps."""
-        return self._replace(pair_of_slot=token_of_slot.data_ptr(), slot_of_pair=slot_of_pair.data_ptr())
-
-
-def most_chunks(shape: Shape, num_pairs: int) -> int:
-    """That ``num_pairs`` pairs may make."""
-    return min(num_pairs, shape.num_experts + num_pairs // shape.regime.tokens)
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(shape: Shape, num_pairs: int) -> tuple[int, ...]:
-    """Offsets of the addresses of a :class:`Workspace` past chunks, and its size; rows start on 128 bytes."""
-    pair_of_slot = 16 * most_chunks(shape, num_pairs)
-    num_chunks = pair_of_slot + 4 * num_pairs
-    slot_of_pair = num_chunks + 4
-    starts, end = [pair_of_slot, num_chunks, slot_of_pair], slot_of_pair + 4 * num_pairs
-    for row_bytes in (
-        shape.intermediate_size * shape.dtype.itemsize,
-        shape.hidden_size * shape.slot_dtype.itemsize,
-        shape.gate_up_rank * shape.dtype.itemsize,
-        shape.down_rank * shape.dtype.itemsize,
-    ):
-        start = -(-end // 128) * 128
-        starts.append(start)
-        end = start + num_pairs * row_bytes
-    return *starts, end
-
-
-def new_workspace(like: torch.Tensor, shape: Shape, num_pairs: int) -> Workspace:
-    """Memory for ``num_pairs`` pairs, uninitialised, on the device of ``like``."""
-    *starts, size = _layout(shape, num_pairs)
-    memory = like.new_empty(size, dtype=torch.uint8)
-    base = memory.data_ptr()
-    return Workspace(memory, base, *(base + start for start in starts))
-
-
-def new_batch_workspace(like: torch.Tensor, shape: Shape, output: torch.Tensor) -> Workspace:
-    """The same for a batch with the rows of ``output``, which is where the experts' outputs go."""
-    rows = len(output)
-    pair_of_slot = 16 * most_chunks(shape, rows)
-    num_chunks = pair_of_slot + 4 * rows
-    intermediate = -(-(num_chunks + 4) // 128) * 128
-    memory = like.new_empty(intermediate + rows * shape.intermediate_size * shape.dtype.itemsize, dtype=torch.uint8)
-    base = memory.data_ptr()
-    addresses = base, base + pair_of_slot, base + num_chunks, 0, base + intermediate, output.data_ptr(), 0, 0
-    return Workspace(memory, *addresses)
 
 
 def grid(tiling: Tiling, device: int) -> tuple[int, int]:

@@ -8,9 +8,10 @@ import torch
 
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import SCALARS
-from cupymoe.kernels.expert_stream import Shape, Workspace, grid
+from cupymoe.kernels.expert_stream import Shape, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.stream_workspace import Workspace
 
 
 def variant(shape: Shape) -> Variant:

@@ -7,9 +7,10 @@ import functools
 import torch
 
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_stream import Shape, Workspace, most_chunks
+from cupymoe.kernels.expert_stream import Shape
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.stream_workspace import Workspace, most_chunks
 
 _COLUMNS = 16
 # By ``gathered``: of gate_up_proj; and of down_proj, where a block shares the registers of a multiprocessor with both

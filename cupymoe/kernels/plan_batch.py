@@ -12,10 +12,10 @@ import torch
 
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.sort_by_expert import TICKETS
+from cupymoe.kernels.stream_workspace import Workspace
 
 THREADS = 128
 

@@ -8,9 +8,9 @@ import torch
 
 from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.stream_workspace import Workspace
 
 WARPS = 8
 

@@ -10,9 +10,9 @@ from cupymoe.kernels.arch import Arch
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.dtypes import INDEX_TYPES
 from cupymoe.kernels.expert_map import MapKind, map_defines, map_kind
-from cupymoe.kernels.expert_stream import Workspace
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
+from cupymoe.kernels.stream_workspace import Workspace
 
 WARPS = 32
 

@@ -17,7 +17,7 @@ import torch
 from cupymoe import Gemma4MoEConfig, batched_experts, moe_activation, reference
 from cupymoe.backends import BatchTensors, ExpertsCall, fused, fused_backward
 from cupymoe.kernels.arch import HOPPER, Arch
-from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.experts_down import experts_down
 from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
 from cupymoe.kernels.experts_up import experts_up
@@ -25,6 +25,8 @@ from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.plan_batch import BatchSlots
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.sort_by_expert import TICKETS
+from cupymoe.kernels.stream_regimes import regime
+from cupymoe.kernels.stream_workspace import new_workspace
 from cupymoe.ops import experts_call
 from scripts.benchmarks.experts import ERROR_LIMIT, Bench
 from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Layer, error_of_all

@@ -193,14 +193,14 @@ FAULTS = (
     ),
     launcher(
         "a stale workspace, shared by all streams",
-        "kernels/expert_stream.py",
+        "kernels/stream_workspace.py",
         "memory = like.new_empty(size, dtype=torch.uint8)",
         "memory = vars(new_workspace).setdefault(size, like.new_empty(size, dtype=torch.uint8))",
         STREAMS,
     ),
     launcher(
         "a regime that splits k for bits that may not depend on the load",
-        "kernels/expert_stream.py",
+        "kernels/stream_regimes.py",
         "return planned[-1]",
         "return planned[bisect.bisect_left(bounds, pairs)]",
         INVARIANT_STREAM,

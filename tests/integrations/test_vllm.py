@@ -51,9 +51,9 @@ from cupymoe.integrations.vllm import experts as vllm_experts
 from cupymoe.integrations.vllm import quantized, served, unquantized, warming
 from cupymoe.integrations.vllm.experts import CupymoeBatchedExperts, CupymoeExperts
 from cupymoe.kernels import jit
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from tests.helpers import max_error, oracle, random_biases, random_experts, relative_error
 from tests.invariance import assert_same_bits, computed_alone
 

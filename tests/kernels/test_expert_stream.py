@@ -1,4 +1,4 @@
-"""The weight stream without a GPU: regimes, the workspace, and what its kernels compile to."""
+"""The weight stream without a GPU: rings, limits, and what its kernels compile to."""
 
 import itertools
 import re
@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupymoe import Gemma4MoEConfig, MoEActivation
+from cupymoe import MoEActivation
 from cupymoe.kernels import expert_stream, experts_down, experts_up, lora_shrink_chunks
 from cupymoe.kernels.arch import HOPPER
-from cupymoe.kernels.expert_stream import Shape, Tiling, new_workspace, regime
+from cupymoe.kernels.expert_stream import Shape
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_experts import WARPS
+from cupymoe.kernels.stream_regimes import Tiling, regime
 from tests.helpers import compiled
 
-GEMMA = Gemma4MoEConfig.gemma4_26b_a4b()
 SHARED_BYTES_OF_HOPPER = 227 * 1024
 RESERVED_BYTES = 1024  # of each block, by the system, of one more KB
 
@@ -119,72 +119,11 @@ def test_with_an_adapter_three_kernels_fit_a_multiprocessor(rank, intermediate):
     assert shared_bytes <= SHARED_BYTES_OF_HOPPER + RESERVED_BYTES
 
 
-@pytest.mark.parametrize(
-    ("intermediate", "whole_rows"), [(352, True), (704, True), (768, True), (176, False), (504, False), (800, False)]
-)
-def test_whole_rows_are_whole_32s_that_fit(intermediate, whole_rows):
-    assert regime(Load.of(1, 8, 128), intermediate).down.whole_rows == whole_rows
-
-
 @pytest.mark.parametrize(("tile", "blocks"), [(Tiling(256, 3), 132), (Tiling(256, 3, blocks_per_sm=2), 264)])
 def test_the_grid_is_what_is_resident_at_once(monkeypatch, tile, blocks):
     hopper = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
     assert expert_stream.grid(tile, 0) == (blocks, 1)
-
-
-@pytest.mark.parametrize(("few", "many"), [(1, 16), (17, 64), (65, 256), (257, 512), (513, 1024)])
-def test_one_regime_from_few_to_many(few, many):
-    """The bounds that docs/numerics.md names; 256 and 512 differ in their tiles, not in the order of their sums."""
-
-    def of(num_tokens):
-        return regime(Load.of(num_tokens, GEMMA.top_k_experts, GEMMA.num_experts), GEMMA.moe_intermediate_size)
-
-    assert of(few) == of(many)
-    assert of(few) != of(many + 1) or many == 1024
-
-
-def test_the_regime_goes_by_the_pairs_that_are_expected_to_be_kept():
-    """An eighth of the experts here: the choice is that of an eighth of the tokens over as many experts."""
-    for num_tokens in (200, 512, 2048, 4096):
-        some = Load.of(num_tokens, 8, 16, global_num_experts=128)
-        assert (some.num_pairs, some.expected_pairs) == (8 * num_tokens, num_tokens)
-        assert regime(some, 704) == regime(Load.of(num_tokens, 8, 128), 704)
-
-
-def test_few_pairs_of_fewer_experts_are_planned_ahead():
-    """Chunks of 8 tokens would read the weights of most experts twice."""
-    assert regime(Load.of(8, 2, 8), 704).inline_pairs
-    assert not regime(Load.of(32, 2, 8), 704).inline_pairs
-
-
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 8), (127, 1), (16, 8), (129, 1), (17, 8), (1024, 8)])
-@pytest.mark.parametrize("ranks", [(0, 0), (16, 128), (48, 0)])
-def test_workspace_parts_do_not_overlap(num_tokens, top_k, ranks):
-    num_pairs = num_tokens * top_k
-    its_shape = shape(num_tokens, 128, 2816, 704, top_k, gate_up_rank=ranks[0], down_rank=ranks[1])
-    workspace = new_workspace(torch.empty(0), its_shape, num_pairs)
-    memory, *starts = workspace
-    chunks = min(num_pairs, 128 + num_pairs // its_shape.regime.tokens)
-    slot_bytes = its_shape.slot_dtype.itemsize
-    sizes = [16 * chunks, 4 * num_pairs, 4, 4 * num_pairs, 2 * 704 * num_pairs, slot_bytes * 2816 * num_pairs]
-    sizes += [2 * rank * num_pairs for rank in ranks]
-    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
-    assert starts[0] == memory.data_ptr()
-    assert ends[-1] <= memory.data_ptr() + memory.numel()
-    assert (workspace.intermediate - starts[0]) % 128 == 0
-    assert (workspace.expert_output - starts[0]) % 128 == 0
-    assert (workspace.gate_up_low - starts[0]) % 128 == 0
-    assert (workspace.down_low - starts[0]) % 128 == 0
-
-
-def test_what_is_kept_is_written_where_it_is_kept():
-    workspace = new_workspace(torch.empty(0), shape(1, 128, 2816, 704, 8, gate_up_rank=16, down_rank=16), 8)
-    low = torch.empty(8, 16, dtype=torch.bfloat16)
-    assert workspace.keeping(None, None) == workspace
-    assert workspace.keeping(None, low) == workspace._replace(down_low=low.data_ptr())
-    assert workspace.keeping(low, None) == workspace._replace(gate_up_low=low.data_ptr())
 
 
 def test_limits_are_the_plan_s():

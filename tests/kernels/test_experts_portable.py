@@ -12,8 +12,9 @@ from cupymoe.backends.fused import FusedBackend, plans_at_once
 from cupymoe.kernels import experts_down, experts_up
 from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.cupy_import import import_cupy
-from cupymoe.kernels.expert_stream import regime, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.ops import experts_call
 from tests.helpers import laid_out, poison_free_memory, random_biases
 from tests.kernels import test_experts_stream_adapters as adapters

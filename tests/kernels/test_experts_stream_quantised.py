@@ -12,11 +12,13 @@ from cupymoe import MoEActivation, reference
 from cupymoe.kernels import experts_down, experts_up, sort_by_expert
 from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, RESERVED_BYTES, Arch
 from cupymoe.kernels.combine import combine_workspace
-from cupymoe.kernels.expert_stream import Tiling, new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_chunks import plan_chunks
 from cupymoe.kernels.plan_experts import plan_experts
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, stored_weight, unsupported_reason
+from cupymoe.kernels.stream_regimes import Tiling, regime
+from cupymoe.kernels.stream_workspace import new_workspace
 from cupymoe.weights.format import FORMATS
 from tests.helpers import compiled, max_error, poison_free_memory, random_routing, relative_error
 from tests.kernels.quantised import Quantised, packed, random_weight

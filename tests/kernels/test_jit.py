@@ -16,6 +16,7 @@ from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, HOPPER
 from cupymoe.kernels.expert_tiles import CUTS, down_back_cut, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from tests.helpers import WITH_PARAMETERS, compiled, run_python
 
 
@@ -33,7 +34,7 @@ def test_catalog_holds_nothing_twice():
 def test_catalog_holds_every_regime(intermediate, dtype):
     config = Gemma4MoEConfig.gemma4_26b_a4b()
     loads = [Load.of(num_tokens, config.top_k_experts, config.num_experts) for num_tokens in range(1, 1025)]
-    regimes = {expert_stream.regime(load, intermediate) for load in loads}
+    regimes = {regime(load, intermediate) for load in loads}
     experts, hidden, top_k = config.num_experts, config.hidden_size, config.top_k_experts
     shapes = [
         expert_stream.Shape(each, dtype, torch.int64, config.activation, experts, hidden, intermediate, top_k)

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation
-from cupymoe.kernels.expert_stream import new_workspace, regime, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.lora_shrink_chunks import lora_shrink_chunks
 from cupymoe.kernels.plan_experts import plan_experts
+from cupymoe.kernels.stream_regimes import regime
+from cupymoe.kernels.stream_workspace import new_workspace
 from tests.helpers import poison_free_memory, random_routing, transposed
 from tests.kernels.test_lora_shrink import RANKS, assert_close
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from cupymoe.kernels.arch import HOPPER
-from cupymoe.kernels.expert_stream import batch_regime, most_chunks, new_batch_workspace, shape_of
+from cupymoe.kernels.expert_stream import shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.plan_batch import plan_batch, plan_batch_chunks
+from cupymoe.kernels.stream_regimes import batch_regime
+from cupymoe.kernels.stream_workspace import most_chunks, new_batch_workspace
 from tests.helpers import poison_free_memory
 
 NUM_EXPERTS = [1, 8, 33, 128, 1000]

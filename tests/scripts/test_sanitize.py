@@ -13,9 +13,9 @@ from cupymoe.kernels import cuda_sources
 from cupymoe.kernels.arch import BUILDS
 from cupymoe.kernels.coded_tiles import coded_slots
 from cupymoe.kernels.cupy_import import import_nvrtc
-from cupymoe.kernels.expert_stream import regime
 from cupymoe.kernels.expert_tiles import CUTS, batch_cuts, cut, prefers_tiles
 from cupymoe.kernels.load import Load
+from cupymoe.kernels.stream_regimes import regime
 from cupymoe.tools.verification.result import relative_error
 from scripts import sanitize
 from scripts.sanitizer import calls, inputs
