@@ -161,7 +161,7 @@ def run_build(name: str) -> None:
 
 
 QUANTISED = ("int4_g32", "int4_g64_zero", "int8", "fp8_g128", "nvfp4")
-QUANTISED_TOKENS = (1, 30, 60, 100, 200, 300, 600, 1000, 1500)
+QUANTISED_TOKENS = (1, 7, 30, 60, 100, 200, 300, 600, 1000, 1500)
 """Of 64 experts: one for each regime of the stream beside codes below the tiles, and one for each size of the tiles."""
 
 
