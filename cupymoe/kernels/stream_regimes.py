@@ -6,6 +6,8 @@ import bisect
 import functools
 from dataclasses import dataclass, replace
 
+import torch
+
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import PLAIN_WEIGHT, StoredWeight
@@ -121,7 +123,9 @@ class Regime:
         tiling = self.four_bits if stored.format.bits == 4 else self.eight_bits
         assert tiling is not None
         tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
-        if has_adapter and self.tokens > 48:  # for 32 rows in a warp and an adapter's there are no registers
+        # For 32 rows in a warp and an adapter's, or 5 bytes for each 32 weights of them, there are no registers.
+        has_most_groups = stored.has_zeros and stored.format.group == 32 and stored.scale_dtype == torch.float32
+        if (has_adapter or has_most_groups) and self.tokens > 48:
             tiling = replace(tiling, row_blocks=1)
         return _fitted(tiling, self.tokens, shared_bytes, stored)
 

@@ -113,8 +113,8 @@ FAULTS = (
     cuda(
         "both warps of a row with the same tokens",
         "common/stream/consumer.cuh",
-        "FIRST_TOKEN + (place.token_warp * 8 + lane / 4) * TOKEN_ROW_BYTES",
-        "FIRST_TOKEN + lane / 4 * TOKEN_ROW_BYTES",
+        ": place.token_warp * 8 + lane / 4;",
+        ": lane / 4;",
         PORTABLE,
         source="experts_up",
         defines=("TOKEN_WARPS=2",),
