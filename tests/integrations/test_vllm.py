@@ -1,173 +1,62 @@
-"""cupymoe inside vLLM: its method, its modular kernel and its layer, by the real vLLM, on a CPU.
-
-No GPU and no compiled part of vLLM is needed: its Python files are enough, with the few packages that
-``vllm_requirements.txt`` beside this file lists. ``.ci/run`` installs both without dependencies into folders that only
-these tests see, because vLLM pins a torch and a transformers of its own.
-"""
+"""cupymoe inside vLLM: its method, its modular kernel and its layer, by the real vLLM, on a CPU."""
 
 import logging
-import os
 import sys
 import types
-import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 
-os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm import platforms
-    from vllm.platforms.cpu import CpuPlatform
-
-    platforms._current_platform = CpuPlatform()  # older ones see none where their compiled parts are missing
-    from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-    from vllm.forward_context import set_forward_context
-    from vllm.model_executor.custom_op import op_registry_oot
-    from vllm.model_executor.layers.fused_moe import modular_kernel, unquantized_fused_moe_method
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation as VllmActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FUSED_MOE_UNQUANTIZED_CONFIG,
-        FusedMoEConfig,
-        FusedMoEParallelConfig,
-        RoutingMethodType,
-        biased_moe_quant_config,
-    )
-    from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
-        UnquantizedMoeBackend,
-        make_unquantized_moe_kernel,
-    )
-    from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize
-    from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG as customised_configs
-    from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
+# It names vLLM's platform, before anything asks.
+pytest.importorskip("tests.integrations.vllm_layers", reason="vLLM is not installed")
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe import modular_kernel, unquantized_fused_moe_method
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation as VllmActivation
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, biased_moe_quant_config
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize
+from vllm.platforms.cpu import CpuPlatform
 
 from cupymoe import MoEActivation, reference
 from cupymoe.backends.fused import takes_tiles
 from cupymoe.integrations import vllm as plugin
 from cupymoe.integrations.vllm import experts as vllm_experts
-from cupymoe.integrations.vllm import quantized, served, unquantized, warming
+from cupymoe.integrations.vllm import served, unquantized, warming
 from cupymoe.integrations.vllm.experts import CupymoeBatchedExperts, CupymoeExperts
 from cupymoe.kernels import jit
 from cupymoe.kernels.expert_tiles import cut
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stream_regimes import regime
 from tests.helpers import max_error, oracle, random_biases, random_experts, relative_error
+from tests.integrations import vllm_layers
+from tests.integrations.vllm_layers import (
+    METHOD,
+    E,
+    H,
+    K,
+    N,
+    applied,
+    kernel_of,
+    layer_of,
+    layer_output,
+    model_layer,
+    moe_config,
+    new_method,
+    parallel,
+    run,
+    unregister,
+    use_workspace_on_cuda,
+)
 from tests.invariance import assert_same_bits, computed_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
-NAME = "UnquantizedFusedMoEMethod"
-E, H, N, K = 6, 32, 24, 2  # experts, hidden and intermediate size, experts of a token: as random_experts has them
+vllm_config, registered, world = vllm_layers.vllm_config, vllm_layers.registered, vllm_layers.world
 
 ON_CUDA = {"num_experts": 8, "hidden": 256, "intermediate": 128}  # which the kernels serve
 
 
-@pytest.fixture(autouse=True)
-def _config(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # raises where there is no accelerator
-    init_workspace_manager(torch.device("cpu"))
-    with set_current_vllm_config(VllmConfig()):
-        yield
-    reset_workspace_manager()
-
-
-def unregister():
-    """As a process is in which vLLM has called no plug-in."""
-    plugin._register.cache_clear()
-    op_registry_oot.pop(NAME, None)
-    for name in quantized._CONFIGS:
-        customised_configs.pop(name, None)
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    """The plug-in as a process has it that vLLM has started on a GPU; the slow reference counts as fast here."""
-    monkeypatch.setenv(served.ENVIRONMENT, "1")
-    monkeypatch.setattr(served, "slow_reason", lambda *of_layer: None)
-    for once in (served._said, warming._warmed):
-        once.clear()
-    unregister()
-    plugin.register()
-    yield
-    monkeypatch.undo()
-    unregister()
-
-
-@pytest.fixture
-def world(tmp_path):
-    """One rank."""
-    from vllm.distributed import parallel_state
-
-    parallel_state.init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, "gloo")
-    parallel_state.ensure_model_parallel_initialized(1, 1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
-
-
-def moe_config(**changes):
-    settings = {
-        "num_experts": E,
-        "experts_per_token": K,
-        "hidden_dim": H,
-        "intermediate_size": N,
-        "num_local_experts": E,
-        "num_logical_experts": E,
-        "activation": VllmActivation.GELU_TANH,
-        "device": "cpu",
-        "routing_method": RoutingMethodType.Renormalize,
-        "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
-        "in_dtype": torch.float32,
-    }
-    return FusedMoEConfig(**{**settings, **changes})
-
-
-def kernel_of(config, quant_config=FUSED_MOE_UNQUANTIZED_CONFIG):
-    return make_unquantized_moe_kernel(quant_config, config, UnquantizedMoeBackend.TRITON, CupymoeExperts)
-
-
-def run(kernel, case, activation=VllmActivation.GELU_TANH, **settings):
-    hidden_states, w1, w2, ids, weights = case
-    ids = ids.to(settings.pop("ids_dtype", torch.int32))
-    settings = {"global_num_experts": E, "expert_map": None, "apply_router_weight_on_input": False, **settings}
-    with torch.inference_mode():
-        return kernel.apply(
-            hidden_states=hidden_states,
-            w1=w1,
-            w2=w2,
-            topk_ids=ids,
-            topk_weights=weights.float(),
-            activation=activation,
-            **settings,
-        )
-
-
 def warm(method, layer):
     warming.warm(method, layer.w13_weight, layer.w2_weight, layer.expert_map)
-
-
-def new_method(config):
-    return unquantized_fused_moe_method.UnquantizedFusedMoEMethod(config)
-
-
-def layer_of(case, method, **attributes):
-    """What a method reads of vLLM's RoutedExperts."""
-    layer = torch.nn.Module()
-    layer.w13_weight, layer.w2_weight = (torch.nn.Parameter(weight, requires_grad=False) for weight in case[1:3])
-    settings = {
-        "layer_name": "model.layers.0.moe",
-        "moe_config": method.moe,
-        "activation": VllmActivation.GELU_TANH,
-        "apply_router_weight_on_input": False,
-        "global_num_experts": E,
-        "expert_map": None,
-        "_expert_routing_tables": lambda: None,
-    }
-    for name, value in {**settings, **attributes}.items():
-        setattr(layer, name, value)
-    return layer
 
 
 class TestRegister:
@@ -188,7 +77,7 @@ class TestRegister:
             pass
 
         unregister()
-        monkeypatch.setitem(op_registry_oot, NAME, Theirs)
+        monkeypatch.setitem(op_registry_oot, METHOD, Theirs)
         with pytest.raises(RuntimeError, match=r"replaced by Theirs: let VLLM_PLUGINS name only one of the two"):
             plugin.register()
 
@@ -417,12 +306,11 @@ class TestMethod:
         method = new_method(moe_config())
         layer = layer_of(case, method)
         method.process_weights_after_loading(layer)
-        arguments = layer, case.hidden_states, case.top_k_weights.float(), case.top_k_index.int(), None, None
-        with torch.inference_mode():
-            first = method.apply(*arguments)
-            layer.w13_weight.data.copy_(new.gate_up_proj)
-            layer.w2_weight.data.copy_(new.down_proj)
-            second = method.apply(*arguments)
+        tokens = case.hidden_states, case.top_k_index, case.top_k_weights
+        first = applied(method, layer, *tokens)
+        layer.w13_weight.data.copy_(new.gate_up_proj)
+        layer.w2_weight.data.copy_(new.down_proj)
+        second = applied(method, layer, *tokens)
         updated = case._replace(gate_up_proj=new.gate_up_proj, down_proj=new.down_proj)
         assert max_error(second, oracle(updated)) < 1e-5
         assert max_error(first, oracle(updated)) > 0.1
@@ -447,8 +335,8 @@ class TestMethod:
         assert len(calls) == before  # a second layer of the kind needs no other kernels
 
     def test_kernels_are_there_for_every_range_of_a_rank_that_has_some_of_the_experts(self, registered, monkeypatch):
-        parallel = replace(FusedMoEParallelConfig.make_no_parallel(), use_ep=True, ep_size=4, ep_rank=1)
-        settings = {"num_experts": 4 * E, "num_logical_experts": 4 * E, "moe_parallel_config": parallel}
+        ranks = parallel(use_ep=True, ep_size=4, ep_rank=1)
+        settings = {"num_experts": 4 * E, "num_logical_experts": 4 * E, "moe_parallel_config": ranks}
         method = new_method(moe_config(**settings, max_num_tokens=4096))
         layer = layer_of(random_experts(dtype=torch.bfloat16), method, expert_map=torch.arange(4 * E) - E)
         method.process_weights_after_loading(layer)
@@ -474,10 +362,8 @@ class TestBatched:
     """Tokens in rows by expert, as DeepEP's low-latency kernels and NIXL leave them."""
 
     def config(self, **changes):
-        parallel = replace(
-            FusedMoEParallelConfig.make_no_parallel(), all2all_backend="deepep_low_latency", use_ep=True, dp_size=2
-        )
-        return moe_config(moe_parallel_config=parallel, **changes)
+        ranks = parallel(all2all_backend="deepep_low_latency", use_ep=True, dp_size=2)
+        return moe_config(moe_parallel_config=ranks, **changes)
 
     def test_is_taken_where_vllm_asks_for_it(self, registered):
         config = self.config()
@@ -509,10 +395,7 @@ class TestOnCuda:
 
     @pytest.fixture(autouse=True)
     def _workspace(self, registered):
-        reset_workspace_manager()
-        init_workspace_manager(torch.device("cuda"))
-        # As large as it will be, before a graph holds its address.
-        current_workspace_manager().get_simultaneous(((1024 * 256,), torch.bfloat16), ((0,), torch.bfloat16))
+        use_workspace_on_cuda(256)
 
     def method_and_layer(self, case):
         config = moe_config(
@@ -535,9 +418,7 @@ class TestOnCuda:
         case = random_experts(num_tokens, **ON_CUDA, dtype=torch.bfloat16, device="cuda")
         case.top_k_index[0, 0] = -1
         method, layer = self.method_and_layer(case)
-        with torch.inference_mode():
-            arguments = layer, case.hidden_states, case.top_k_weights.float(), case.top_k_index.int(), None, None
-            output = method.apply(*arguments)
+        output = applied(method, layer, case.hidden_states, case.top_k_index, case.top_k_weights)
         assert relative_error(output, oracle(case)) < 0.0042
 
     def test_ranks_with_an_expert_map_sum_to_the_whole(self):
@@ -549,9 +430,8 @@ class TestOnCuda:
             part = case._replace(gate_up_proj=case.gate_up_proj[here], down_proj=case.down_proj[here])
             method, layer = self.method_and_layer(part)
             layer.expert_map = expert_map
-            with torch.inference_mode():
-                arguments = layer, part.hidden_states, part.top_k_weights.float(), part.top_k_index.int(), None, None
-                total = total + method.apply(*arguments).double()
+            output = applied(method, layer, part.hidden_states, part.top_k_index, part.top_k_weights)
+            total = total + output.double()
         assert relative_error(total, oracle(case)) < 0.0042
 
     def test_a_capture_compiles_nothing(self):
@@ -579,32 +459,14 @@ class TestLayer:
     """vLLM's own layer, from router logits to the output, as Gemma 4's model code makes it."""
 
     def test_computes_the_experts_of_its_routing(self, registered, world):
-        layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.layer")
-        if not hasattr(layers, "FusedMoEFactory"):
-            pytest.skip(f"vLLM {vllm.__version__} makes its layers on an accelerator alone")
         case = random_experts()
         logits = torch.randn(16, E)
         weights, index = reference.route(logits, K)
-
-        def routing(hidden_states, gating_output, topk, renormalize):
-            weights, index = reference.route(gating_output, topk)
-            return weights, index.int()
-
-        layer = layers.FusedMoEFactory(
-            num_experts=E,
-            top_k=K,
-            hidden_size=H,
-            intermediate_size=N,
-            params_dtype=torch.float32,
-            custom_routing_function=routing,
-            activation="gelu_tanh",
-            prefix="model.layers.0.moe",
-        )
+        layer = model_layer("model.layers.0.moe", num_experts=E, top_k=K, hidden_size=H, intermediate_size=N)
         experts = layer.routed_experts
         assert type(experts.quant_method) is unquantized.CupymoeMoEMethod
         experts.w13_weight.data.copy_(case.gate_up_proj)
         experts.w2_weight.data.copy_(case.down_proj)
         experts.quant_method.process_weights_after_loading(experts)
-        with torch.inference_mode(), set_forward_context(None, get_current_vllm_config()):
-            output = layer(case.hidden_states, logits)
+        output = layer_output(layer, case.hidden_states, logits)
         assert max_error(output, oracle(case._replace(top_k_index=index, top_k_weights=weights))) < 1e-5

@@ -8,7 +8,6 @@ import importlib
 import pickle
 import pkgutil
 import weakref
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,35 +17,47 @@ import pytest
 import torch
 
 # It names vLLM's platform, before anything asks.
-host = pytest.importorskip("tests.integrations.test_vllm", reason="vLLM is not installed")
-from vllm.config import get_current_vllm_config  # noqa: E402
-from vllm.model_executor.layers import quantization  # noqa: E402
-from vllm.model_executor.layers.fused_moe import modular_kernel  # noqa: E402
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation as VllmActivation  # noqa: E402
-from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager  # noqa: E402
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase  # noqa: E402
-from vllm.model_executor.layers.fused_moe.oracle import int_wna16  # noqa: E402
-from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend  # noqa: E402
-from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend  # noqa: E402
-from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize  # noqa: E402
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
-from vllm.model_executor.layers.quantization import fp8 as vllm_fp8  # noqa: E402
-from vllm.model_executor.layers.quantization.compressed_tensors import (  # noqa: E402
-    compressed_tensors as vllm_compressed_tensors,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe  # noqa: E402
-from vllm.model_executor.model_loader import reload  # noqa: E402
+pytest.importorskip("tests.integrations.vllm_layers", reason="vLLM is not installed")
+import vllm
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers import quantization
+from vllm.model_executor.layers.fused_moe import modular_kernel
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation as VllmActivation
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+from vllm.model_executor.layers.fused_moe.prepare_finalize import BatchedPrepareAndFinalize
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization import fp8 as vllm_fp8
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_compressed_tensors
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe
+from vllm.model_executor.model_loader import reload
 
-from cupymoe import MoEActivation, reference  # noqa: E402
-from cupymoe.integrations import vllm as plugin  # noqa: E402
-from cupymoe.integrations.vllm import experts as vllm_experts  # noqa: E402
-from cupymoe.integrations.vllm import quantized, served, stored, warming  # noqa: E402
-from cupymoe.kernels import jit  # noqa: E402
-from tests.checkpoint.quantised import stored as written  # noqa: E402
-from tests.helpers import random_routing, relative_error  # noqa: E402
+from cupymoe import MoEActivation, reference
+from cupymoe.integrations import vllm as plugin
+from cupymoe.integrations.vllm import experts as vllm_experts
+from cupymoe.integrations.vllm import quantized, served, stored, warming
+from cupymoe.kernels import jit
+from tests.checkpoint.quantised import stored as written
+from tests.helpers import random_routing, relative_error
+from tests.integrations import vllm_layers
+from tests.integrations.vllm_layers import (
+    METHOD,
+    applied,
+    customised_configs,
+    layer_output,
+    model_layer,
+    parallel,
+    run,
+    unregister,
+    use_workspace_on_cuda,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
-_config, registered, world = host._config, host.registered, host.world
+vllm_config, registered, world = vllm_layers.vllm_config, vllm_layers.registered, vllm_layers.world
 E, H, I, K = 4, 256, 128, 2  # experts, hidden and intermediate size, experts of a token  # noqa: E741
 NAME = "model.layers.0.mlp.experts"
 
@@ -167,7 +178,7 @@ def served_here(registered, backend):
 
 def moe_config(**changes):
     sizes = {"num_experts": E, "num_local_experts": E, "num_logical_experts": E, "hidden_dim": H}
-    return host.moe_config(**{**sizes, "intermediate_size": I, "experts_per_token": K, **changes})
+    return vllm_layers.moe_config(**{**sizes, "intermediate_size": I, "experts_per_token": K, **changes})
 
 
 def config_of(settings):
@@ -217,22 +228,13 @@ def random_tokens(count=16, dtype=torch.float32, device="cpu"):
 
 
 def called(layer, tokens):
-    with torch.inference_mode():
-        return layer.quant_method.apply(
-            layer, tokens.hidden_states, tokens.weights.float(), tokens.index.int(), None, None
-        )
+    return applied(layer.quant_method, layer, *tokens)
 
 
 def truth(file, tokens, activation=MoEActivation.GELU_TANH):
     device = tokens.hidden_states.device
     weights = file.gate_up.to(device), file.down.to(device)
     return reference.experts(tokens.hidden_states.double(), *weights, tokens.index, tokens.weights, activation)
-
-
-def parallel(**changes):
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
-
-    return replace(FusedMoEParallelConfig.make_no_parallel(), **changes)
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -266,11 +268,11 @@ class TestConfigs:
         class Theirs(vllm_fp8.Fp8Config):
             pass
 
-        host.unregister()
-        monkeypatch.setitem(host.customised_configs, "fp8", Theirs)
+        unregister()
+        monkeypatch.setitem(customised_configs, "fp8", Theirs)
         with pytest.raises(RuntimeError, match=r"vLLM's fp8, which another plug-in has replaced by Theirs"):
             plugin.register()
-        assert host.NAME not in host.op_registry_oot  # nothing is registered by halves
+        assert METHOD not in op_registry_oot  # nothing is registered by halves
 
 
 class TestLoading:
@@ -298,7 +300,7 @@ class TestLoading:
     def test_vllm_dequantises_its_own_parameters_to_the_same_weights(self, registered, backend, monkeypatch, kind):
         file = checkpoint(kind)
         layer = loaded(kind, file)
-        host.unregister()
+        unregister()
         theirs = new_layer(KINDS[kind].config)
         load(theirs, file.tensors)
         assert type(theirs.quant_method).__module__.startswith("vllm.")
@@ -313,7 +315,7 @@ class TestLoading:
 
     def test_a_file_with_all_experts_in_a_tensor(self, served_here):
         if not hasattr(RoutedExperts, "_orient_fused_weight"):
-            pytest.skip(f"vLLM {host.vllm.__version__} takes such packed weights for transposed ones")
+            pytest.skip(f"vLLM {vllm.__version__} takes such packed weights for transposed ones")
         file, fused = checkpoint("int4 g32 zero"), {}
         for name in ("packed", "scale", "zero_point"):
             gate, up, down = (
@@ -439,7 +441,7 @@ class TestParallel:
         kernel = modular_kernel.FusedMoEKernel(BatchedPrepareAndFinalize(16, E, 1, 0), experts)
         weights = [layer.quant_method.weight(layer, projection) for projection in ("w13", "w2")]
         case = tokens.hidden_states, *weights, tokens.index, tokens.weights
-        output = host.run(kernel, case, global_num_experts=E)
+        output = run(kernel, case, global_num_experts=E)
         assert relative_error(output, truth(file, tokens)) < 1e-6
 
 
@@ -483,32 +485,14 @@ class TestCalls:
 
 def test_a_layer_of_a_model_from_router_logits_to_the_output(served_here, world):
     """As Gemma 4's model code makes it."""
-    layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.layer")
-    if not hasattr(layers, "FusedMoEFactory"):
-        pytest.skip(f"vLLM {host.vllm.__version__} makes its layers on an accelerator alone")
     file, tokens, logits = checkpoint("int4 g32"), random_tokens(), torch.randn(16, E)
-
-    def routing(hidden_states, gating_output, topk, renormalize):
-        weights, index = reference.route(gating_output, topk)
-        return weights, index.int()
-
-    layer = layers.FusedMoEFactory(
-        num_experts=E,
-        top_k=K,
-        hidden_size=H,
-        intermediate_size=I,
-        params_dtype=torch.float32,
-        custom_routing_function=routing,
-        activation="gelu_tanh",
-        quant_config=config_of(KINDS["int4 g32"].config),
-        prefix=NAME,
-    )
+    sizes = {"num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": I}
+    layer = model_layer(NAME, **sizes, quant_config=config_of(KINDS["int4 g32"].config))
     experts = layer.routed_experts
     assert type(experts.quant_method) is quantized.CupymoeQuantizedMoEMethod
     load(experts, file.tensors)
     experts.quant_method.process_weights_after_loading(experts)
-    with torch.inference_mode(), host.set_forward_context(None, get_current_vllm_config()):
-        output = layer(tokens.hidden_states, logits)
+    output = layer_output(layer, tokens.hidden_states, logits)
     weights, index = reference.route(logits, K)
     assert relative_error(output, truth(file, tokens._replace(index=index, weights=weights))) < 1e-6
 
@@ -700,10 +684,7 @@ class TestOnCuda:
 
     @pytest.fixture(autouse=True)
     def _workspace(self, served_here):
-        host.reset_workspace_manager()
-        host.init_workspace_manager(torch.device("cuda"))
-        # As large as it will be, before a graph holds its address.
-        host.current_workspace_manager().get_simultaneous(((1024 * H,), torch.bfloat16), ((0,), torch.bfloat16))
+        use_workspace_on_cuda(H)
 
     loaded = staticmethod(partial(loaded, device="cuda", in_dtype=torch.bfloat16))
 
