@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from cupymoe import MoEActivation, fused_experts, reference
-from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
+from cupymoe.kernels.expert_tiles import CUTS
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from tests.helpers import (
     max_error,
@@ -22,6 +20,7 @@ from tests.helpers import (
     run_python,
     transposed,
 )
+from tests.kernels.tiles import multiply
 
 pytestmark = pytest.mark.gpu
 
@@ -50,30 +49,16 @@ CASES = [
 ]
 
 
-def multiply(case, cut, activation=GELU_TANH, gate_up_bias=None, down_bias=None):
+def multiply_sorted(case, cut, activation=GELU_TANH, **biases):
     """Pairs in expert order, what experts_up gives, what experts_down makes of it; past the last slot, anything."""
-    num_experts, hidden, intermediate_size = case.down_proj.shape
-    shape = tile_shape_of(
-        *cut,
-        case.hidden_states.dtype,
-        activation,
-        num_experts,
-        hidden,
-        intermediate_size,
-        not case.gate_up_proj.is_contiguous(),
-        not case.down_proj.is_contiguous(),
-        gate_up_bias is not None,
-        down_bias is not None,
-    )
-    pairs = sort_by_expert(case.top_k_index, num_experts)
-    intermediate = experts_up_wgmma(case.hidden_states, case.gate_up_proj, pairs, shape, gate_up_bias)
-    return pairs, intermediate, experts_down_wgmma(intermediate, case.down_proj, pairs, shape, down_bias)
+    pairs = sort_by_expert(case.top_k_index, case.down_proj.shape[0])
+    return pairs, *multiply(case, pairs, cut, activation, **biases)
 
 
 def run(case, cut, activation=GELU_TANH, **biases):
     """The same on poisoned memory, without the unused rows."""
     poison_free_memory()
-    pairs, intermediate, output = multiply(case, cut, activation, **biases)
+    pairs, intermediate, output = multiply_sorted(case, cut, activation, **biases)
     kept = int(pairs.expert_offsets[-1])
     return pairs, intermediate[:kept], output[:kept]
 
@@ -210,14 +195,14 @@ def test_same_bits_from_either_cluster_and_every_time(num_tokens):
 SIDE_BY_SIDE = """
 import torch
 from tests.helpers import random_experts
-from tests.kernels.test_experts_wgmma import multiply
+from tests.kernels.test_experts_wgmma import multiply_sorted
 
 torch.manual_seed(0)
 case = random_experts(500, 128, 2816, 704, 8, dtype=torch.bfloat16, device="cuda")
-_, _, first = multiply(case, (2, 2))
+_, _, first = multiply_sorted(case, (2, 2))
 for _ in range(30):
     for _ in range(100):
-        _, _, again = multiply(case, (2, 2))
+        _, _, again = multiply_sorted(case, (2, 2))
     assert torch.equal(again, first)
 print("as the first")
 """

@@ -10,13 +10,12 @@ from cupymoe import MoEActivation, fused_experts
 from cupymoe.backends.fused import sorts_in_tiles
 from cupymoe.kernels.expert_map import map_kind
 from cupymoe.kernels.expert_tiles import CUTS, cut, few_pairs, tile_shape_of
-from cupymoe.kernels.experts_down_wgmma import experts_down_wgmma
-from cupymoe.kernels.experts_up_wgmma import experts_up_wgmma
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.sort_by_expert import sort_by_expert
 from cupymoe.kernels.unsorted_pairs import MAX_PAIRS, PairsKind, UnsortedPairs
 from cupymoe.ops import experts_call
 from tests.helpers import no_host_sync, poison_free_memory, random_biases, random_experts, transposed
+from tests.kernels.tiles import multiply
 
 INVARIANT = {"activation": MoEActivation.GELU_TANH, "numerics": "invariant"}
 GEMMA_4 = 128, 2816, 704
@@ -55,41 +54,26 @@ def test_a_ring_loses_no_stage_to_the_plan():
     assert max(widths) == 192
 
 
-def multiply(
-    case, expert_map=None, *, is_sorted, gate_up_bias=None, down_bias=None, activation=MoEActivation.GELU_TANH
-):
+def run(case, expert_map=None, *, is_sorted, **more):
     """Each pair's slot, and the experts' outputs in the order of the slots, on poisoned memory."""
     poison_free_memory()
-    num_experts, hidden, intermediate_size = case.down_proj.shape
+    num_experts, _, intermediate_size = case.down_proj.shape
     index = case.top_k_index
     load = Load.of(*index.shape, num_experts)
-    shape = tile_shape_of(
-        *cut(load, intermediate_size),
-        case.hidden_states.dtype,
-        activation,
-        num_experts,
-        hidden,
-        intermediate_size,
-        not case.gate_up_proj.is_contiguous(),
-        not case.down_proj.is_contiguous(),
-        gate_up_bias is not None,
-        down_bias is not None,
-        few_pairs=few_pairs(load),
-        unsorted=None if is_sorted else PairsKind(index.dtype, index.shape[1], map_kind(expert_map)),
-    )
     if is_sorted:
-        pairs = sort_by_expert(index, num_experts, expert_map=expert_map)
+        pairs, kind = sort_by_expert(index, num_experts, expert_map=expert_map), None
     else:
         pairs = UnsortedPairs.of(index, expert_map)
-    intermediate = experts_up_wgmma(case.hidden_states, case.gate_up_proj, pairs, shape, gate_up_bias)
-    output = experts_down_wgmma(intermediate, case.down_proj, pairs, shape, down_bias)
+        kind = PairsKind(index.dtype, index.shape[1], map_kind(expert_map))
+    few = few_pairs(load)
+    intermediate, output = multiply(case, pairs, cut(load, intermediate_size), **more, few_pairs=few, unsorted=kind)
     kept = int((pairs.slot_of_pair >= 0).sum())
     return pairs.slot_of_pair, intermediate[:kept], output[:kept]
 
 
 def check(case, expert_map=None, **more):
     """Slots and bits are those behind a sort, and nothing that lay in memory is among them."""
-    found, expected = (multiply(case, expert_map, is_sorted=is_sorted, **more) for is_sorted in (False, True))
+    found, expected = (run(case, expert_map, is_sorted=is_sorted, **more) for is_sorted in (False, True))
     assert found[2].isfinite().all()
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)

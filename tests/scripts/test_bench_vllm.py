@@ -11,7 +11,9 @@ from cupymoe.integrations.vllm import served
 from tests.scripts.replayed import Replayed
 
 # It names vLLM's platform, before anything asks.
-host = pytest.importorskip("tests.integrations.test_vllm", reason="vLLM is not installed")
+pytest.importorskip("tests.integrations.vllm_layers", reason="vLLM is not installed")
+from cupymoe.integrations.vllm.experts import CupymoeExperts
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 
 
@@ -35,7 +37,7 @@ def bench_vllm(monkeypatch):
 @pytest.fixture
 def without_triton(bench_vllm, monkeypatch):
     """Ours in the place of theirs, which a CPU can't run."""
-    monkeypatch.setattr(bench_vllm, "experts_class", lambda name: host.CupymoeExperts)
+    monkeypatch.setattr(bench_vllm, "experts_class", lambda name: CupymoeExperts)
 
 
 def test_each_row_has_times_and_errors_of_both(bench_vllm, without_triton):
@@ -52,7 +54,7 @@ def test_each_row_has_times_and_errors_of_both(bench_vllm, without_triton):
 
 def test_their_class_is_vllm_s_own(bench_vllm):
     assert bench_vllm.experts_class("vllm_triton").__module__.startswith("vllm.")
-    assert bench_vllm.experts_class("cupymoe") is host.CupymoeExperts
+    assert bench_vllm.experts_class("cupymoe") is CupymoeExperts
 
 
 def test_a_layer_that_cupymoe_does_not_serve_is_not_measured(bench_vllm, monkeypatch):

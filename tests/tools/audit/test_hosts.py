@@ -88,7 +88,7 @@ def test_a_stack_that_is_not_there_exits_with_2(monkeypatch, target):
 
 
 def test_vllm_s_gemma_4_through_cupymoe(monkeypatch):
-    host = pytest.importorskip("tests.integrations.test_vllm", reason="vLLM is not installed")
+    vllm_layers = pytest.importorskip("tests.integrations.vllm_layers", reason="vLLM is not installed")
     transformers_gemma4()
     from cupymoe.integrations import vllm as plugin
     from cupymoe.integrations.vllm import served
@@ -96,13 +96,13 @@ def test_vllm_s_gemma_4_through_cupymoe(monkeypatch):
     monkeypatch.setenv(served.ENVIRONMENT, "1")
     monkeypatch.setattr(served, "slow_reason", lambda *of_layer: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    host.unregister()
+    vllm_layers.unregister()
     plugin.register()
     try:
         result = invoke("vllm", "--json")
     finally:
-        host.unregister()
-        host.reset_workspace_manager()
+        vllm_layers.unregister()
+        vllm_layers.reset_workspace_manager()
     assert result.exit_code == 0, result.output
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert findings["asked for"]["detail"] == "the model's code asks its experts for 'gelu_tanh'"
