@@ -100,9 +100,9 @@ class Regime:
     down: Tiling
     transposed: Tiling
     """Of either GEMM, where its weight is transposed."""
-    inline_pairs: int
+    inline_pairs: int = 0
     """The most pairs of a call, where each block plans for itself; 0: any number, and plan_experts.cu plans before."""
-    fp32_slots: bool
+    fp32_slots: bool = False
     """Whether the experts' outputs stay fp32 until they are combined; else they are rounded to the dtype."""
     four_bits: Tiling | None = None
     """Of either GEMM, where its weight is codes of 4 bits. ``block_k`` is the most that it may be, and of stages there
@@ -123,7 +123,7 @@ class Regime:
         tiling = self.four_bits if stored.format.bits == 4 else self.eight_bits
         assert tiling is not None
         tiling = replace(tiling, block_k=_stage_depth(depth, tiling.block_k))
-        # For 32 rows in a warp and an adapter's, or 5 bytes for each 32 weights of them, there are no registers.
+        # Beside an adapter's registers, or a float32 scale and a zero for each 32 weights, a warp has none for 32 rows.
         has_most_groups = stored.has_zeros and stored.format.group == 32 and stored.scale_dtype == torch.float32
         if (has_adapter or has_most_groups) and self.tokens > 48:
             tiling = replace(tiling, row_blocks=1)
@@ -139,7 +139,6 @@ _UP_TO_4_PAIRS = Regime(
     up=Tiling(256, 4, k_warps=2),
     down=Tiling(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    inline_pairs=0,
     fp32_slots=True,
 )
 _UP_TO_16_PAIRS = Regime(
@@ -147,24 +146,18 @@ _UP_TO_16_PAIRS = Regime(
     up=Tiling(256, 3, k_warps=2, warps=4, blocks_per_sm=2),
     down=Tiling(256, 4, k_warps=2),
     transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
 )
 _UP_TO_32_PAIRS = Regime(
     tokens=48,
     up=Tiling(256, 3, k_warps=2),
     down=Tiling(256, 3, k_warps=2),
     transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
 )
 _MORE_PAIRS = Regime(
     tokens=80,
     up=Tiling(128, 4),
     down=Tiling(128, 4),
     transposed=_TRANSPOSED,
-    inline_pairs=0,
-    fp32_slots=False,
 )
 _PLANNED = (_UP_TO_4_PAIRS, _UP_TO_16_PAIRS, _UP_TO_32_PAIRS, _MORE_PAIRS)
 # The most pairs of an expert, on average, that each of these serves; the last serves all that are more.
@@ -194,7 +187,7 @@ def _inline_regime(intermediate_size: int) -> Regime:
 _DEEP, _DEEP_OF_FEW, _DEEP_OF_TWO = Tiling(704, 2), Tiling(704, 2, warps=4), Tiling(704, 2, warps=4, row_blocks=2)
 # 64 rows of bytes, as those of few codes of 4 bits.
 _BYTES_OF_FEW = Tiling(704, 2, k_warps=2)
-# 96 rows: of one token a block has fewer of gate_up_proj, and meets them as one tile.
+# 96 rows for one token: a block's part of gate_up_proj is then 85 rows on Hopper, one tile and not two.
 _DEEP_OF_ONE, _BYTES_OF_ONE = Tiling(704, 2, warps=6), Tiling(704, 2, warps=12, k_warps=2)
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
 _CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
@@ -209,8 +202,8 @@ us so and 22 with longer rings, 8 tokens 73 and 66."""
 
 @functools.cache
 def _regimes_of_codes(intermediate_size: int) -> tuple[Regime, ...]:
-    """Of Hopper's, where a weight is codes: for one token, for few and for more three whose blocks plan for themselves,
-    then by :data:`_MOST_PAIRS_OF_CODES`.
+    """Hopper's, where a weight is codes: three whose blocks plan for themselves, which are for one token, for few and
+    for more, then those of :data:`_MOST_PAIRS_OF_CODES`.
 
     Fewer tokens in a chunk than beside plain weights: what codes take is instructions, more with each eight tokens.
     """

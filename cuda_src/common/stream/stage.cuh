@@ -36,8 +36,8 @@
 #define TILE_UNITS (TILE_ROWS / 2)
 #define COLUMNS (TOKENS < 8 ? 8 : TOKENS)         // of products; those past TOKENS repeat tokens, and are not stored
 #define TOKEN_GROUPS (COLUMNS / 8 / TOKEN_WARPS)  // of a warp
-#define K_ROW_BYTES (TILE_ROWS * 2)              // of TRANSPOSED weights, in a stage
-#define TOKEN_ROW_BYTES (BLOCK_K * 2)            // in a stage
+#define K_ROW_BYTES (TILE_ROWS * 2)               // of TRANSPOSED weights, in a stage
+#define TOKEN_ROW_BYTES (BLOCK_K * 2)             // in a stage
 #define WEIGHT_ROW_BYTES ((u32)Weights::bytes(BLOCK_K))  // in a stage
 #define WEIGHT_BYTES (TILE_ROWS * WEIGHT_ROW_BYTES)
 #define FIRST_SCALE WEIGHT_BYTES                                     // in a stage

@@ -36,8 +36,8 @@ struct Weights {
 
     static __device__ __forceinline__ constexpr u64 bytes(u64 k) { return (k + 31) / 32 * (4 * Codec::kBits); }
 
-    // The rows that are loaded together, of 8 a pack or of 4 a pair of packs, then begin in different banks: a row is kSame times
-    // an odd number of those.
+    // So swapped, rows that are loaded together (kTogether: of 8 one unit, which is a pack, or of 4 one of two packs) begin in different
+    // banks. A row is kUnits long, which is kSame times an odd number, or a multiple of kTogether.
     static constexpr u32 kTogether = Codec::kBits == 4 ? 8 : 4, kUnit = 8 / kTogether, kUnits = BLOCK_K / kOfPack / kUnit;
     static constexpr u32 kSame = kUnits % kTogether == 0 ? kTogether : kUnits & -kUnits;
 
