@@ -38,7 +38,8 @@ typedef SCALAR scalar_t;
 
 struct DownBackGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = INTERMEDIATE;
-    static constexpr bool kDenseTokens = false;
+    static constexpr bool kDenseTokens = false, kTokensAreNew = false;
+    typedef RowLoader<DownBackGemm> Loader;
     static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const scalar_t* tokens;
     const int* token_of_slot;
@@ -51,10 +52,7 @@ struct DownBackGemm {
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
     // Brings the tile's part of token_of_slot near before the tile begins. One warp.
-    __device__ __forceinline__ void prefetch_rows(int first_slot, int slots) const {
-        int slot = threadIdx.x % 32 * 32;
-        if (slot < slots + 31) asm volatile("prefetch.global.L1 [%0];" ::"l"(token_of_slot + first_slot + min(slot, slots - 1)));
-    }
+    __device__ __forceinline__ void prefetch_rows(int first_slot, int slots) const { prefetch_of_slots(token_of_slot + first_slot, slots); }
 
     // The map is {k, 8 rows, 1, eights of rows, expert}; TRANSPOSED: {row, k, 1, 1, expert}.
     static __device__ __forceinline__ BoxStart box_start(int expert, u32 part, int box, int k) {

@@ -39,7 +39,7 @@ typedef SCALAR scalar_t;
 
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN, kColumns = HIDDEN;
-    static constexpr bool kDenseTokens = true, kScalesSlots = false;
+    static constexpr bool kDenseTokens = true, kTokensAreNew = true, kScalesSlots = false;
     static constexpr int kBoxes = BOXES;
     static constexpr u32 kWarpRows = 16, kHalfRows = 8;
     const TensorMap& token_map;

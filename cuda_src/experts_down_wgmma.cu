@@ -46,7 +46,7 @@ typedef SCALAR scalar_t;
 
 struct DownGemm {
     static constexpr u32 kDepth = INTERMEDIATE, kRows = HIDDEN;
-    static constexpr bool kDenseTokens = true;
+    static constexpr bool kDenseTokens = true, kTokensAreNew = true;
     static constexpr int kBoxes = TRANSPOSED ? BLOCK_N / 64 : 1;
     const TensorMap& token_map;
     scalar_t* expert_output;

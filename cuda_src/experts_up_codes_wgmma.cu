@@ -3,13 +3,13 @@
 // Reads  gate_up_map    TensorMap of its codes [NUM_EXPERTS, kRows, bytes] (kernels/coded_tiles.py), rows as there
 //        scales_map     the same of scales of groups; only with GROUP
 //        zeros_map      the same of their zero points; only with HAS_ZEROS
-//        token_map      TensorMap of the slots' token rows, turned (common/turned_rows.cuh), which operand_rows.cu, the grid before
-//                       this one, writes: SCALAR, or with SCALED_TOKENS fp16
-//        expert_offsets [NUM_EXPERTS + 1] i32     of sort_by_expert.cu
+//        tokens         [T, turned_columns(HIDDEN)] turned rows (common/turned_rows.cuh) of the tokens, of operand_rows.cu, the
+//                       grid before this one: SCALAR, or with SCALED_TOKENS fp16
+//        expert_offsets [NUM_EXPERTS + 1] i32, token_of_slot [slots] i32   of sort_by_expert.cu
 //        ticket         u32                      0; counts the tiles that are taken after each block's first
 //        row_scales     [NUM_EXPERTS, kRows] fp32, which multiply the sums; not read without HAS_ROW_SCALES
 //        bias           [NUM_EXPERTS, kRows] SCALAR, added before the activation; not read without HAS_BIAS
-//        token_factors  [slots] fp32              what operand_rows.cu took out of the rows; not read without SCALED_TOKENS
+//        token_factors  [T] fp32                  what operand_rows.cu took out of the rows; not read without SCALED_TOKENS
 // Writes intermediate   [slots, INTERMEDIATE] SCALAR, or with TURNS_OUTPUT turned rows, for experts_down_codes_wgmma.cu
 //        gate_up        [slots, kRows] SCALAR     what the activation is applied to, in the order of the weight's rows, for a
 //                       backward; not written without KEEPS_GATE_UP
@@ -36,17 +36,23 @@ typedef SCALAR scalar_t;
 
 struct UpGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE, kColumns = INTERMEDIATE;
-    static constexpr bool kDenseTokens = true, kScalesSlots = SCALED_TOKENS;
+    static constexpr u32 kTokenPitch = turned_columns(HIDDEN);
+    static constexpr bool kDenseTokens = false, kTokensAreNew = true, kScalesSlots = SCALED_TOKENS;
+    typedef LineLoader<UpGemm> Loader;
     static constexpr int kBoxes = GATED ? 1 : BOXES;
     // A stage has gate rows and then the up rows of the same columns.
     static constexpr u32 kWarpRows = GATED ? 8 : 16, kHalfRows = GATED ? TILE_ROWS / 2 : 8;
-    const TensorMap& token_map;
+    const OPERAND* tokens;
+    const int* token_of_slot;
     scalar_t* intermediate;
     const scalar_t* bias;
     scalar_t* gate_up;
     const float* token_factors;
 
-    __device__ __forceinline__ void prefetch_rows(int, int) const {}
+    __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
+
+    // Brings the tile's part of token_of_slot near before the tile begins. One warp.
+    __device__ __forceinline__ void prefetch_rows(int first_slot, int slots) const { prefetch_of_slots(token_of_slot + first_slot, slots); }
 
     // The first column that a warp has of a tile.
     static __device__ __forceinline__ u32 first_column(u32 tile_column, u32 warp) {
@@ -66,7 +72,7 @@ struct UpGemm {
     }
 
     // What was taken out of a slot's token row.
-    __device__ __forceinline__ float slot_factor(int slot) const { return token_factors[slot]; }
+    __device__ __forceinline__ float slot_factor(int slot) const { return token_factors[token_of_slot[slot]]; }
 
     __device__ __forceinline__ void store(const Tile& tile, int first_slot, u32 warp, const float (&sums)[4]) const {
         u32 column = first_column(tile.column, warp);
@@ -108,8 +114,8 @@ struct UpGemm {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 experts_up_codes_wgmma(const __grid_constant__ TensorMap gate_up_map, SCALES_PARAMETER ZEROS_PARAMETER
-                       const __grid_constant__ TensorMap token_map, const int* expert_offsets, u32* ticket, scalar_t* intermediate,
+                       const OPERAND* tokens, const int* expert_offsets, const int* token_of_slot, u32* ticket, scalar_t* intermediate,
                        const float* row_scales, const scalar_t* bias, scalar_t* gate_up, const float* token_factors) {
-    UpGemm gemm = {token_map, intermediate, bias, gate_up, token_factors};
+    UpGemm gemm = {tokens, token_of_slot, intermediate, bias, gate_up, token_factors};
     multiply_experts(gemm, CodedWeights{gate_up_map, SCALES_MAP, ZEROS_MAP, row_scales, {}}, Schedule{expert_offsets, ticket});
 }

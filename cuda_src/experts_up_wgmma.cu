@@ -44,7 +44,8 @@ typedef SCALAR scalar_t;
 
 struct UpGemm {
     static constexpr u32 kDepth = HIDDEN, kRows = (GATED ? 2 : 1) * INTERMEDIATE;
-    static constexpr bool kDenseTokens = false;
+    static constexpr bool kDenseTokens = false, kTokensAreNew = false;
+    typedef RowLoader<UpGemm> Loader;
     static constexpr u32 kColumns = BLOCK_N / (GATED ? 2 : 1);  // of the intermediate, that a part is for
     // Boxes of transposed weights are 64 columns, or with two halves side by side twice that.
     static constexpr bool kHalves = GATED && !INTERLEAVED;
@@ -64,10 +65,7 @@ struct UpGemm {
     __device__ __forceinline__ u32 row(int slot) const { return token_of_slot[slot]; }
 
     // Brings the tile's part of token_of_slot near before the tile begins. One warp.
-    __device__ __forceinline__ void prefetch_rows(int first_slot, int slots) const {
-        int slot = threadIdx.x % 32 * 32;
-        if (slot < slots + 31) asm volatile("prefetch.global.L1 [%0];" ::"l"(token_of_slot + first_slot + min(slot, slots - 1)));
-    }
+    __device__ __forceinline__ void prefetch_rows(int first_slot, int slots) const { prefetch_of_slots(token_of_slot + first_slot, slots); }
 #endif
 
     // The map is {k, 8 rows, gate or up, eights of rows, expert}, without up {k, 8 rows, 1, eights of rows, expert};

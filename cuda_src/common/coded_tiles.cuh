@@ -19,9 +19,9 @@
 // Chunk  A lane loads 32 k of both rows at a time, since each wait for shared memory and for products is a pause, and what two
 //        groups of 32 k share is made ready in one go. Of these 32 it decodes 8 neighbours, one word or two: nothing that a lane
 //        does with a word depends on which lane it is, and no other lane loads that word.
-// Dense  Token rows come in expert order, by the copy engine: operand_rows.cu copies them so for the gate_up projection. Gathered
-//        by 16-byte copies, as for plain tiles, they took the time of int4: 40 KB a stage at some 10 bytes a clock.
-// Turned Their columns come in the order of turned_rows.cuh, in which a product finds the k of the lanes' codes.
+// Tokens The down projection's rows are in expert order, so that the copy engine brings them; the gate_up projection's are gathered
+//        by 16-byte copies (LineLoader). A copy of its rows in expert order cost 5% of a call.
+// Turned Their columns are in the order of turned_rows.cuh, in which a product finds the k of the lanes' codes.
 // Scale  The scale of a group multiplies its weights, which are then rounded, by at most 0.502 units of the last place (PairScale).
 //        Weights of NVFP4 stay exact, as e2m1.cuh says. The scale of a row multiplies the sums in fp32, so that codes without
 //        groups are exact.
@@ -34,7 +34,8 @@
 // Includers define SCALAR, OPERAND (what products multiply: SCALAR or fp16), WEIGHTS and what codec.cuh wants with it, HAS_BIAS,
 // NUM_EXPERTS, BLOCK_THREADS, WARPGROUPS, CONSUMER_REGISTERS, TILE_SLOTS, CODE_ROW_BYTES, BLOCK_K and STAGES. A Gemm gives
 //   kDepth, kRows, kColumns   k, weight rows of an expert, outputs of a slot
-//   kDenseTokens, token_map   true, and the map of the slots' token rows
+//   kDenseTokens, token_map   whether slots are token rows, and the map of these; else LineLoader, and what it wants
+//   kTokensAreNew             as tiles/producer.cuh says
 //   kWarpRows, kHalfRows      how many rows of a stage lie between the first rows of two neighbouring warps, and of a warp's halves
 //   kBoxes                    how many boxes bring a stage's rows, one behind the other
 //   box_start()               where the first of a tile starts in the maps of the weight
@@ -251,6 +252,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[SUMS], LaneRows<Gemm
     typename LaneRows<Gemm>::Stored stored;
     auto await_stage = [&](u32 step) {
         wait_barrier(pipeline.filled(turn.stage), turn.parity);
+        if (!Gemm::kDenseTokens) order_copies_before_products();
         rows.load(stored, pipeline.weights(turn.stage), step, 0);
     };
     constexpr int kAtOnce = WARPGROUPS == 3 && kSlots <= 96 && !HAS_ZEROS ? 2 : 1;  // 16 k: as operands have registers

@@ -17,10 +17,9 @@
 //        adds is not rounded by itself. Past LOW_RANK there are zeros up to a whole step: a loop of its own for fewer k would cost
 //        the main loop more than they do, as ptxas then has no registers left to describe products ahead.
 //
-// A Gemm gives kDepth (k), kRows (weight rows of an expert), kDenseTokens (slots are token rows, written by the grid before),
-// where a slot's token row is, kBoxes and box_start() of a part, prefetch_inputs(), which brings near what the store of a tile will
-// load, and store(), which gets the sums of 16 slots a warp. Where there is a bias, also bias and weight_row(), which says what the
-// map brings where.
+// A Gemm gives kDepth (k), kRows (weight rows of an expert), what tiles/producer.cuh wants of it, kBoxes and box_start() of a part,
+// prefetch_inputs(), which brings near what the store of a tile will load, and store(), which gets the sums of 16 slots a warp.
+// Where there is a bias, also bias and weight_row(), which says what the map brings where.
 #pragma once
 #define UNIT_SLOTS 128  // a product of 64 slots for each slot group of each block
 #define TILE_SLOTS (UNIT_SLOTS * PRODUCTS)

@@ -174,8 +174,7 @@ def _variants(arch: Arch) -> Iterator[Variant]:
         yield experts_up_wgmma.variant(tile_shape)
         yield experts_down_wgmma.variant(tile_shape)
     for dtype, narrowed in ((torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)):
-        for top_k in (sizes.top_k_experts, 0):
-            yield operand_rows.variant(dtype, sizes.hidden_size, top_k, narrowed)
+        yield operand_rows.variant(dtype, sizes.hidden_size, narrowed)
     for tile_shape in _coded_tile_shapes():
         yield experts_up_codes_wgmma.variant(tile_shape)
         yield experts_up_codes_wgmma.variant(replace(tile_shape, keeps_gate_up=True))

@@ -84,14 +84,16 @@ class _Cut(NamedTuple):
     decoding."""
 
     warpgroups: int
-    code_row_bytes: int
+    four_bit_row_bytes: int
+    """What a stage has of the codes of a row, where these have 4 bits; of 8 bits without groups it is 128 bytes."""
     registers: int
     """Of each thread that multiplies; those that fill the ring have 40 or 56."""
 
 
 # By the most slots of a tile. In int4 at Gemma 4's sizes on an H200 a call with 16 slots an expert takes 196 us by
 # tiles of 32 slots, 210 with rows of 64 bytes, and 222 by tiles of 160; with 64 slots an expert by tiles of 96 it takes
-# 316 us, 318 with rows of 64 bytes, and 334 by tiles of 160 (benchmarks/NOTES.md).
+# 316 us, 318 with rows of 64 bytes, and 334 by tiles of 160. At 4096 tokens int8 takes 858 us by rows of 128 bytes
+# and 917 by 64, FP8 861 and 878 (benchmarks/NOTES.md).
 _CUTS = {32: _Cut(6, 128, 72), 64: _Cut(5, 128, 88), 96: _Cut(4, 64, 104), 160: _Cut(3, 64, 152)}
 SLOTS = (*_CUTS,)
 """The most of a tile, by :func:`coded_slots`."""
@@ -109,6 +111,8 @@ def coded_tiling(num_experts: int, stored: StoredWeight, slots: int) -> CodedTil
     """Tiles of so many slots, one of what :func:`coded_slots` chooses from, and as many stages as fit."""
     assert stored.format is not None
     warpgroups, code_row_bytes, registers = _CUTS[slots]
+    if stored.format.bits == 8 and stored.format.group is None:
+        code_row_bytes = 128  # of FP8 with groups ptxas serialises the products then
     if _scale_bytes(stored, code_row_bytes) > SCALE_ROW_BYTES:
         code_row_bytes //= 2
     block_k = code_row_bytes * 8 // stored.format.bits

@@ -9,8 +9,8 @@ import torch
 
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.bridge import current_stream
-from cupymoe.kernels.coded_tiles import BOX_SLOTS, CodedTiling, RowOrder, Scales, coded_maps, defines, tiling_of
-from cupymoe.kernels.expert_tiles import TileShape, grid, slot_map
+from cupymoe.kernels.coded_tiles import CodedTiling, RowOrder, Scales, coded_maps, defines, tiling_of
+from cupymoe.kernels.expert_tiles import TileShape, grid
 from cupymoe.kernels.jit import Variant, kernel
 from cupymoe.kernels.launch import Kernel
 from cupymoe.kernels.operand_rows import operand_rows
@@ -45,7 +45,7 @@ def _prepared(shape: TileShape, device: int) -> tuple[Kernel, tuple[int, int], C
         device,
         shared_bytes=tiling.shared_bytes,
         dependent=True,
-        tensor_maps=shape.gate_up_stored.maps + 1,
+        tensor_maps=shape.gate_up_stored.maps,
     )
     is_gated, is_interleaved = shape.activation.is_gated, shape.activation.is_interleaved
     return run, grid(device), tiling, RowOrder(2 if is_gated else 1, is_interleaved)
@@ -84,8 +84,9 @@ def experts_up_codes_wgmma(
         tiling.threads,
         current_stream(device),
         *coded_maps(codes, scales, order, tiling),
-        *slot_map(rows, BOX_SLOTS),
+        rows.data_ptr(),
         pairs.expert_offsets.data_ptr(),
+        pairs.token_of_slot.data_ptr(),
         pairs.tickets.data_ptr(),
         intermediate.data_ptr(),
         scales.row_scales_address,

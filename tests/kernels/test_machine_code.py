@@ -39,7 +39,7 @@ def copying_variants() -> Iterator[Variant]:
         for shape in stream.kinds(num_tokens, 32, 2880, 2880, 4):
             yield experts_up.variant(shape)
             yield experts_down.variant(shape)
-    gathering = "experts_up", "experts_down", "experts_up_wgmma"
+    gathering = "experts_up", "experts_down", "experts_up_codes_wgmma"
     quantised = (each for each in catalog.variants() if any("GROUP=" in define for define in each.defines))
     yield from [each for each in quantised if each.source in gathering][::4]  # all of them take 20 minutes
     for sizes in tiles.SIZES:

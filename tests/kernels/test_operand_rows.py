@@ -22,12 +22,11 @@ def in_order(rows, columns):
 
 
 def narrowed_rows(rows):
-    """The rows and their factors, in the order of the tokens again."""
+    """The rows, their columns in order again, and their factors."""
     pairs = sort_by_expert(torch.randint(7, (len(rows), 1), device="cuda"), 7)
     poison_free_memory()
     narrowed, factors = operand_rows(rows, pairs, narrowed=True)
-    order = pairs.slot_of_pair.flatten().long()
-    return in_order(narrowed[order], rows.shape[1]), factors[order]
+    return in_order(narrowed, rows.shape[1]), factors
 
 
 def check(rows):
@@ -50,22 +49,26 @@ def check(rows):
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "columns", "top_k"), [(1, 4, 8, 4), (130, 16, 2816, 8), (77, 5, 264, 3)]
 )
-def test_every_slot_has_its_token(num_tokens, num_experts, columns, top_k, dtype):
-    """Masked pairs have none: rows past the last slot stay what they were."""
+def test_every_token_has_its_row(num_tokens, num_experts, columns, top_k, dtype):
+    """Also those whose pairs are masked; rows in expert order are turned by themselves, those past the last not."""
     rows = torch.randn(num_tokens, columns, device="cuda").to(dtype)
     index = random_routing(num_tokens, num_experts, top_k, device="cuda")[1]
     index[::3, 0] = -1
     pairs = sort_by_expert(index, num_experts)
     kept = int(pairs.expert_offsets[-1])
-    tokens = pairs.token_of_slot[:kept].long()
+    in_expert_order = torch.randn(index.numel(), columns, device="cuda").to(dtype)
     poison_free_memory()
+    garbage = torch.full_like(turned(in_expert_order), torch.nan)  # whose memory the next tensor of its size gets
+    del garbage
+    copied = turned_rows(in_expert_order, pairs)
+    assert torch.equal(copied[:kept], turned(in_expert_order[:kept]))
+    assert copied[kept:].isnan().all()
     copied, factors = operand_rows(rows, pairs, narrowed=False)
     assert factors is None
-    assert torch.equal(copied[:kept], turned(rows[tokens]))
-    assert torch.equal(turned_rows(rows[tokens], pairs), copied[:kept])
+    assert torch.equal(copied, turned(rows))
     if dtype == BF16:
         narrowed, factors = operand_rows(rows, pairs, narrowed=True)
-        assert torch.equal(narrowed[:kept].float() * factors[:kept, None], turned(rows[tokens]).float())
+        assert torch.equal(narrowed.float() * factors[:, None], turned(rows).float())
 
 
 # Less than 32 columns, less than a warp's packs, whole packs of a warp, Gemma 4's; ends of every kind in a 32.
@@ -98,7 +101,7 @@ def test_what_is_no_number_stays_so():
 
 @pytest.mark.parametrize("max_tokens", [1, 9, 300])
 def test_rows_of_a_batch(max_tokens):
-    """Those that count, one after the other; no other row of the output is written."""
+    """Those that count, each in its place; no other row of the output is written."""
     rows = torch.randn(12 * max_tokens, 264, device="cuda").to(BF16)
     counts = torch.randint(-1, max_tokens + 2, (12,), dtype=torch.int32, device="cuda")
     counted = (torch.arange(max_tokens, device="cuda") < counts.unsqueeze(1)).flatten()
@@ -108,10 +111,9 @@ def test_rows_of_a_batch(max_tokens):
     del garbage
     narrowed, factors = operand_rows(rows, slots, narrowed=True)
     copied, _ = operand_rows(rows, slots, narrowed=False)
-    kept = int(counted.sum())
-    assert torch.equal(copied[:kept], turned(rows[counted]))
-    assert torch.equal(narrowed[:kept].float() * factors[:kept, None], turned(rows[counted]).float())
-    assert narrowed[kept:].isnan().all()
+    assert torch.equal(copied[counted], turned(rows[counted]))
+    assert torch.equal(narrowed[counted].float() * factors[counted, None], turned(rows[counted]).float())
+    assert narrowed[~counted].isnan().all()
 
 
 def test_zeros():

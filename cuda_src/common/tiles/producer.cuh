@@ -7,8 +7,9 @@
 //        weights go first: each is wanted once, and what the next grid reads stays. From there to TOKENS_KEPT_BELOW tokens
 //        stay: other experts want them again. Each is 1 to 2% of a call there, and both together less than either.
 //
-// Of a Gemm it wants kDenseTokens (slots are token rows, written by the grid before), where a slot's token row is, or their map; of
-// Weights adapter, and load(), with which one thread orders a stage's part of them and says how many bytes will arrive.
+// Of a Gemm it wants kDenseTokens (slots are token rows) and their map, or the Loader of token rows that lie anywhere and what that wants,
+// and kTokensAreNew (the grid before writes the token rows, and nothing else that is read here); of Weights adapter, and load(), with
+// which one thread orders a stage's part of them and says how many bytes will arrive.
 #pragma once
 #include "../tensor_copy.cuh"
 #include "../warpgroup.cuh"
@@ -34,7 +35,14 @@ struct Adapter {
     const SCALAR* low;
 };
 
-// The token rows of a tile, each thread one 16-byte pack of every ROWS_PER_PASS-th row.
+// Brings near what a tile's slots have of an array of 4 bytes each. One warp.
+__device__ __forceinline__ void prefetch_of_slots(const int* first, int slots) {
+    int slot = threadIdx.x % 32 * 32;
+    if (slot < slots + 31) asm volatile("prefetch.global.L1 [%0];" ::"l"(first + min(slot, slots - 1)));
+}
+
+// The token rows of a tile, each thread one 16-byte pack of every ROWS_PER_PASS-th row. It makes their addresses anew for each stage, as
+// these would take more registers than it has.
 template <class Gemm> struct RowLoader {
     u32 rows[PASSES], passes, offset;
     const unsigned char* source;
@@ -84,7 +92,45 @@ template <class Gemm> struct RowLoader {
     }
 };
 
-// Dense tokens are what the previous grid writes; weights, offsets and choices are older, so the first weights come before its end.
+// The same, for at most ten rows of a thread, each of several lines. It keeps their addresses: an address that is made while copies
+// are on their way waits until one of them has left its registers, and with 20 copies of a stage these waits took longer than
+// the products.
+template <class Gemm> struct LineLoader {
+    u32 passes, offset;
+    const unsigned char* rows[PASSES];  // the next stage's part
+
+    __device__ __forceinline__ LineLoader(const Gemm& gemm, const Tile& tile, u32 thread) {
+        static_assert(PASSES <= 10 && PASSES % 2 == 0, "PASSES");
+        u32 row = thread / 8, pack = thread % 8;
+        passes = (tile.slots + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+        offset = row * ROW_BYTES + (pack ^ row % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            rows[i] = reinterpret_cast<const unsigned char*>(gemm.tokens + pack * 8);
+            if (i < passes) {
+                u64 row_of_slot = gemm.row(tile.first_slot + min((int)row + i * ROWS_PER_PASS, tile.slots - 1));
+                rows[i] += row_of_slot * (Gemm::kTokenPitch * sizeof(SCALAR));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load(u32 stage, u32 step, u64 policy) {
+        u32 to = stage + offset, k = step * BLOCK_K + threadIdx.x % 8 * 8;
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            if (i % 2 == 0 && i >= passes) break;
+#pragma unroll
+            for (int line = 0; line < LINES; line++) {
+                u32 bytes = Gemm::kTokenPitch % BLOCK_K == 0 || k + line * (ROW_BYTES / 2) < Gemm::kTokenPitch ? 16 : 0;
+                copy_pack(to + line * LINE_BYTES + i * (ROWS_PER_PASS * ROW_BYTES), rows[i] + line * ROW_BYTES, bytes, policy);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) rows[i] += BLOCK_K * sizeof(SCALAR);
+    }
+};
+
+// Where tokens are new, weights, offsets and choices are older: so the first weights come before the end of the previous grid.
 template <class Gemm, class Weights>
 __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Weights& weights, const Schedule& schedule, const Pipeline& pipeline) {
     u32 thread = threadIdx.x - CONSUMER_THREADS, rank = rank_in_cluster();
@@ -110,7 +156,7 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Weights& weigh
         if (leader) arrive_expecting(pipeline.tile_ready(index), BLOCKS == 1 ? 0 : sizeof(Tile));
         __syncwarp();
         Tile tile = pipeline.tile(index);
-        if (Gemm::kDenseTokens && index == 0) {
+        if (Gemm::kTokensAreNew && index == 0) {
             if (leader && tile.expert >= 0) {
                 for (; ahead < min((u32)STAGES, kDepthSteps<Gemm>); ahead++) load_weights(tile, ahead, ahead);
             }
@@ -139,14 +185,18 @@ __device__ __forceinline__ void fill_ring(const Gemm& gemm, const Weights& weigh
             }
             __syncwarp();
         } else {
-            RowLoader<Gemm> loader(gemm, tile, thread);
+            typename Gemm::Loader loader(gemm, tile, thread);
 #pragma unroll 1  // of four unrolled steps ptxas made copies that tests/kernels/test_machine_code.py calls broken
             for (u32 step = 0; step < kSteps<Gemm>; step++, turn.next()) {
                 wait_barrier(pipeline.emptied(turn.stage), turn.parity);
-                if (leader) load_weights(tile, step, turn.stage);
+                if (leader && step >= ahead) load_weights(tile, step, turn.stage);
                 u32 to = pipeline.tokens(turn.stage);
-                if (is_of_adapter<Gemm>(step)) loader.load_low(to, tile, weights.adapter.low, step_of_adapter<Gemm>(step), tokens_policy);
-                else loader.load(to, step, tokens_policy);
+                if constexpr (LOW_RANK > 0) {
+                    if (is_of_adapter<Gemm>(step)) loader.load_low(to, tile, weights.adapter.low, step_of_adapter<Gemm>(step), tokens_policy);
+                    else loader.load(to, step, tokens_policy);
+                } else {
+                    loader.load(to, step, tokens_policy);
+                }
                 arrive_after_copies(pipeline.filled(turn.stage));
             }
         }

@@ -29,7 +29,7 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights
         }
         publish_barriers();
     }
-    if (!Gemm::kDenseTokens) {
+    if (!Gemm::kTokensAreNew) {
         wait_for_previous_grid();
         if (LOW_RANK > 0) order_writes_before_bulk_copies();  // which the factor may be
         release_next_grid();
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_experts(const Gemm& gemm, const Weights
     sync_cluster();
     if (threadIdx.x < CONSUMER_THREADS) {
         grow_registers<CONSUMER_REGISTERS>();
-        if (Gemm::kDenseTokens) {
+        if (Gemm::kTokensAreNew) {
             wait_for_previous_grid();
             release_next_grid();
         }
