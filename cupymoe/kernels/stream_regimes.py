@@ -127,6 +127,8 @@ class Regime:
         has_most_groups = stored.has_zeros and stored.format.group == 32 and stored.scale_dtype == torch.float32
         if (has_adapter or has_most_groups) and self.tokens > 48:
             tiling = replace(tiling, row_blocks=1)
+        if tiling.shared_bytes(self.tokens, stored) > shared_bytes:  # of two stages; scales and zeros may be many
+            tiling = replace(tiling, block_k=min(tiling.block_k, 256))
         return _fitted(tiling, self.tokens, shared_bytes, stored)
 
 
@@ -191,13 +193,15 @@ _BYTES_OF_FEW = Tiling(704, 2, k_warps=2)
 _DEEP_OF_ONE, _BYTES_OF_ONE = Tiling(704, 2, warps=6), Tiling(704, 2, warps=12, k_warps=2)
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
 _CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
-# Half as many, where there is half of the memory.
-_BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
+# Where there is half of the memory: 48 rows of bytes for one token, half as many rows as above and whole ones of 256 k.
+_HALF_OF_ONE, _HALF_OF_CODES, _SHALLOW = Tiling(704, 2, warps=6, k_warps=2), Tiling(256, 2, k_warps=2), Tiling(256, 2)
 # Of more tokens; for all of them in a warp there are no registers.
 _CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
-_MOST_PAIRS_SHARING = 32
-"""Of a call on codes up to which both rings fit a multiprocessor together, see ``_inline_regime``: one token takes 20
-us so and 22 with longer rings, 8 tokens 73 and 66."""
+_MOST_PAIRS_OF_FEW = 32
+"""Of a call on codes that is one of few. Both rings of those fit a Hopper multiprocessor together, see
+``_inline_regime``: one token takes 20 us so and 22 with longer rings, 8 tokens 73 and 66."""
+_MUCH_SHARED_BYTES = 160 * 1024
+"""Of a block, from which on a portable regime is for the cards that have 163 KB; below they are for 99 KB."""
 
 
 @functools.cache
@@ -230,43 +234,56 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
     the time, and warps lie two by four over tokens and rows.
     """
 
-    def new(
-        tokens: int,
-        tiling: Tiling,
-        transposed: Tiling,
-        four_bits: Tiling,
-        eight_bits: Tiling,
-        *,
-        fp32_slots: bool = False,
-    ) -> Regime:
+    def new(tokens: int, tiling: Tiling, transposed: Tiling, *, fp32_slots: bool = False) -> Regime:
         room = shared_bytes - _STATIC_BYTES
         of_both = _fitted(tiling, tokens, room)
-        of_transposed = _fitted(transposed, tokens, room)
-        return Regime(tokens, of_both, of_both, of_transposed, 0, fp32_slots, four_bits, eight_bits)
+        return Regime(tokens, of_both, of_both, _fitted(transposed, tokens, room), 0, fp32_slots)
 
     def inline(transposed: Tiling) -> Regime:
         # Not as many stages as fit: with seven in 163 KB a call of 16 tokens takes 248 us, with four 239.
         tiling, room = Tiling(256, 4, k_warps=4), shared_bytes - _STATIC_BYTES_OF_PLAN
-        of_transposed = _fitted(transposed, 8, room)
-        return Regime(8, tiling, tiling, of_transposed, _INLINE_PAIRS, True, _DEEP_OF_FEW, _BYTES_OF_8)
+        return Regime(8, tiling, tiling, _fitted(transposed, 8, room), _INLINE_PAIRS, True)
 
     wide, square = Tiling(64, 2), Tiling(64, 2, token_warps=2, row_blocks=2)
-    of_bytes, codes_of_96 = Tiling(128, 2), Tiling(64, 2, token_warps=2)
-    if shared_bytes < 160 * 1024:
+    if shared_bytes < _MUCH_SHARED_BYTES:
         return (
             inline(Tiling(128, 2, k_warps=2)),
-            new(16, wide, wide, _CODES, of_bytes, fp32_slots=True),
-            new(32, wide, wide, of_bytes, of_bytes),
-            new(48, square, wide, of_bytes, of_bytes),
-            new(96, square, square, codes_of_96, codes_of_96),
+            new(16, wide, wide, fp32_slots=True),
+            new(32, wide, wide),
+            new(48, square, wide),
+            new(96, square, square),
         )
     deep, deep_square = Tiling(256, 2, k_warps=2), replace(square, block_k=128)
     return (
         inline(deep),
-        new(32, deep, Tiling(128, 2), _CODES, _CODES, fp32_slots=True),
-        new(32, deep, Tiling(128, 2), _CODES, _CODES),
-        new(48, deep_square, wide, _CODES_OF_48, _CODES_OF_48),
-        new(64, deep_square, square, _CODES_OF_80, _CODES_OF_80),
+        new(32, deep, Tiling(128, 2), fp32_slots=True),
+        new(32, deep, Tiling(128, 2)),
+        new(48, deep_square, wide),
+        new(64, deep_square, square),
+    )
+
+
+@functools.cache
+def _portable_regimes_of_codes(shared_bytes: int) -> tuple[Regime, ...]:
+    """The same where a weight is codes, in the order of :func:`_regimes_of_codes`. With 99 KB, tiles up to 128 tokens
+    at Gemma 4's sizes were chosen from some ten each (benchmarks/NOTES.md)."""
+    inline, few, *more = _portable_regimes(shared_bytes)
+    # For plain regimes, and the codes of 4 and of 8 bits in them.
+    if shared_bytes < _MUCH_SHARED_BYTES:
+        of_bytes, codes_of_96 = Tiling(128, 2), Tiling(64, 2, token_warps=2)
+        few_of_codes = (replace(few, tokens=8), _SHALLOW), (few, _SHALLOW)
+        tiles = of_bytes, of_bytes, codes_of_96
+    else:
+        few_of_codes = (few, _CODES), (few, _CODES)
+        tiles = _CODES, _CODES_OF_48, _CODES_OF_80
+    return (
+        replace(inline, tokens=1, four_bits=_BYTES_OF_ONE, eight_bits=_HALF_OF_ONE),
+        replace(inline, four_bits=_BYTES_OF_FEW, eight_bits=_HALF_OF_CODES),
+        replace(inline, four_bits=_SHALLOW, eight_bits=_HALF_OF_CODES),
+        *(
+            replace(plain, four_bits=tiling, eight_bits=tiling)
+            for plain, tiling in (*few_of_codes, *zip(more, tiles, strict=True))
+        ),
     )
 
 
@@ -292,16 +309,18 @@ def regime(
     pairs = load.pairs_per_expert
     most_inline = _INLINE_PAIRS_WITH_ADAPTER if has_adapter else _INLINE_PAIRS
     is_inline = plans_inline and load.num_pairs <= most_inline and pairs <= _INLINE_PAIRS_PER_EXPERT
-    if arch.shared_bytes_of_block < HOPPER.shared_bytes_of_block:
-        inline, *planned = _portable_regimes(arch.shared_bytes_of_block)
-        bounds = _MOST_PAIRS_OF_CODES[1:] if has_codes else _MOST_PAIRS
-    elif has_codes:
-        of_one, of_few, inline, *planned = _regimes_of_codes(intermediate_size)
+    shared_bytes = arch.shared_bytes_of_block
+    is_portable = shared_bytes < HOPPER.shared_bytes_of_block
+    if has_codes:
+        of_codes = _portable_regimes_of_codes(shared_bytes) if is_portable else _regimes_of_codes(intermediate_size)
+        of_one, of_few, inline, *planned = of_codes
         bounds = _MOST_PAIRS_OF_CODES
-        if load.num_pairs <= _MOST_PAIRS_SHARING:
+        if load.num_pairs <= _MOST_PAIRS_OF_FEW:
             inline = of_one if load.num_tokens == 1 else of_few
     else:
-        inline, *planned = _inline_regime(intermediate_size), *_PLANNED
+        inline, *planned = (
+            _portable_regimes(shared_bytes) if is_portable else (_inline_regime(intermediate_size), *_PLANNED)
+        )
         bounds = _MOST_PAIRS
     if is_invariant:
         return planned[-1]
