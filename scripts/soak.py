@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Calls of one layer without end: random numbers of tokens on one stream, no growth of memory, right results.
 
+With ``--training`` these are training steps of its experts, in each of the modes that users train by.
+
 Memory is compared between the middle and the end of the run: by then every kernel is compiled and every cache is full.
 """
 
@@ -18,14 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cupymoe import Gemma4MoE, Gemma4MoEConfig, reference
+from cupymoe import Gemma4MoE, Gemma4MoEConfig
 from cupymoe.kernels import cuda_sources, jit
-from cupymoe.tools.verification.experts import bound
-from cupymoe.tools.verification.result import SHAPES, relative_error
+from cupymoe.tools.verification.result import SHAPES
+from scripts.soaking.inference import Inference
+from scripts.soaking.training import Training
 
+CALLS, TRAINING_STEPS = 200_000, 20_000
 MAX_TOKENS = 8192
 CHECK_EVERY = 100
-CHECKED_TOKENS = 256
 MB = 2**20
 
 
@@ -62,64 +65,60 @@ def growth(middle: Memory, end: Memory) -> list[str]:
     ]
 
 
-def error(moe: Gemma4MoE, states: torch.Tensor, output: torch.Tensor) -> float:
-    """Relative error of some tokens of a call against float64, routed as the call was."""
-    weights, index = moe.router.route(states)
-    rows = torch.randperm(len(states), device=states.device)[:CHECKED_TOKENS]
-    gate_up_proj, down_proj = (moe.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
-    truth = reference.experts(
-        states[rows].double(), gate_up_proj, down_proj, index[rows], weights[rows], moe.experts.activation
-    )
-    return relative_error(output[rows], truth)
-
-
-def new_layer(config: Gemma4MoEConfig) -> Gemma4MoE:
+def new_layer(config: Gemma4MoEConfig, device: str = "cuda") -> Gemma4MoE:
     """A layer with random weights that keep the variance."""
     with torch.device("meta"):
         moe = Gemma4MoE(config).to(torch.bfloat16)
-    moe.to_empty(device="cuda")
+    moe.to_empty(device=device)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0)
     return moe
 
 
 @click.command()
-@click.option("--calls", type=click.IntRange(min=2), default=200_000, show_default=True)
+@click.option(
+    "--training", is_flag=True, help="Training steps of the experts instead: forward and backward; needs PEFT."
+)
+@click.option(
+    "--calls",
+    type=click.IntRange(min=2),
+    help=f"How many calls or training steps.  [default: {CALLS}, or {TRAINING_STEPS} with --training]",
+)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(calls: int, shape: str, seed: int) -> None:
-    """Call one layer for random numbers of tokens. Exits with 1 if memory grows or a checked result is wrong."""
+def main(training: bool, calls: int | None, shape: str, seed: int) -> None:
+    """Call one layer for random numbers of tokens.
+
+    Exits with 1 if memory grows, a checked result is wrong, or the second half compiles a kernel.
+    """
     if not torch.cuda.is_available():
         raise click.ClickException("soak.py needs a CUDA device")
+    calls = calls or (TRAINING_STEPS if training else CALLS)
     click.echo(f"{torch.cuda.get_device_name()}, {shape}, seed {seed}, cuda_src {cuda_sources.sha256()}")
     torch.manual_seed(seed)
-    numbers = random.Random(seed)
     config = SHAPES[shape]
-    errors: list[float] = []
-    middle, start = None, time.perf_counter()
-    with torch.inference_mode():
-        moe = new_layer(config)
-        states = torch.randn(2 * MAX_TOKENS, config.hidden_size, dtype=torch.bfloat16, device="cuda")
-        for call in range(1, calls + 1):
-            first, num_tokens = numbers.randrange(MAX_TOKENS), numbers.randint(1, MAX_TOKENS)
-            output = moe(states[first : first + num_tokens])
-            if call % CHECK_EVERY == 0 or call == calls:
-                errors.append(error(moe, states[first : first + num_tokens], output))
-            del output
-            if call == calls // 2:
-                middle, compiled = memory(), jit.compiled_variants()
-            if call % max(1, calls // 10) == 0:
-                used = ", ".join(f"{name} {size / MB:.1f} MB" for name, size in memory()._asdict().items())
-                click.echo(f"{call:8} calls, {time.perf_counter() - start:6.1f} s, {used}")
-        end = memory()
+    start = time.perf_counter()
+    moe = new_layer(config)
+    states = torch.randn(2 * MAX_TOKENS, config.hidden_size, dtype=torch.bfloat16, device="cuda")
+    soaked = (Training if training else Inference)(moe, states, random.Random(seed))
+    middle = None
+    for call in range(1, calls + 1):
+        soaked.step(is_checked=call % CHECK_EVERY == 0 or call == calls)
+        if call == calls // 2:
+            middle, compiled = memory(), jit.compiled_variants()
+        if call % max(1, calls // 10) == 0:
+            used = ", ".join(f"{name} {size / MB:.1f} MB" for name, size in memory()._asdict().items())
+            click.echo(f"{call:8} {soaked.unit}, {time.perf_counter() - start:6.1f} s, {used}")
+    end = memory()
     assert middle is not None
-    worst, allowed = torch.tensor(errors).max().item(), bound(torch.bfloat16)  # torch's max keeps a NaN
-    faults = growth(middle, end)
-    if not worst <= allowed:
-        faults.append(f"a checked result has a relative error of {worst:.5f}, {allowed:.5f} is allowed")
+    faults = growth(middle, end) + soaked.faults()
+    click.echo(f"{calls} {soaked.unit}, {soaked.checked} checked")
+    for name, (error, allowed) in soaked.errors().items():
+        click.echo(f"{name}: relative error at most {error:.5f} of {allowed:.5f}")
+        if not error <= allowed:  # a NaN is a fault, too
+            faults.append(f"{name}: a relative error of {error:.5f}, {allowed:.5f} is allowed")
     if jit.compiled_variants() != compiled:
         faults.append(f"{jit.compiled_variants() - compiled} kernels were compiled in the second half")
-    click.echo(f"{calls} calls, {len(errors)} checked, relative error at most {worst:.5f} of {allowed:.5f}")
     if faults:
         raise click.ClickException("; ".join(faults))
     click.echo("no growth of memory")

@@ -100,6 +100,15 @@ def wrappers_of(experts: Any) -> tuple[Any, Any]:
     return found["gate_up_proj"], found["down_proj"]
 
 
+def factors_of(experts: Any) -> dict[str, nn.Parameter]:
+    """The factors of both wrappers, as PEFT has them, by the names of :meth:`Adapters.factors`."""
+    return {
+        f"{name}_{factor}": part["default"].weight
+        for name, wrapper in zip(Adapters._fields, wrappers_of(experts), strict=True)
+        for factor, part in (("a", wrapper.lora_A), ("b", wrapper.lora_B))
+    }
+
+
 def _plain(case: Case, activation: MoEActivation) -> torch.Tensor:
     states, index, weights = case.inputs
     return fused_experts(states, *case.weights, index, weights, activation=activation)

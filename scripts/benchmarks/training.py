@@ -26,9 +26,10 @@ import torch
 
 from cupymoe import Gemma4MoEConfig, fused_experts, lora_experts
 from cupymoe.gradients import experts_backward
+from cupymoe.tools.verification.result import relative_error
 from cupymoe.tools.verification.transformers_peer import experts_of
 from scripts.benchmarks.experts import Bench
-from scripts.benchmarks.lora import RANK, Adapters, peft_experts, wrappers_of
+from scripts.benchmarks.lora import RANK, Adapters, factors_of, peft_experts
 from scripts.benchmarks.peers import PEER_ERROR_LIMIT, Case, Layer, make_cases
 from scripts.benchmarks.timing import FLOOR, free_memory, percentiles
 
@@ -126,10 +127,7 @@ class Step(NamedTuple):
         theirs, peer = leaves, module
         if adapters is not None:
             peer = peft_experts(module, adapters)
-            theirs = {name: leaves[name] for name in _OF_TOKENS}
-            for name, wrapper in zip(Adapters._fields, wrappers_of(peer), strict=True):
-                theirs[f"{name}_a"] = wrapper.lora_A["default"].weight
-                theirs[f"{name}_b"] = wrapper.lora_B["default"].weight
+            theirs = {name: leaves[name] for name in _OF_TOKENS} | factors_of(peer)
 
         def ours() -> torch.Tensor:
             arguments = inputs[0], *weights, *inputs[1:]
@@ -150,13 +148,20 @@ class Oracle(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(
-        cls, case: Case, config: Gemma4MoEConfig, adapters: Adapters | None, mode: str, grad: torch.Tensor
+        cls,
+        case: Case,
+        config: Gemma4MoEConfig,
+        adapters: Adapters | None,
+        mode: str,
+        grad: torch.Tensor,
+        num_tokens: int = ORACLE_TOKENS,
+        num_experts: int = ORACLE_EXPERTS,
     ) -> Oracle:
-        """Of a random choice of tokens, with all their experts; and of experts, with all their tokens."""
+        """Of so many random tokens, with all their experts; and of so many experts, with all their tokens."""
         states, index, routing = case.inputs
         weights = case.weights if adapters is None else adapters.merged(case.weights, torch.float64)
-        tokens = torch.randperm(len(states), device=states.device)[:ORACLE_TOKENS]
-        experts = index.unique()[:ORACLE_EXPERTS]
+        tokens = torch.randperm(len(states), device=states.device)[:num_tokens]
+        experts = index.unique()[:num_experts]
 
         def backward(
             rows: torch.Tensor | slice, weights: Layer, index: torch.Tensor, needed: Sequence[bool]
@@ -190,8 +195,8 @@ class Oracle(NamedTuple):
                 truth[f"{name}_b"] = of_weight @ a[experts].double().mT
         return cls(tokens, experts, truth)
 
-    def errors(self, gradients: Tensors) -> dict[str, float]:
-        """Norm of the difference over the norm, of each gradient."""
+    def pairs(self, gradients: Tensors) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Of each gradient the rows that are compared, and their truth."""
         found = {}
         for name, truth in self.truth.items():
             rows = self.tokens if name in _OF_TOKENS else self.experts
@@ -200,9 +205,12 @@ class Oracle(NamedTuple):
                 gradient = gradient.view(-1, RANK, gradient.shape[-1])
             elif name.endswith("_b") and gradient.dim() == 2:
                 gradient = gradient.view(len(gradient), RANK, -1).permute(2, 0, 1)
-            error = (gradient[rows].double() - truth).norm() / truth.norm()
-            found[name] = float(f"{error.item():.4g}")
+            found[name] = gradient[rows], truth
         return found
+
+    def errors(self, gradients: Tensors) -> dict[str, float]:
+        """Norm of the difference over the norm, of each gradient."""
+        return {name: float(f"{relative_error(*pair):.4g}") for name, pair in self.pairs(gradients).items()}
 
 
 def run_block(way: Way, grad: torch.Tensor, mark: Callable[[], Mark]) -> list[Mark]:
