@@ -146,8 +146,8 @@ struct Weights {
     // Step s of a stage, which begins at k.
     __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
         Step step;
-        constexpr u32 kPacks = K_WARPS * 2;  // from a step to the warp's next, see Warp::multiply_stage
-        u32 pack = kPacks % (kSame * kUnit) ? (first_pack + s * kPacks) ^ swap : (first_pack ^ swap) + s * kPacks;
+        constexpr u32 kPacks = K_WARPS * 2;  // from a step to the warp's next
+        u32 pack = swapped<kPacks, kSame * kUnit>(swap, first_pack, s);
         u32 from = stage + first_row * WEIGHT_ROW_BYTES + pack * 16;
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++, from += 16 * WEIGHT_ROW_BYTES) {
