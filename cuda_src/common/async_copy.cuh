@@ -40,9 +40,9 @@ CACHE_POLICY(evict_unchanged)
 // a copy wants it, while each copy takes an instruction to bring a register's value there: without constants the stream took 2 to
 // 4% longer with few tokens of quantised weights.
 //
-// Where the address of a stage is in a uniform register, ptxas 12.9 and 13.0 may put a copy's constant policy into an odd one, which
-// is an illegal instruction; tests/kernels/test_machine_code.py looks for it. So a ring whose copies have constant policies counts
-// its stages from first_stage() on.
+// Where the address of a stage is in a uniform register, ptxas 12.9 and 13.0 may put a copy's constant policy into an odd one,
+// which is an illegal instruction; tests/kernels/test_machine_code.py looks for it. So a ring whose copies have constant policies
+// counts its stages from first_stage() on.
 #if HAS_BULK_COPY
 __device__ __forceinline__ u64 constant_evict_first_policy() { return 0x12f0000000000000; }
 __device__ __forceinline__ u64 constant_evict_last_policy() { return 0x14f0000000000000; }

@@ -5,7 +5,7 @@
 #include "store.cuh"
 
 #define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
-// Where sums leave registers for a step that is loaded ahead.
+// Whether the sums leave registers enough to load a step ahead.
 #define RANK_AHEAD (ROW_BLOCKS == 1 && (WEIGHTS == PLAIN ? TOKENS <= 48 || !TRANSPOSED : TOKENS <= 32))
 
 static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
@@ -41,7 +41,7 @@ struct Warp {
                 u32 from = first_token + swapped<kStepBytes, kSwappedBytes>(swap, part * 64 + first_pack, s);
 #pragma unroll
                 for (int g = 0; g < kGroups; g++) {
-                    // No load passes this.
+                    // The compiler moves no load over this.
                     if (Weights::kLoadsAhead < kGroups && g && g % Weights::kLoadsAhead == 0) __syncwarp();
                     Fragment of_tokens = load_fragment(from + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
 #pragma unroll
@@ -110,7 +110,7 @@ template <class Gemm> __device__ __forceinline__ RowScales row_scales_of(const G
     return scales;
 }
 
-// What the codec lacks comes to the scales here: where they are loaded, that would wait for them.
+// The scales are multiplied by the codec's factor here, and not where they are loaded, since that would wait for the loads.
 __device__ __forceinline__ void finish_sums(Sums& sums, RowScales scales, Biases biases) {
 #pragma unroll
     for (int b = 0; b < ROW_BLOCKS; b++) {

@@ -1,5 +1,5 @@
-// Fills the ring: by the copy engine where rows are whole, else by four warps of 16-byte copies, of weights, of what groups of them
-// share, and of tokens apart.
+// Fills the ring. Where rows are whole, the copy engine does; else four warps copy 16 bytes at a time, and have a loader each for
+// weights, for what groups of weights share, and for tokens.
 #pragma once
 #include "../ring.cuh"
 #include "schedule.cuh"

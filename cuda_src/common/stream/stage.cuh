@@ -64,8 +64,8 @@ struct Ring {
 __device__ __forceinline__ constexpr u32 swap_of_token(u32 token) { return WHOLE_ROWS ? 0 : token % 2 * 4; }
 
 // Where a pack lies in its row: at (first + steps * kStep) ^ swap. All of these count packs, or all count bytes; swap is less than
-// kSwapped, which is a power of two. If kStep is a multiple of kSwapped, the swap leaves steps * kStep as it is: then first ^ swap is
-// computed once, before the loop over the steps, and each step only adds a constant.
+// kSwapped, which is a power of two. If kStep is a multiple of kSwapped, the swap leaves steps * kStep as it is: then first ^ swap
+// is computed once, before the loop over the steps, and each step only adds a constant.
 template <u32 kStep, u32 kSwapped> __device__ __forceinline__ u32 swapped(u32 swap, u32 first, u32 steps) {
     return kStep % kSwapped ? (first + steps * kStep) ^ swap : (first ^ swap) + steps * kStep;
 }
