@@ -22,8 +22,7 @@ template <typename T> __device__ __forceinline__ T load_shared(u32 address) {
     }
 }
 
-// Not written out as the constant that it is on Hopper: of that, ptxas makes copies that are illegal instructions, in some variants
-// (tests/kernels/test_machine_code.py). stream/producer.cuh says how that is avoided.
+// A copy's policy says how long L2 keeps what the copy reads. These are made by an instruction, and lie in registers.
 #define CACHE_POLICY(kind)                                                                       \
     __device__ __forceinline__ u64 kind##_policy() {                                             \
         u64 policy;                                                                              \
@@ -36,6 +35,29 @@ CACHE_POLICY(evict_first)
 CACHE_POLICY(evict_last)
 // As a copy without a policy. evict_normal is not: with it experts_up_wgmma takes 1 to 3% longer.
 CACHE_POLICY(evict_unchanged)
+
+// The same policies as constants, which they are on Hopper and newer; before, they come from the instruction. A constant lies where
+// a copy wants it, while each copy takes an instruction to bring a register's value there: without constants the stream took 2 to
+// 4% longer with few tokens of quantised weights.
+//
+// Where the address of a stage is in a uniform register, ptxas 12.9 and 13.0 may put a copy's constant policy into an odd one,
+// which is an illegal instruction; tests/kernels/test_machine_code.py looks for it. So a ring whose copies have constant policies
+// counts its stages from first_stage() on.
+#if HAS_BULK_COPY
+__device__ __forceinline__ u64 constant_evict_first_policy() { return 0x12f0000000000000; }
+__device__ __forceinline__ u64 constant_evict_last_policy() { return 0x14f0000000000000; }
+#else
+__device__ __forceinline__ u64 constant_evict_first_policy() { return evict_first_policy(); }
+__device__ __forceinline__ u64 constant_evict_last_policy() { return evict_last_policy(); }
+#endif
+
+// Zero: the highest bit of the mask of the lanes before this one. ptxas does not know that all threads have the same, so that no
+// address which is counted from it is put into a uniform register.
+__device__ __forceinline__ u32 first_stage() {
+    u32 lanes_before;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lanes_before));
+    return lanes_before >> 31;
+}
 
 // 16 bytes, the last 16 - bytes of them zeros; nothing where not wanted. A predicate and no branch: copies stay in a row.
 // The hint fetches the aligned 256 bytes around into L2: rows that are read 128 bytes at a time lose 4% without it.

@@ -5,7 +5,7 @@
 #include "store.cuh"
 
 #define RANK_STEPS ((LOW_RANK + K_WARPS * 32 - 1) / (K_WARPS * 32))  // of each of the K_WARPS
-// Where sums leave registers for a step that is loaded ahead.
+// Whether the sums leave registers enough to load a step ahead.
 #define RANK_AHEAD (ROW_BLOCKS == 1 && (WEIGHTS == PLAIN ? TOKENS <= 48 || !TRANSPOSED : TOKENS <= 32))
 
 static_assert(LOW_RANK % 16 == 0, "LOW_RANK");
@@ -15,7 +15,7 @@ struct Warp {
     Place place;
     Weights weights;
     u32 tokens;                            // this lane's first token in a stage
-    u32 first_pack, swap;                  // in a token's row
+    u32 first_pack, swap;                  // in a token's row, in bytes
 
     __device__ __forceinline__ Warp(u32 lane) : weights(place, lane) {
         u32 token = TOKENS < 8 ? lane / 4 % TOKENS : place.token_warp * 8 + lane / 4;
@@ -27,8 +27,8 @@ struct Warp {
     // loads run ahead.
     template <int kGroups> __device__ __forceinline__ void multiply_stage(Sums& sums, u32 stage, u32 k) const {
         constexpr int kSteps = BLOCK_K / Weights::kStep;
-        // Of a token's row, from a step to the warp's next. Where it leaves alone what `swap` changes, it is added to a known address.
-        constexpr u32 kStepBytes = K_WARPS * PARTS_OF_STEP * 64;
+        constexpr u32 kStepBytes = K_WARPS * PARTS_OF_STEP * 64;  // of a token's row, from a step to the warp's next
+        constexpr u32 kSwappedBytes = 8 * 16;                     // swap_of_token() moves packs among 8
         u32 first_token = stage + tokens;
         [[maybe_unused]] float odd[ROW_BLOCKS][kGroups][4] = {};  // sums of every other part
 #pragma unroll(Weights::unrolled_steps(kGroups))
@@ -38,11 +38,10 @@ struct Warp {
 #pragma unroll
             for (int part = 0; part < PARTS_OF_STEP; part++) {
                 Weights::Operands operands = step.operands(part);
-                u32 from = first_token + (kStepBytes % 128 ? (s * kStepBytes + part * 64 + first_pack ^ swap)
-                                                           : (part * 64 + first_pack ^ swap) + s * kStepBytes);
+                u32 from = first_token + swapped<kStepBytes, kSwappedBytes>(swap, part * 64 + first_pack, s);
 #pragma unroll
                 for (int g = 0; g < kGroups; g++) {
-                    // No load passes this.
+                    // The compiler moves no load over this.
                     if (Weights::kLoadsAhead < kGroups && g && g % Weights::kLoadsAhead == 0) __syncwarp();
                     Fragment of_tokens = load_fragment(from + g * TOKEN_WARPS * 8 * TOKEN_ROW_BYTES);
 #pragma unroll
@@ -111,7 +110,7 @@ template <class Gemm> __device__ __forceinline__ RowScales row_scales_of(const G
     return scales;
 }
 
-// What the codec lacks comes to the scales here: where they are loaded, that would wait for them.
+// The scales are multiplied by the codec's factor here, and not where they are loaded, since that would wait for the loads.
 __device__ __forceinline__ void finish_sums(Sums& sums, RowScales scales, Biases biases) {
 #pragma unroll
     for (int b = 0; b < ROW_BLOCKS; b++) {

@@ -1,5 +1,5 @@
-// Fills the ring: by the copy engine where rows are whole, else by four warps of 16-byte copies, of weights, of what groups of them
-// share, and of tokens apart.
+// Fills the ring. Where rows are whole, the copy engine does; else four warps copy 16 bytes at a time, and have a loader each for
+// weights, for what groups of weights share, and for tokens.
 #pragma once
 #include "../ring.cuh"
 #include "schedule.cuh"
@@ -202,25 +202,6 @@ template <class Gemm> struct TokenLoader {
     }
 };
 
-// Cache policies written out, as they are on Hopper and newer. A constant lies where a copy wants it, while each copy takes an instruction
-// to bring a register's value there: few tokens of quantised weights took 2 to 4% longer.
-#if HAS_BULK_COPY
-__device__ __forceinline__ u64 policy_of_weights() { return 0x12f0000000000000; }  // evict_first
-__device__ __forceinline__ u64 policy_of_tokens() { return 0x14f0000000000000; }   // evict_last
-#else
-__device__ __forceinline__ u64 policy_of_weights() { return evict_first_policy(); }
-__device__ __forceinline__ u64 policy_of_tokens() { return evict_last_policy(); }
-#endif
-
-// Zero, of which ptxas does not know that all threads have it: the highest bit of the mask of the lanes before this one. It keeps the
-// address of a stage out of uniform registers. Where that is in one, ptxas 12.9 and 13.0 may put a copy's policy into an odd one, which
-// is an illegal instruction (tests/kernels/test_machine_code.py).
-__device__ __forceinline__ u32 first_stage() {
-    u32 lanes_before;
-    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lanes_before));
-    return lanes_before >> 31;
-}
-
 // One producer thread's share of all copies, stage by stage.
 template <class Gemm> struct Loader {
     const Gemm& gemm;
@@ -235,7 +216,7 @@ template <class Gemm> struct Loader {
     __device__ __forceinline__ Loader(const Gemm& gemm, const Plan& plan, u32 thread)
         : gemm(gemm), plan(plan), cursor(plan), weights(gemm, thread), tokens(gemm, thread), scales(gemm.scales, thread),
           zeros(gemm.zeros, thread) {
-        evict_first = policy_of_weights(), evict_last = policy_of_tokens();
+        evict_first = constant_evict_first_policy(), evict_last = constant_evict_last_policy();
         open();
     }
 

@@ -63,6 +63,13 @@ struct Ring {
 // Pack p of a token's row lies at p ^ swap_of_token(token); bulk copies leave rows as they are.
 __device__ __forceinline__ constexpr u32 swap_of_token(u32 token) { return WHOLE_ROWS ? 0 : token % 2 * 4; }
 
+// Where a pack lies in its row: at (first + steps * kStep) ^ swap. All of these count packs, or all count bytes; swap is less than
+// kSwapped, which is a power of two. If kStep is a multiple of kSwapped, the swap leaves steps * kStep as it is: then first ^ swap
+// is computed once, before the loop over the steps, and each step only adds a constant.
+template <u32 kStep, u32 kSwapped> __device__ __forceinline__ u32 swapped(u32 swap, u32 first, u32 steps) {
+    return kStep % kSwapped ? (first + steps * kStep) ^ swap : (first ^ swap) + steps * kStep;
+}
+
 // Which part of a tile a consumer's warp has.
 struct Place {
     u32 row_warp, k_warp, token_warp;

@@ -122,8 +122,10 @@ struct Weights {
         }
     };
 
-    u32 first_row, row_of_group, k_warp;  // the first row of 16 that this lane loads from, and that it has the groups of
-    u32 first_pack, swap;                 // in a row
+    u32 first_row;         // of the rows of a stage, the first that this lane loads codes from
+    u32 row_of_group;      // and the first whose groups it has
+    u32 k_warp;
+    u32 first_pack, swap;  // in a row, in packs
 
     __device__ __forceinline__ Weights(Place place, u32 lane) : k_warp(place.k_warp) {
         u32 first = place.row_warp * (ROW_BLOCKS * 16);
@@ -133,11 +135,11 @@ struct Weights {
         swap = swap_of_row(Codec::kBits == 4 ? lane % 8 : lane / 4);
     }
 
-    // These leave no registers to spill: each group of tokens in flight has sums of its own.
+    // With more groups in flight registers would spill, as each has sums of its own.
     static constexpr int kLoadsAhead = TOKEN_GROUPS > 4 ? (HAS_ZEROS && GROUP > 32 ? 1 : LOW_RANK ? 3 : 2) : 3;
 
-    // Of few sums, so that loads run further ahead; of the fewest all steps of a stage. That takes registers, which an adapter, or scales
-    // of 4 bytes for each 32 weights, need.
+    // With few sums several steps stand in a row, so that loads run further ahead, and with the fewest all steps of a stage. But all
+    // steps take registers that are missing with an adapter, or with scales of 4 bytes for each 32 weights.
     static __device__ __forceinline__ constexpr int unrolled_steps(int groups) {
         constexpr bool kSpares = !LOW_RANK && (GROUP != 32 || sizeof(SCALE_SCALAR) < 4);
         return groups * ROW_BLOCKS > 4 ? 1 : groups * ROW_BLOCKS <= 2 && kSpares ? STEPS : 128 / kStep;
@@ -146,8 +148,8 @@ struct Weights {
     // Step s of a stage, which begins at k.
     __device__ __forceinline__ Step load(u32 stage, u32 k, int s) const {
         Step step;
-        constexpr u32 kPacks = K_WARPS * 2;  // from a step to the warp's next, see Warp::multiply_stage
-        u32 pack = kPacks % (kSame * kUnit) ? (first_pack + s * kPacks) ^ swap : (first_pack ^ swap) + s * kPacks;
+        constexpr u32 kPacks = K_WARPS * 2;  // from a step to the warp's next
+        u32 pack = swapped<kPacks, kSame * kUnit>(swap, first_pack, s);
         u32 from = stage + first_row * WEIGHT_ROW_BYTES + pack * 16;
 #pragma unroll
         for (int b = 0; b < ROW_BLOCKS; b++, from += 16 * WEIGHT_ROW_BYTES) {
