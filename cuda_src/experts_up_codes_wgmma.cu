@@ -17,6 +17,8 @@
 // Needs  HIDDEN % 8 == 0, INTERMEDIATE % 8 == 0, 16-byte aligned rows, sm_90a.
 // Maths  fp32 sums over ascending 32 k; weights as coded_tiles.cuh says; activation in fp32, of the unrounded sums; one rounding at
 //        the store.
+// Why    Launched as a programmatic dependent: a block's first codes are under way while operand_rows still runs, and rows of tokens are
+//        gathered after its end.
 #include "common/activations.cuh"
 
 #if !defined(SCALAR) || !defined(ACTIVATION) || !defined(GATED) || !defined(INTERLEAVED) || !defined(HAS_BIAS) ||              \

@@ -84,8 +84,8 @@ class _Cut(NamedTuple):
     decoding."""
 
     warpgroups: int
-    four_bit_row_bytes: int
-    """What a stage has of the codes of a row, where these have 4 bits; of 8 bits without groups it is 128 bytes."""
+    code_row_bytes: int
+    """What a stage has of the codes of a row; 128 where these have 8 bits and no groups."""
     registers: int
     """Of each thread that multiplies; those that fill the ring have 40 or 56."""
 
@@ -112,7 +112,7 @@ def coded_tiling(num_experts: int, stored: StoredWeight, slots: int) -> CodedTil
     assert stored.format is not None
     warpgroups, code_row_bytes, registers = _CUTS[slots]
     if stored.format.bits == 8 and stored.format.group is None:
-        code_row_bytes = 128  # of FP8 with groups ptxas serialises the products then
+        code_row_bytes = 128  # half as many waits; not of FP8 with groups, whose products ptxas would serialise
     if _scale_bytes(stored, code_row_bytes) > SCALE_ROW_BYTES:
         code_row_bytes //= 2
     block_k = code_row_bytes * 8 // stored.format.bits

@@ -46,7 +46,7 @@ def operand_rows(hidden_states: torch.Tensor, slots: Slots, *, narrowed: bool) -
     Args:
         hidden_states: ``[T, H]``, contiguous, 16-byte aligned, H a multiple of 8, at least one token; bfloat16 where
             ``narrowed``, else of 16 bits.
-        slots: of sorted pairs, or of a batch.
+        slots: of a batch, which says which rows count; of sorted pairs nothing is read, and each token has its row.
         narrowed: whether rows are float16.
     """
     num_tokens = len(hidden_states)

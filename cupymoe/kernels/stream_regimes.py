@@ -193,13 +193,16 @@ _BYTES_OF_FEW = Tiling(704, 2, k_warps=2)
 _DEEP_OF_ONE, _BYTES_OF_ONE = Tiling(704, 2, warps=6), Tiling(704, 2, warps=12, k_warps=2)
 # 128 rows, 32 of them for a warp, which so loads tokens half as often as with 16.
 _CODES = Tiling(256, 2, k_warps=2, row_blocks=2)
-# Where there is half of the memory: 48 rows of bytes for one token, half as many rows as above and whole ones of 256 k.
+# For cards with less shared memory than Hopper: 48 rows of bytes for one token; 64 rows of 256 k, of which two warps
+# split the depth; and 128 rows of 256 k.
 _HALF_OF_ONE, _HALF_OF_CODES, _SHALLOW = Tiling(704, 2, warps=6, k_warps=2), Tiling(256, 2, k_warps=2), Tiling(256, 2)
+# 64 rows of 256 k, as they were chosen for 163 KB of shared memory.
+_BYTES_OF_8 = Tiling(256, 2, k_warps=4, row_blocks=2)
 # Of more tokens; for all of them in a warp there are no registers.
 _CODES_OF_48, _CODES_OF_80 = (Tiling(block_k, 2, token_warps=2, row_blocks=2) for block_k in (256, 128))
 _MOST_PAIRS_OF_FEW = 32
 """Of a call on codes that is one of few. Both rings of those fit a Hopper multiprocessor together, see
-``_inline_regime``: one token takes 20 us so and 22 with longer rings, 8 tokens 73 and 66."""
+``_inline_regime``: with longer rings one token took 22 us in the place of 20, but 8 tokens 66 in the place of 73."""
 _MUCH_SHARED_BYTES = 160 * 1024
 """Of a block, from which on a portable regime is for the cards that have 163 KB; below they are for 99 KB."""
 
@@ -265,26 +268,30 @@ def _portable_regimes(shared_bytes: int) -> tuple[Regime, ...]:
 
 @functools.cache
 def _portable_regimes_of_codes(shared_bytes: int) -> tuple[Regime, ...]:
-    """The same where a weight is codes, in the order of :func:`_regimes_of_codes`. With 99 KB, tiles up to 128 tokens
-    at Gemma 4's sizes were chosen from some ten each (benchmarks/NOTES.md)."""
+    """The same where a weight is codes, in the order of :func:`_regimes_of_codes`.
+
+    With 99 KB, tiles up to 128 tokens at Gemma 4's sizes were chosen from some ten each (benchmarks/NOTES.md). Those
+    with 163 KB are older, and three regimes are one there.
+    """
     inline, few, *more = _portable_regimes(shared_bytes)
-    # For plain regimes, and the codes of 4 and of 8 bits in them.
+
+    def of_codes(plain: Regime, four_bits: Tiling, eight_bits: Tiling | None = None) -> Regime:
+        return replace(plain, four_bits=four_bits, eight_bits=eight_bits or four_bits)
+
     if shared_bytes < _MUCH_SHARED_BYTES:
-        of_bytes, codes_of_96 = Tiling(128, 2), Tiling(64, 2, token_warps=2)
-        few_of_codes = (replace(few, tokens=8), _SHALLOW), (few, _SHALLOW)
-        tiles = of_bytes, of_bytes, codes_of_96
+        tilings = Tiling(128, 2), Tiling(128, 2), Tiling(64, 2, token_warps=2)
+        first = (
+            of_codes(replace(inline, tokens=1), _BYTES_OF_ONE, _HALF_OF_ONE),
+            of_codes(inline, _BYTES_OF_FEW, _HALF_OF_CODES),
+            of_codes(inline, _SHALLOW, _HALF_OF_CODES),
+            of_codes(replace(few, tokens=8), _SHALLOW),
+            of_codes(few, _SHALLOW),
+        )
     else:
-        few_of_codes = (few, _CODES), (few, _CODES)
-        tiles = _CODES, _CODES_OF_48, _CODES_OF_80
-    return (
-        replace(inline, tokens=1, four_bits=_BYTES_OF_ONE, eight_bits=_HALF_OF_ONE),
-        replace(inline, four_bits=_BYTES_OF_FEW, eight_bits=_HALF_OF_CODES),
-        replace(inline, four_bits=_SHALLOW, eight_bits=_HALF_OF_CODES),
-        *(
-            replace(plain, four_bits=tiling, eight_bits=tiling)
-            for plain, tiling in (*few_of_codes, *zip(more, tiles, strict=True))
-        ),
-    )
+        tilings = _CODES, _CODES_OF_48, _CODES_OF_80
+        of_inline, of_few = of_codes(inline, _DEEP_OF_FEW, _BYTES_OF_8), of_codes(few, _CODES)
+        first = of_inline, of_inline, of_inline, of_few, of_few
+    return *first, *(of_codes(plain, tiling) for plain, tiling in zip(more, tilings, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)

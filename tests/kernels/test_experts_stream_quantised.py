@@ -52,8 +52,8 @@ def name_of(stored):
     return f"{stored.format.name}-{stored.scale_dtype}"
 
 
-# Of 16 experts and 8 choices a token: one number of tokens a regime.
-TOKENS = (1, 4, 8, 32, 64, 128)
+# Of 16 experts and 8 choices a token. The regime of more than 32 pairs, each of another expert, wants more experts.
+TOKENS = (1, 4, 8, 16, 32, 64, 128)
 
 
 class Case(NamedTuple):
@@ -290,8 +290,20 @@ def test_what_is_not_read_is_said():
         stored_weight("int4_g32", torch.int8)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
+def test_the_numbers_of_tokens_reach_every_regime(arch):
+    """But that of more pairs than 32, each of another expert, which Gemma 4's 128 experts reach."""
+    reached = {regime(Load.of(tokens, 8, 16), 704, arch, has_codes=True) for tokens in TOKENS}
+    reached.add(regime(Load.of(16, 8, 128), 704, arch, has_codes=True))
+    counts = range(1, 5000)
+    every = {
+        regime(Load.of(tokens, 8, experts), 704, arch, has_codes=True) for experts in (16, 128) for tokens in counts
+    }
+    assert reached == every
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
 @pytest.mark.parametrize("stored", STORED, ids=name_of)
 def test_every_format_compiles_without_spills(stored, arch):
     """For the fewest and the most tokens; `cupymoe verify` compiles some formats in every regime, and in float16."""

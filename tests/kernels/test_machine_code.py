@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import files
 
 import pytest
+import torch
 
-from cupymoe.kernels import catalog, experts_down, experts_up, experts_up_wgmma
-from cupymoe.kernels.expert_tiles import CUTS
+from cupymoe import MoEActivation
+from cupymoe.kernels import catalog, coded_tiles, experts_down, experts_up, experts_up_codes_wgmma, experts_up_wgmma
+from cupymoe.kernels.expert_tiles import CUTS, tile_shape_of
 from cupymoe.kernels.jit import Variant
+from cupymoe.kernels.stored_weight import stored_weight
 from tests.helpers import compiled
 from tests.kernels import test_expert_stream as stream
 from tests.kernels import test_expert_tiles as tiles
@@ -45,7 +48,13 @@ def copying_variants() -> Iterator[Variant]:
     for sizes in tiles.SIZES:
         for cut in CUTS:
             yield experts_up_wgmma.variant(tiles.shape(cut, *sizes))
-    # Of the first, every kind of experts.
+    # Of codes, with a hidden size that cuts the last stage off.
+    int4 = stored_weight("int4_g32", torch.bfloat16)
+    for slots in coded_tiles.SLOTS:
+        of_codes = {"gate_up_stored": int4, "down_stored": int4, "coded_slots": slots}
+        shape = tile_shape_of(*CUTS[0], torch.bfloat16, MoEActivation.GELU_TANH, 32, 2880, 2880, **of_codes)
+        yield experts_up_codes_wgmma.variant(shape)
+    # Of plain weights, every kind of experts.
     sources = ("experts_up_wgmma", "experts_down_back_wgmma", "experts_outer_wgmma", "lora_shrink", "lora_outer")
     yield from (each for each in catalog.variants() if each.source in sources)
     yield from (

@@ -5,7 +5,7 @@
 //
 // Cache  Where tokens are gathered, an expert's mean number of slots decides what L2 holds on to. Below WEIGHTS_ONCE_BELOW
 //        weights go first: each is wanted once, and what the next grid reads stays. From there to TOKENS_KEPT_BELOW tokens
-//        stay: other experts want them again. Each is 1 to 2% of a call there, and both together less than either.
+//        stay: other experts want them again. Each is 1 to 2% of a call on plain weights there, and both together less than either.
 //
 // Of a Gemm it wants kDenseTokens (slots are token rows) and their map, or the Loader of token rows that lie anywhere and what that wants,
 // and kTokensAreNew (the grid before writes the token rows, and nothing else that is read here); of Weights adapter, and load(), with
@@ -92,7 +92,7 @@ template <class Gemm> struct RowLoader {
     }
 };
 
-// The same, for at most ten rows of a thread, each of several lines. It keeps their addresses: an address that is made while copies
+// The same, for at most ten rows of a thread, each of one line or more. It keeps their addresses: an address that is made while copies
 // are on their way waits until one of them has left its registers, and with 20 copies of a stage these waits took longer than
 // the products.
 template <class Gemm> struct LineLoader {
