@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cupymoe.backends.adapters import new_packed, pack_into, takes_as_it_is
-from cupymoe.checks import check_module
+from cupymoe.checks.settings import check_module
 from cupymoe.kernels.bridge import current_stream
 from cupymoe.kernels.pack_adapter import Copy
 from cupymoe.lora import LowRank, is_packed, packed_shapes

@@ -11,7 +11,9 @@ import torch
 
 from cupymoe import ops
 from cupymoe.activation import MoEActivation
-from cupymoe.checks import check_adapter, check_expert_map, check_experts, check_out, check_settings
+from cupymoe.checks.adapters import check_adapter
+from cupymoe.checks.experts import check_expert_map, check_experts, check_out
+from cupymoe.checks.settings import check_settings
 from cupymoe.lora import LowRank
 from cupymoe.reference import work_dtype
 from cupymoe.weights.dequantize import Buffers

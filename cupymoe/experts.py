@@ -9,7 +9,7 @@ from torch import nn
 
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import check_name
-from cupymoe.checks import check_keep, check_numerics
+from cupymoe.checks.settings import check_keep, check_numerics
 from cupymoe.config import check_size
 from cupymoe.customisation import path_of
 from cupymoe.functional import fused_experts

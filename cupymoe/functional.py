@@ -8,11 +8,11 @@ from cupymoe import ops
 from cupymoe.activation import MoEActivation
 from cupymoe.backends import BatchTensors
 from cupymoe.calls import call_experts, member_of, taken_apart
-from cupymoe.checks import (
+from cupymoe.checks.batched import check_batch
+from cupymoe.checks.experts import check_out
+from cupymoe.checks.settings import check_numerics
+from cupymoe.checks.tensors import (
     check_activation_input,
-    check_batch,
-    check_numerics,
-    check_out,
     check_same,
     check_served_by_kernel,
     check_shape,

@@ -11,7 +11,7 @@ from torch import nn
 
 from cupymoe import ops, reference
 from cupymoe.backends import INVARIANT
-from cupymoe.checks import check_numerics
+from cupymoe.checks.settings import check_numerics
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import as_written, has_hooks, is_wrapper, path_of, runs_as
 from cupymoe.experts import MoEExperts

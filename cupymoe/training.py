@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
-from cupymoe.checks import check_keep, check_module
+from cupymoe.checks.settings import check_keep, check_module
 from cupymoe.experts import MoEExperts
 from cupymoe.integrations import KEEP, are_experts_set_to_cupymoe
 

@@ -2,111 +2,26 @@
 
 from __future__ import annotations
 
-import bisect
 import operator
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from cupymoe.backends import INVARIANT
-from cupymoe.backends.fused import plans_at_once, stream_reason, takes_tiles
 from cupymoe.config import Gemma4MoEConfig
 from cupymoe.customisation import hooks_of
 from cupymoe.experts import MoEExperts, experts_per_token
-from cupymoe.integrations import are_experts_set_to_cupymoe, dtype_of, keep_of, numerics_of, sizes_of
+from cupymoe.integrations import dtype_of, keep_of, numerics_of, sizes_of
 from cupymoe.kernels.arch import HOPPER, Arch
-from cupymoe.kernels.coded_tiles import coded_slots
-from cupymoe.kernels.expert_tiles import cut, few_pairs
-from cupymoe.kernels.load import Load
-from cupymoe.kernels.plan_experts import pairs_per_lane
-from cupymoe.kernels.sort_by_expert import FEW_PAIRS, block_of
-from cupymoe.kernels.stream_regimes import regime
-from cupymoe.kernels.unsorted_pairs import MAX_PAIRS
+from cupymoe.model_parts import Part, is_called_with_shards, is_offloaded, loaded, parts_of, shards_as_tensors
 from cupymoe.modules import Gemma4MoE, Gemma4Router
 from cupymoe.parameters import DTYPES
-from cupymoe.weights.format import PLAIN, join_formats
+from cupymoe.token_counts import one_of_each_way
+from cupymoe.weights.format import join_formats
 from cupymoe.weights.quantized import QuantizedWeight
-
-_MAX_TOKENS = 32768
-
-
-def _way(
-    num_tokens: int,
-    num_experts: int,
-    top_k: int,
-    hidden_size: int,
-    intermediate_size: int,
-    training: bool,
-    arch: Arch,
-    weight_format: str,
-    numerics: str,
-    global_num_experts: int | None,
-) -> tuple[Any, ...]:
-    """What the fused backend's kernels are compiled for, as far as it depends on the number of tokens: without and with
-    an adapter, and of gradients."""
-    load = Load.of(num_tokens, top_k, num_experts, global_num_experts)
-    sort = block_of(load.num_pairs, num_experts)
-    is_invariant = numerics == INVARIANT
-    few = few_pairs(load) if is_invariant else 0
-    of_codes = coded_slots(load) if weight_format != PLAIN else 0
-    by_tiles = *cut(load, intermediate_size), sort, few, load.num_pairs <= MAX_PAIRS, of_codes
-    ways: list[tuple[Any, ...]]
-    if takes_tiles(load, hidden_size, arch, weight_format, is_invariant=is_invariant):
-        ways = [by_tiles]
-    elif stream_reason(load, arch, weight_format) is not None or (is_invariant and arch.wgmma):
-        ways = [(sort,)]  # another backend's, which sorts too
-    else:
-        planned: Any = pairs_per_lane(load.num_pairs) if plans_at_once(load, arch) else sort
-        settings = {"has_codes": weight_format != PLAIN, "is_invariant": is_invariant}
-        regime_of = partial(regime, load, intermediate_size, arch, **settings)
-        regimes = regime_of(has_adapter=False), regime_of(has_adapter=True)
-        ways = [(each, None if each.inline_pairs else planned) for each in regimes]
-    if training:
-        ways.append(by_tiles)  # however few the tokens are, gradients go by tiles
-    return tuple(ways)
-
-
-def one_of_each_way(
-    num_experts: int,
-    top_k: int,
-    hidden_size: int,
-    intermediate_size: int,
-    training: bool = False,
-    arch: Arch = HOPPER,
-    weight_format: str = PLAIN,
-    numerics: str = "fast",
-    global_num_experts: int | None = None,
-) -> tuple[int, ...]:
-    """The first number of tokens of every range that kernels are compiled for; with ``training`` those of gradients
-    too. Where the ``num_experts`` are some of ``global_num_experts``, which tokens choose from, ranges are longer."""
-    of_layer = num_experts, top_k, hidden_size, intermediate_size
-    sizes = *of_layer, training, arch, weight_format, numerics, global_num_experts
-    counts: list[int] = []
-
-    def stretch(num_tokens: int) -> tuple[Any, ...]:
-        # Beyond few pairs the sort's blocks are again what they were before: a way may come back once.
-        return *_way(num_tokens, *sizes), num_tokens * top_k > FEW_PAIRS
-
-    def is_past(num_tokens: int) -> bool:
-        return stretch(counts[-1]) != stretch(num_tokens)
-
-    ahead = range(1, _MAX_TOKENS + 1)
-    while ahead:
-        counts.append(ahead[0])
-        ahead = ahead[bisect.bisect_left(ahead, True, key=is_past) :]
-    first_of = {_way(count, *sizes): count for count in reversed(counts)}
-    return tuple(sorted(first_of.values()))
-
-
-_GEMMA_4 = Gemma4MoEConfig.gemma4_26b_a4b()
-NUM_TOKENS = one_of_each_way(
-    _GEMMA_4.num_experts, _GEMMA_4.top_k_experts, _GEMMA_4.hidden_size, _GEMMA_4.moe_intermediate_size
-)
-"""At the sizes of Gemma 4 26B-A4B."""
 
 
 def warmup(
@@ -152,8 +67,8 @@ def warmup(
         target = _uninitialised(target, dtype, device)
     if not isinstance(target, nn.Module):
         raise TypeError(f"target must be a torch.nn.Module or a Gemma4MoEConfig, got {type(target).__name__}")
-    found: dict[tuple[Any, ...], _Part] = {}
-    for each in sorted(_parts(target), key=_is_offloaded):  # what is there need not be loaded for the calls
+    found: dict[tuple[Any, ...], Part] = {}
+    for each in sorted(parts_of(target), key=is_offloaded):  # what is there need not be loaded for the calls
         _take_over_codes(each)
         found.setdefault(_kind(each), each)
     # Of hidden states beside experts that have quantised weights alone.
@@ -164,7 +79,7 @@ def warmup(
             f"{type(target).__name__} holds none"
         )
     for each in found.values():
-        with _shards_as_tensors(each.module):
+        with shards_as_tensors(each.module):
             arch = Arch.of(each.device) if each.device.type == "cuda" else HOPPER
             sizes, weight_format = _sizes(each.module), _weight_format(each.module)
             numerics = _numerics(each.module)
@@ -174,10 +89,10 @@ def warmup(
                     _call(each, count, dtype_beside, differentiates=True)
 
 
-def _take_over_codes(each: _Part) -> None:
+def _take_over_codes(each: Part) -> None:
     """Of transformers' FP8 experts the first call makes the weights quantised ones: of every layer here, also of those
     that are not called."""
-    if isinstance(each.module, Gemma4Router | MoEExperts) or _is_offloaded(each):
+    if isinstance(each.module, Gemma4Router | MoEExperts) or is_offloaded(each):
         return
     from cupymoe.integrations import fp8
 
@@ -209,122 +124,6 @@ def _checked(num_tokens: Iterable[int]) -> list[int]:
     return counts
 
 
-class _Part(NamedTuple):
-    """A router or experts, and how calls reach them."""
-
-    module: Any
-    caller: Any
-    """What calls go through: the outermost of PEFT's wrappers, or the module itself."""
-    device: torch.device
-    """Where a call runs."""
-    loader: Any
-    """The module around the caller whose hook loads the weights, or None if the caller's own hooks do or none need."""
-
-
-def _parts(target: nn.Module) -> list[_Part]:
-    """Every router and experts of the target, ready to be called."""
-    modules = dict(target.named_modules())
-    found: dict[nn.Module, _Part] = {}
-    module: Any
-    for path, module in modules.items():  # from the outside in
-        part = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if part in found:
-            continue
-        if isinstance(part, Gemma4Router | MoEExperts) or are_experts_set_to_cupymoe(part):
-            names = path.split(".") if path else []
-            around = [modules[".".join(names[:depth])] for depth in range(len(names))]
-            found[part] = _Part(part, module, *_place(path, part, module, around))
-    return [*found.values()]
-
-
-def _place(path: str, part: Any, caller: nn.Module, around: list[nn.Module]) -> tuple[torch.device, nn.Module | None]:
-    """Where a call runs, and the module around the caller, if any, whose hook has to load the weights for it."""
-    loader = None
-    for owner_path, owner in caller.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            name = ".".join(filter(None, (path, owner_path, name)))
-            if not parameter.numel():
-                raise ValueError(
-                    f"{name} must not be empty, as sharded parameters are between calls: call warmup before the module "
-                    "is sharded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
-                )
-            if hasattr(parameter, "device_mesh") and not _is_called_with_shards(owner):
-                raise ValueError(
-                    f"{name} must not be a DTensor, of which this process has a shard: call warmup before the module "
-                    "is sharded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
-                )
-            if not parameter.is_meta or any(_loads(module, owner) for module in (owner, part, caller)):
-                continue
-            loader = next((module for module in reversed(around) if _loads(module, owner)), None)
-            if loader is None:
-                raise ValueError(
-                    f"{name} must not be on the meta device unless a hook of accelerate loads it: call warmup when the "
-                    "weights are loaded, or give it a Gemma4MoEConfig, the sizes, instead of the module"
-                )
-    # The innermost hook is the last to move the inputs.
-    hooks = [*_hooks(loader), *_hooks(caller), *_hooks(part)]
-    device = hooks[-1].execution_device if hooks else _device(part)
-    return torch.empty(0, device=device).device, loader
-
-
-def _is_called_with_shards(module: Any) -> bool:
-    """Whether transformers has split a module for tensor or expert parallelism: the forward that it has put around the
-    module's own calls that with this process's shards as plain tensors, and speaks with the other processes."""
-    return getattr(vars(module).get("forward"), "__module__", "").startswith("transformers.distributed.")
-
-
-@contextmanager
-def _shards_as_tensors(module: Any) -> Iterator[None]:
-    shards = {name: p for name, p in module.named_parameters(recurse=False) if hasattr(p, "device_mesh")}
-    module._parameters.update(
-        {name: p.to_local().detach().requires_grad_(p.requires_grad) for name, p in shards.items()}
-    )
-    try:
-        yield
-    finally:
-        module._parameters.update(shards)
-
-
-def _hooks(module: nn.Module | None) -> list[Any]:
-    """accelerate's hooks on a module that say where its calls run, in the order in which they see the inputs."""
-
-    def flat(hook: Any) -> list[Any]:
-        if hasattr(hook, "hooks"):  # a SequentialHook, which may hold another
-            return [each for inner in hook.hooks for each in flat(inner)]
-        return [] if getattr(hook, "execution_device", None) is None else [hook]
-
-    return [] if module is None else flat(vars(module).get("_hf_hook"))
-
-
-def _loads(module: nn.Module, owner: nn.Module) -> bool:
-    """Whether a hook on ``module`` loads the parameters that ``owner``, itself or a part of it, has of its own."""
-    return any(
-        getattr(hook, "offload", False) and (module is owner or hook.place_submodules) for hook in _hooks(module)
-    )
-
-
-def _is_offloaded(each: _Part) -> bool:
-    return any(parameter.is_meta for parameter in each.caller.parameters())
-
-
-@contextmanager
-def _loaded(loader: Any) -> Iterator[None]:
-    """The weights that the hook of a module around a part loads are there meanwhile."""
-    if loader is None:
-        yield
-        return
-    loader._hf_hook.pre_forward(loader)
-    try:
-        yield
-    finally:
-        loader._hf_hook.post_forward(loader, None)
-
-
-def _device(part: Any) -> torch.device:
-    device: torch.device = (part.scale if isinstance(part, Gemma4Router) else part.down_proj).device
-    return device
-
-
 def _dtype(part: Any, beside: torch.dtype) -> torch.dtype:
     """Of the hidden states."""
     return part.scale.dtype if isinstance(part, Gemma4Router) else dtype_of(part, beside)
@@ -354,7 +153,7 @@ def _numerics(part: Any) -> str:
     return numerics_of(part) if own is None else own
 
 
-def _kind(each: _Part) -> tuple[Any, ...]:
+def _kind(each: Part) -> tuple[Any, ...]:
     """Parts of one kind need the same kernels."""
     part, caller = each.module, each.caller
     if isinstance(part, Gemma4Router):
@@ -383,13 +182,13 @@ def _kind(each: _Part) -> tuple[Any, ...]:
     )
 
 
-def _call(each: _Part, num_tokens: int, dtype_beside: torch.dtype, *, differentiates: bool = False) -> None:
+def _call(each: Part, num_tokens: int, dtype_beside: torch.dtype, *, differentiates: bool = False) -> None:
     num_experts, top_k, hidden_size, _ = _sizes(each.module)
     device, call = each.device, each.caller
-    if _is_called_with_shards(each.module):
+    if is_called_with_shards(each.module):
         call = partial(type(each.module).forward, each.module)  # the other processes need not call warmup at once
     # Not inference mode, which would stay with the parameters that a hook of accelerate makes anew.
-    with _loaded(each.loader), torch.set_grad_enabled(differentiates):
+    with loaded(each.loader), torch.set_grad_enabled(differentiates):
         dtype = _dtype(each.module, dtype_beside)
         arguments = [torch.zeros(num_tokens, hidden_size, dtype=dtype, device=device, requires_grad=differentiates)]
         if not isinstance(each.module, Gemma4Router):

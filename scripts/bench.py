@@ -43,23 +43,23 @@ from scripts.benchmarks.quantised import TOKENS as QUANTISED_TOKENS
 from scripts.benchmarks.quantised import formats, measure_quantised
 from scripts.benchmarks.report import Report, report_folder, timed_kernels, write_report
 from scripts.benchmarks.stages import STAGES_TOKENS, measure_stages
-from scripts.benchmarks.tables import (
-    batched_table,
+from scripts.benchmarks.tables.experts import (
     experts_table,
     first_call_table,
-    host_table,
-    lora_table,
     memory_table,
-    models_table,
     percentiles_table,
-    portable_table,
-    quantised_table,
     skewed_table,
-    stages_table,
-    training_host_table,
-    training_table,
     ways_table,
 )
+from scripts.benchmarks.tables.other_calls import (
+    batched_table,
+    lora_table,
+    models_table,
+    portable_table,
+    quantised_table,
+)
+from scripts.benchmarks.tables.stages import host_table, stages_table
+from scripts.benchmarks.tables.training import training_host_table, training_table
 from scripts.benchmarks.timing import free_memory
 from scripts.benchmarks.training import measure_host, measure_training
 

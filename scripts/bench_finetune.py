@@ -31,7 +31,7 @@ from cupymoe.integrations.peft import use_low_rank
 from scripts.benchmarks.command import begin, measured_device
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, small_gemma4
 from scripts.benchmarks.report import report_folder, timed_kernels, write_report
-from scripts.benchmarks.tables import finetune_table
+from scripts.benchmarks.tables.whole_models import finetune_table
 from scripts.benchmarks.timing import free_memory, percentiles, synchronized_ms
 
 PEER, OURS = "grouped_mm", "cupymoe"

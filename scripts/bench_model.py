@@ -29,7 +29,7 @@ from scripts.benchmarks.command import begin, measured_device
 from scripts.benchmarks.gemma4 import build, gemma4_26b_a4b, random_tokens, small_gemma4
 from scripts.benchmarks.model_contenders import CONTENDERS_OF, PEER, YARDSTICK, Contenders, QuantisedContenders
 from scripts.benchmarks.report import report_folder, timed_kernels, write_report
-from scripts.benchmarks.tables import greedy_table, model_table
+from scripts.benchmarks.tables.whole_models import greedy_table, model_table
 from scripts.benchmarks.timing import capture, free_memory, percentiles, synchronized_ms
 
 

@@ -30,7 +30,7 @@ from scripts.benchmarks.command import begin, measured_device, parse_tokens
 from scripts.benchmarks.experts import checked
 from scripts.benchmarks.peers import Case, Inputs, Oracle, make_cases, make_layers
 from scripts.benchmarks.report import report_folder, timed_kernels, write_report
-from scripts.benchmarks.tables import vllm_table
+from scripts.benchmarks.tables.other_calls import vllm_table
 from scripts.benchmarks.timing import capture, free_memory, time_in_turn
 
 OURS, THEIRS = "cupymoe", "vllm_triton"

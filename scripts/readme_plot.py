@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from scripts.benchmarks.report import Report
-from scripts.benchmarks.tables import peers, together
+from scripts.benchmarks.tables.experts import peers, together
 
 matplotlib.rcParams["svg.hashsalt"] = "cupymoe"  # the same report gives the same file
 

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cupymoe.tools.reports import stale_reason
 from scripts.benchmarks.report import Report
-from scripts.benchmarks.tables import RENDERED, TABLES, experts_table, heading, together
+from scripts.benchmarks.tables import RENDERED, TABLES
+from scripts.benchmarks.tables.experts import experts_table, together
+from scripts.benchmarks.tables.markdown import heading
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")

@@ -26,7 +26,7 @@ from cupymoe.kernels.expert_tiles import CUTS, cut, few_pairs, tile_shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stream_regimes import regime
 from cupymoe.ops import experts_call
-from cupymoe.warmup import one_of_each_way
+from cupymoe.token_counts import one_of_each_way
 from tests.helpers import Experts, oracle, random_biases, random_experts, randomize, relative_error, transposed
 from tests.invariance import assert_invariant, assert_same_bits, computed_alone
 from tests.test_backends import CALL

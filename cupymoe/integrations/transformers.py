@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from cupymoe.checkpoint.files import PathLike
 from cupymoe.checkpoint.model import ModelCheckpoint
 from cupymoe.checkpoint.tensors import check_destination
-from cupymoe.checks import check_module
+from cupymoe.checks.settings import check_module
 from cupymoe.customisation import is_wrapper, path_of
 from cupymoe.experts import MoEExperts
 from cupymoe.functional import fused_experts

@@ -6,58 +6,17 @@ Their tensors are buffers, not parameters: there is no gradient with respect to 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
 
-from cupymoe.customisation import is_wrapper
+from cupymoe.weights.buffers import BUFFERS, bytes_moved, expected_buffers, padded
+from cupymoe.weights.checks import check_natural, check_range
 from cupymoe.weights.dequantize import Buffers, dequantize, some_of
 from cupymoe.weights.format import WeightFormat, format_of
 from cupymoe.weights.pack import pack_codes, unpack_codes
-
-ROW_BYTES_MULTIPLE = 16
-"""Rows of scales and of zero points are padded to a multiple of this, so that they can be copied 16 bytes at a time."""
-
-_BUFFERS = ("codes", "scales", "zeros", "row_scales")
-_ROW_SCALE_DTYPE = torch.float32
-_LARGEST_ZERO = 15
-_LARGEST_WEIGHTS = {"int4": 340.0, "e4m3": 1023.0}
-"""By codes. The tiles of ``fused`` multiply 64 times such weights in float16, in which 24 times an int4 scale must be
-finite, too."""
-
-
-def _padded_groups(groups: int, dtype: torch.dtype) -> int:
-    return -(-groups * dtype.itemsize // ROW_BYTES_MULTIPLE) * ROW_BYTES_MULTIPLE // dtype.itemsize
-
-
-def _expected(
-    format: WeightFormat, shape: tuple[int, int, int], scale_dtype: torch.dtype | None
-) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]:
-    """Shape and dtype of each buffer; None for one that the format does not have."""
-    *outer, k = shape
-    groups = format.groups(k)
-    dtype = scale_dtype or next(iter(format.scale_dtypes), None)
-    return (
-        ((*outer, format.row_bytes(k)), torch.uint8),
-        None if dtype is None else ((*outer, _padded_groups(groups, dtype)), dtype),
-        ((*outer, _padded_groups(groups, torch.uint8)), torch.uint8) if format.has_zeros else None,
-        ((*outer,), _ROW_SCALE_DTYPE) if format.has_row_scales else None,
-    )
-
-
-def _bytes_moved(fn: Callable[[torch.Tensor], torch.Tensor], buffer: torch.Tensor) -> torch.Tensor:
-    """What a module's ``to``, ``half``, ``cuda``, ``to_empty``, ``share_memory`` makes of a buffer, with its dtype.
-
-    They are shown the bytes, which they take for integers and never cast; ``type`` casts all the same, and then only
-    the device is changed.
-    """
-    as_bytes = buffer.view(torch.uint8)
-    moved = fn(as_bytes)
-    return (moved if moved.dtype == torch.uint8 else as_bytes.to(moved.device)).view(buffer.dtype)
-
 
 _OLD_LAYOUT = "codes that lie as another version of cupymoe had them: load the checkpoint, or quantize, anew"
 
@@ -110,8 +69,8 @@ class QuantizedWeight(nn.Module):
         allowed = self.format.scale_dtypes
         if scale_dtype is not None and scale_dtype not in allowed:
             raise TypeError(f"scale_dtype must be one of {[*allowed]} for {self.format.name}, got {scale_dtype}")
-        self._expected = _expected(self.format, self.shape, scale_dtype)
-        for name, expected in zip(_BUFFERS, self._expected, strict=True):
+        self._expected = expected_buffers(self.format, self.shape, scale_dtype)
+        for name, expected in zip(BUFFERS, self._expected, strict=True):
             empty = None if expected is None else torch.empty(expected[0], dtype=expected[1], device=device)
             self.register_buffer(name, empty)
 
@@ -139,32 +98,13 @@ class QuantizedWeight(nn.Module):
                 format has must agree; no value may be NaN or infinite.
         """
         format = format_of(format)
-        _check_tensor("codes", codes, (torch.uint8,), None, None)
-        if codes.ndim != 3 or not codes.numel():
-            raise ValueError(f"codes must have shape [E, n, k], none of them 0, got {list(codes.shape)}")
-        num_experts, rows, k = codes.shape
-        groups = format.groups(k)
-        _check_codes(format, codes)
-        of_groups, of_rows = (num_experts, rows, groups), (num_experts, rows)
-        if _belongs(scales, "scales", format, bool(groups)):
-            _check_tensor("scales", scales, format.scale_dtypes, of_groups, codes.device)
-            _check_scales("scales", scales)
-            check_range(format, scales)
-            if format.name == "nvfp4" and _any(scales.float() < 0):
-                raise ValueError("scales must not be negative in nvfp4: their sign bit is not read")
-        if _belongs(zeros, "zeros", format, format.has_zeros):
-            _check_tensor("zeros", zeros, (torch.uint8,), of_groups, codes.device)
-            if _any(zeros > _LARGEST_ZERO):
-                raise ValueError(f"zeros must be at most {_LARGEST_ZERO}, got {int(zeros.max())}")
-        if _belongs(row_scales, "row_scales", format, format.has_row_scales):
-            _check_tensor("row_scales", row_scales, (_ROW_SCALE_DTYPE,), of_rows, codes.device)
-            _check_scales("row_scales", row_scales)
+        check_natural(format, codes, scales, zeros, row_scales)
         scale_dtype = None if scales is None else scales.dtype
-        weight = cls(format, (num_experts, rows, k), scale_dtype=scale_dtype, device="meta")
+        weight = cls(format, (*codes.shape,), scale_dtype=scale_dtype, device="meta")
         weight.codes = pack_codes(format, codes)
         for name, given in (("scales", scales), ("zeros", zeros)):
             if given is not None:
-                setattr(weight, name, _padded(given))
+                setattr(weight, name, padded(given))
         weight.row_scales = None if row_scales is None else row_scales.clone(memory_format=torch.contiguous_format)
         return weight
 
@@ -230,7 +170,7 @@ class QuantizedWeight(nn.Module):
 
     def _complaint(self, name: str) -> Exception:
         """About the first buffer that :meth:`check` does not let pass."""
-        for buffer_name, buffer, expected in zip(_BUFFERS, self.tensors(), self._expected, strict=True):
+        for buffer_name, buffer, expected in zip(BUFFERS, self.tensors(), self._expected, strict=True):
             full_name = f"{name}.{buffer_name}"
             if (buffer is None) != (expected is None):
                 wanted = "None" if expected is None else "given"
@@ -300,7 +240,7 @@ class QuantizedWeight(nn.Module):
         super().__setstate__({**state, "_buffers": buffers})  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:
-        super()._apply(functools.partial(_bytes_moved, fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(functools.partial(bytes_moved, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -341,77 +281,6 @@ def put_weight(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
 
 def _text(state: torch.Tensor) -> str:
     return bytes(state.tolist()).decode(errors="replace")
-
-
-def _padded(of_groups: torch.Tensor) -> torch.Tensor:
-    """``[E, n, G]`` with rows of whole 16 bytes; the bytes are copied, because torch pads no tensor of 8-bit floats."""
-    padded = _padded_groups(of_groups.shape[-1], of_groups.dtype) * of_groups.dtype.itemsize
-    as_bytes = of_groups.contiguous().view(torch.uint8)
-    output = as_bytes.new_zeros((*as_bytes.shape[:-1], padded))
-    output[..., : as_bytes.shape[-1]] = as_bytes
-    return output.view(of_groups.dtype)
-
-
-def _belongs(given: torch.Tensor | None, name: str, format: WeightFormat, wanted: bool) -> TypeGuard[torch.Tensor]:
-    """Whether something is there, which must be as the format says."""
-    if (given is not None) != wanted:
-        has, got = ("has", "none") if wanted else ("has no", "some")
-        raise ValueError(f"{name} must be {'given' if wanted else 'None'}, as {format.name} {has} {name}, got {got}")
-    return wanted
-
-
-def _check_tensor(
-    name: str,
-    given: Any,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...] | None,
-    device: torch.device | None,
-) -> None:
-    if not isinstance(given, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
-    if is_wrapper(type(given)):
-        raise TypeError(f"{name} must be a plain tensor, got {type(given).__name__}, which wraps another one")
-    if given.dtype not in dtypes:
-        raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {given.dtype}")
-    if shape is not None and tuple(given.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(given.shape)}")
-    if device is not None and given.device != device:
-        raise ValueError(f"{name} must be on codes's device {device}, got {given.device}")
-
-
-def _any(flags: torch.Tensor) -> bool:
-    """Whether one is set; a tensor without values has none."""
-    return not flags.is_meta and bool(flags.any())
-
-
-def _check_scales(name: str, scales: torch.Tensor) -> None:
-    if _any(~scales.float().isfinite()):
-        raise ValueError(f"{name} must be finite, got {int((~scales.float().isfinite()).sum())} NaN or infinite ones")
-
-
-def check_range(format: WeightFormat, scales: torch.Tensor) -> None:
-    """That no weight is infinite in the tiles of ``fused``, which multiply it as a float16 number where a code times
-    the scale of its group has more digits than bfloat16.
-
-    Raises:
-        ValueError: a scale is too large for that.
-    """
-    if (largest_weight := _LARGEST_WEIGHTS.get(format.codes)) is None:
-        return
-    largest = largest_weight / max(abs(value) for value in format.values if not math.isnan(value))
-    if _any(scales.float().abs() > largest):
-        raise ValueError(
-            f"scales must be at most {largest:.5g} in magnitude in {format.name}, so that no weight is beyond "
-            f"{largest_weight:g}, got {float(scales.float().abs().max()):.5g}"
-        )
-
-
-def _check_codes(format: WeightFormat, codes: torch.Tensor) -> None:
-    if format.bits < 8 and _any(codes >= 2**format.bits):
-        raise ValueError(f"codes must be below {2**format.bits} in {format.name}, got {int(codes.max())}")
-    for code in format.nan_codes:
-        if _any(codes == code):
-            raise ValueError(f"codes must not be NaN in {format.name}, got {int((codes == code).sum())} of {code:#x}")
 
 
 class QuantizedExperts(nn.Module):

@@ -6,7 +6,7 @@ import click
 import torch
 
 from scripts.benchmarks.report import Report, report_heading
-from scripts.benchmarks.tables import heading
+from scripts.benchmarks.tables.markdown import heading
 
 
 def parse_tokens(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -156,10 +156,10 @@ def synchronized_ms(call: Callable[[], Any]) -> float:
 
 _FIRST_CALL = """
 import time, torch
-from cupymoe import Gemma4MoE, Gemma4MoEConfig
+from cupymoe import Gemma4MoE, Gemma4MoEConfig, warmup
 from cupymoe.kernels.cupy_import import import_cupy
 from cupymoe.kernels.jit import loaded_sources
-from cupymoe.warmup import NUM_TOKENS, warmup
+from cupymoe.token_counts import NUM_TOKENS
 with torch.device("cuda"):
     moe = Gemma4MoE(Gemma4MoEConfig.gemma4_26b_a4b()).to(torch.bfloat16)
 torch.cuda.synchronize()

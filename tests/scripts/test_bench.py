@@ -23,10 +23,11 @@ from scripts.benchmarks import (
     portable,
     quantised,
     report,
-    tables,
     timing,
     training,
 )
+from scripts.benchmarks.tables.other_calls import batched_table, portable_table, quantised_table
+from scripts.benchmarks.tables.training import training_host_table
 from tests.helpers import ROOT
 from tests.scripts.replayed import Replayed
 
@@ -114,7 +115,7 @@ def test_a_regime_shows_its_tables_and_writes_its_report_if_nothing_was_wrong(mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     result = CliRunner().invoke(bench.main, ["--regime", regime, "--output", str(tmp_path)])
     assert result.exit_code == bool(failures), result.output
-    places = [result.output.index(getattr(tables, f"{name}_table")(report)) for name in SHOWN[regime]]
+    places = [result.output.index(getattr(bench, f"{name}_table")(report)) for name in SHOWN[regime]]
     assert places == sorted(places)
     assert [path.name for path in tmp_path.glob("*/*")] == ([] if failures else [f"{regime}.json"])
 
@@ -150,7 +151,7 @@ def test_every_build_is_timed_beside_hopper_and_its_peers(built, monkeypatch):
         assert list(row["ms"]) == ["cupymoe", "hopper", "grouped", "grouped_mm"]
         assert 0 < row["floor_ms"] < 1
     assert [failure.partition(" has")[0] for failure in built.failures] == ["cupymoe:sm_86"] * 2
-    assert "| sm_86" in tables.portable_table({"rows": rows}).replace("|  ", "| ")
+    assert "| sm_86" in portable_table({"rows": rows}).replace("|  ", "| ")
 
 
 def test_builds_are_timed_on_hopper_only(built, monkeypatch):
@@ -195,7 +196,7 @@ def test_quantised_experts_are_timed_beside_bf16_ones_and_their_own_truth(built,
     (up, down) = layers.weights[0]
     assert quantised.bytes_of_expert(up) + quantised.bytes_of_expert(down) == 128 * 34 + 64 * 36
     assert not built.failures
-    table = tables.quantised_table({"rows": rows})
+    table = quantised_table({"rows": rows})
     assert "int4_g32 (x floor)" in table
     assert "| sm_90a |    200 |" in table
 
@@ -217,7 +218,7 @@ def test_batches_are_timed_beside_packed_rows_and_torch(built, monkeypatch):
         assert 0 < row["error"]["cupymoe"] < 0.004
         assert 0 < row["error"]["bmm"] < 0.01
     assert [failure.partition(" has")[0] for failure in built.failures] == ["gemms"] * 2
-    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(tables.batched_table({"rows": rows}).split())
+    assert "| 16 | 2000 (1.000 x gemms) |" in " ".join(batched_table({"rows": rows}).split())
 
 
 def test_batches_are_timed_on_hopper_only(built, monkeypatch):
@@ -392,7 +393,7 @@ def test_the_host_s_time_of_a_training_step(built, monkeypatch):
         for us in row["us"].values():
             assert us.keys() == {"forward", "backward", "step", "alone"}
             assert 0 < us["forward"]["p20"] < us["step"]["p50"] < 1e7
-    assert tables.training_host_table({"training": rows}).count("grouped_mm") == 2
+    assert training_host_table({"training": rows}).count("grouped_mm") == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from cupymoe import Gemma4MoEConfig, reference
 from cupymoe.activation import MoEActivation as Ours
 from scripts.benchmarks import experts, libraries
 from scripts.benchmarks.peers import Contender, Oracle, make_cases, make_layers, relative_error
-from scripts.benchmarks.tables import experts_table, percentiles_table
+from scripts.benchmarks.tables.experts import experts_table, percentiles_table
 
 CONFIG = Gemma4MoEConfig(32, 24, 6, 2, "gelu_pytorch_tanh")
 ABSENT = {name: f"{name} is not measured: No module named '{name}'" for name in ("vllm", "sglang", "sonicmoe")}

@@ -8,7 +8,23 @@ from click.testing import CliRunner
 
 from cupymoe.tools.reports import kernel_hashes
 from scripts import readme_table
-from scripts.benchmarks import tables
+from scripts.benchmarks.tables import rows_table
+from scripts.benchmarks.tables.experts import (
+    experts_table,
+    first_call_table,
+    invariant_table,
+    memory_table,
+    percentiles_table,
+    skewed_table,
+    summary,
+    together,
+    ways_table,
+)
+from scripts.benchmarks.tables.markdown import heading
+from scripts.benchmarks.tables.other_calls import lora_table, models_table, portable_table, quantised_table
+from scripts.benchmarks.tables.stages import host_table, stages_table
+from scripts.benchmarks.tables.training import training_table
+from scripts.benchmarks.tables.whole_models import finetune_table, greedy_table, model_table
 from tests.helpers import ROOT
 
 
@@ -28,7 +44,7 @@ def lines_of(part):
 def test_committed_reports():
     parts = ("rows", "skewed", "memory", "stages", "calls", "first_call_s", "cells", "greedy", "recipes")
     reports = [read(path) for path in sorted((ROOT / "benchmarks").glob("*/*.json"))]
-    shown = [(tables.heading(report), report[part]) for report in reports for part in parts if part in report]
+    shown = [(heading(report), report[part]) for report in reports for part in parts if part in report]
     result = CliRunner().invoke(readme_table.main, [])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line]
@@ -47,26 +63,26 @@ def test_what_the_documents_show():
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for folder in (h100, h200):
         decode, prefill = (read(folder / f"{name}.json") for name in ("decode", "prefill"))
-        assert tables.experts_table(tables.together([decode, prefill])) in text
-        assert tables.skewed_table(decode) in text
-        assert tables.skewed_table(prefill) in text
-    assert tables.model_table(read(h100 / "model.json")) in text
-    assert tables.greedy_table(read(h100 / "model.json")) in text
-    assert tables.models_table(read(h100 / "models.json")) in text
-    assert tables.host_table(read(h100 / "host.json")) in text
-    assert tables.training_table(read(h200 / "training.json")) in text
-    assert tables.finetune_table(read(h200 / "finetune.json")) in text
-    assert tables.lora_table(read(h200 / "lora.json")) in text
-    assert tables.portable_table(read(h200 / "portable.json")) in text
-    assert tables.quantised_table(read(h200 / "quantised.json")) in text
-    assert tables.invariant_table(read(h200 / "decode.json")) in text
+        assert experts_table(together([decode, prefill])) in text
+        assert skewed_table(decode) in text
+        assert skewed_table(prefill) in text
+    assert model_table(read(h100 / "model.json")) in text
+    assert greedy_table(read(h100 / "model.json")) in text
+    assert models_table(read(h100 / "models.json")) in text
+    assert host_table(read(h100 / "host.json")) in text
+    assert training_table(read(h200 / "training.json")) in text
+    assert finetune_table(read(h200 / "finetune.json")) in text
+    assert lora_table(read(h200 / "lora.json")) in text
+    assert portable_table(read(h200 / "portable.json")) in text
+    assert quantised_table(read(h200 / "quantised.json")) in text
+    assert invariant_table(read(h200 / "decode.json")) in text
 
 
 def test_the_readme_s_sentence_is_of_the_reports_that_its_plot_shows():
     folder = ROOT / "benchmarks" / "nvidia-h200"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "(benchmarks/nvidia-h200/ratio.svg)" in readme
-    assert tables.summary(tables.together([read(folder / "decode.json"), read(folder / "prefill.json")])) in readme
+    assert summary(together([read(folder / "decode.json"), read(folder / "prefill.json")])) in readme
 
 
 def test_every_report_has_a_command_beside_it():
@@ -124,19 +140,19 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
     ("table", "report", "header", "row"),
     [
         (
-            "experts_table",
+            experts_table,
             {"rows": [NO_PEER, FOUR_TOKENS]},
             "| tokens | floor us | cupymoe us | x floor | peer us | error cupymoe | error peer |",
             "| 4 | 200 | 250 | 1.25 | 1000 (4.00x) | 0.00100 | 0.00200 |",
         ),
         (
-            "experts_table",
+            experts_table,
             {"rows": [FOUR_TOKENS, NO_PEER]},
             "| tokens | floor us | cupymoe us | x floor | peer us | error cupymoe | error peer |",
             "| 8 | 50.0 | 75.0 | 1.50 | | 0.00300 | |",
         ),
         (
-            "rows_table",
+            rows_table,
             {
                 "rows": [
                     {"model": "a", "ep": 1, "tokens": 48, "floor_ms": 0.2, "ms": times(cupymoe=0.25, grouped_mm=0.5)},
@@ -148,31 +164,31 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| a, one of 8 ranks | | 3.00 (2.00x) |",
         ),
         (
-            "percentiles_table",
+            percentiles_table,
             {"rows": [FOUR_TOKENS]},
             "| tokens | name | us p20 | p50 | p80 | x floor | x cupymoe | error |",
             "| 4 | peer | 900 | 1000 | 1100 | 5.00 | 4.00 | 0.00200 |",
         ),
         (
-            "first_call_table",
+            first_call_table,
             {"first_call_s": {"from_disk": {"import_cupy": 0.1, "one_token": 0.2, "every_regime": 0.3}}},
             "| kernels | import cupy s | one token s | other regimes s |",
             "| from disk | 0.10 | 0.20 | 0.30 |",
         ),
         (
-            "invariant_table",
+            invariant_table,
             {"rows": [{"tokens": 4, "ms": times(**{"cupymoe": 0.25, "cupymoe:invariant": 0.275})}]},
             "| tokens | fast us | invariant us |",
             "| 4 | 250 | 275 (1.10x) |",
         ),
         (
-            "skewed_table",
+            skewed_table,
             {"skewed": [{**NO_PEER, "routing": "four experts", "hit_experts": 4.0}]},
             "| tokens | routing | hit experts | floor us | cupymoe us | x floor |",
             "| 8 | four experts | 4 | 50.0 | 75.0 | 1.50 |",
         ),
         (
-            "ways_table",
+            ways_table,
             {
                 "rows": [
                     {
@@ -186,13 +202,13 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| 4 | 250 | 2.500 | 1.250 | 200 | 400 |",
         ),
         (
-            "memory_table",
+            memory_table,
             {"memory": [{"tokens": 8, "peak_bytes": 3_000_000, "slots_bytes": 2_000_000}]},
             "| tokens | peak MB over inputs and output | x rows of both projections |",
             "| 8 | 3.0 | 1.500 |",
         ),
         (
-            "stages_table",
+            stages_table,
             {
                 "stages": [
                     {
@@ -209,13 +225,13 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| gather | reads N | 2.0 | 9.0 | 10.0 | 11.0 | 1234 | 80.5 |",
         ),
         (
-            "host_table",
+            host_table,
             {"tokens": 1, "calls": [{"name": "cupymoe", **times(wall_us=40.0, host_us=70.0, gpu_us=30.0)}]},
             "| call | tokens | wall us | first to return us | GPU us |",
             "| cupymoe | 1 | 40.0 | 70.0 | 30.0 |",
         ),
         (
-            "rows_table",
+            rows_table,
             {
                 "rank": 16,
                 "rows": [
@@ -231,7 +247,7 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| 1 | fp32 | 16 | 50.0 | 60.0 (1.20x) | 0.00310 |",
         ),
         (
-            "rows_table",
+            rows_table,
             {
                 "rows": [
                     {
@@ -255,7 +271,7 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "116 | 2076 | 600 | 5000 | 0.00200 | 0.00400 |",
         ),
         (
-            "rows_table",
+            rows_table,
             {
                 "rows": [
                     {
@@ -269,13 +285,13 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
             "| 64 | 500 | 750 (1.50x) | 0.00240 | 0.00420 |",
         ),
         (
-            "model_table",
+            model_table,
             {"layers": 30, "cells": [{"what": "prefill", "ms": times(grouped_mm=10.0, cupymoe=8.0, routed=5.0)}]},
             "| 30 layers | grouped_mm ms | cupymoe ms | routed ms |",
             "| prefill | 10.00 | 8.00 (1.25x) | 5.00 (2.00x) |",
         ),
         (
-            "greedy_table",
+            greedy_table,
             {
                 "cells": [{"ms": times(grouped_mm=10.0, cupymoe=8.0)}],
                 "greedy": [
@@ -299,7 +315,7 @@ NO_PEER = {"tokens": 8, "floor_ms": 0.05, "ms": times(cupymoe=0.075), "error": {
     ],
 )
 def test_a_row_of_each_table(table, report, header, row):
-    lines = [" ".join(line.split()) for line in getattr(tables, table)(report).splitlines()]
+    lines = [" ".join(line.split()) for line in table(report).splitlines()]
     assert (lines[0], lines[-1]) == (header, row)
 
 
@@ -307,7 +323,7 @@ def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
     """The ratio to the floor of each number of tokens, and in brackets how many times as fast as the peer."""
     both = times(cupymoe=0.1, grouped_mm=0.09)
     rows = [{"model": "a", "ep": ep, "tokens": 4, "floor_ms": 0.08, "ms": both} for ep in (1, 8)]
-    lines = tables.models_table({"rows": rows}).splitlines()
+    lines = models_table({"rows": rows}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["a", "a, one of 8 ranks"]
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["1.25 (0.90x)"] * 2
 
@@ -315,7 +331,7 @@ def test_models_of_one_rank_and_of_many_have_lines_of_their_own():
 def test_reports_together_have_the_last_one_s_heading_and_rows_and_rise():
     first = {"device": "first", "date": "1", "rows": [{"tokens": 8, "of": "first"}, {"tokens": 1, "of": "first"}]}
     last = {"device": "last", "date": "2", "rows": [{"tokens": 8, "of": "last"}, {"tokens": 4, "of": "last"}]}
-    assert tables.together([first, last]) == {
+    assert together([first, last]) == {
         "device": "last",
         "date": "1 and 2",
         "rows": [{"tokens": 1, "of": "first"}, {"tokens": 4, "of": "last"}, {"tokens": 8, "of": "last"}],

@@ -12,12 +12,12 @@ from cupymoe import Gemma4Router, MoEActivation, moe_activation, reference
 from cupymoe.backends.reference import ReferenceBackend
 from cupymoe.kernels.arch import ARCHITECTURES
 from cupymoe.kernels.jit import CompileError
+from cupymoe.token_counts import NUM_TOKENS
 from cupymoe.tools import audit, verification
 from cupymoe.tools.cli import main
 from cupymoe.tools.verification import activations, batched, compilation, experts, routing, transformers_peer
 from cupymoe.tools.verification.experts import Errors
 from cupymoe.tools.verification.result import SHAPES, Setting
-from cupymoe.warmup import NUM_TOKENS
 from tests.helpers import ROOT, transformers_gemma4
 
 MANY = 1500  # more than float64 computes

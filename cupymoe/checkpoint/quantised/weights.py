@@ -12,7 +12,7 @@ from cupymoe.checkpoint.errors import CheckpointError
 from cupymoe.checkpoint.quantised.storage import BadTensorError, NaturalWeight, Storage
 from cupymoe.checkpoint.tensors import Tensor
 from cupymoe.weights import QuantizedWeight, WeightFormat, pack_codes
-from cupymoe.weights.quantized import check_range
+from cupymoe.weights.checks import check_range
 
 _BUFFERS = ("codes", "scales", "zeros", "row_scales")
 

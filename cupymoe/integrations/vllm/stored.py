@@ -20,8 +20,9 @@ from cupymoe.checkpoint.quantised.scheme import compressed_storage
 from cupymoe.checkpoint.quantised.storage import NaturalWeight, Storage
 from cupymoe.checkpoint.quantised.weights import allocate, put
 from cupymoe.integrations.vllm.served import FP8_ENVIRONMENT, sizes, takes_fp8
+from cupymoe.weights.checks import check_range
 from cupymoe.weights.format import FORMATS, join_formats
-from cupymoe.weights.quantized import QuantizedWeight, check_range
+from cupymoe.weights.quantized import QuantizedWeight
 
 _DTYPES = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
 _CONFIG = "config.json"

@@ -11,7 +11,7 @@ import torch
 from cupymoe.integrations.vllm.served import sizes
 from cupymoe.kernels.arch import HOPPER, Arch
 from cupymoe.kernels.expert_map import map_kind
-from cupymoe.warmup import one_of_each_way
+from cupymoe.token_counts import one_of_each_way
 from cupymoe.weights.format import join_formats
 from cupymoe.weights.quantized import QuantizedWeight, Weight
 

@@ -12,9 +12,9 @@ from cupymoe import reference
 from cupymoe.backends import INVARIANT, ExpertsCall, registry, serving
 from cupymoe.functional import fused_experts
 from cupymoe.ops import experts_call
+from cupymoe.token_counts import NUM_TOKENS
 from cupymoe.tools.verification import transformers_peer
 from cupymoe.tools.verification.result import Result, Setting, largest_error, relative_error
-from cupymoe.warmup import NUM_TOKENS
 from cupymoe.weights import QuantizedWeight
 from cupymoe.weights.dequantize import WeightOnDemand
 from cupymoe.weights.format import join_formats
