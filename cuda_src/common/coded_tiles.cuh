@@ -28,7 +28,7 @@
 // fp16   In bf16 that rounding is 0.0015 of an int4 weight, and a call would err by 0.0038 where plain weights err by 0.0029.
 //        Therefore the gate_up projection multiplies fp16 tokens, which operand_rows.cu makes of bf16 ones, and fp16 weights, whose
 //        rounding is 0.0002: a call errs by 0.0032. Such weights are held as 64 times themselves, since scales may be small, and
-//        are at most 1023, of int4 340: what is beyond is refused (weights/quantized.py). So it multiplies e4m3, too, of which
+//        are at most 1023, of int4 340: what is beyond is refused (weights/checks.py). So it multiplies e4m3, too, of which
 //        one instruction makes two fp16, exactly.
 //
 // Includers define SCALAR, OPERAND (what products multiply: SCALAR or fp16), WEIGHTS and what codec.cuh wants with it, HAS_BIAS,

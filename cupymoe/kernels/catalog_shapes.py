@@ -20,7 +20,7 @@ from cupymoe.kernels.expert_stream import Shape, shape_of
 from cupymoe.kernels.expert_tiles import CUTS, TileShape, tile_shape_of
 from cupymoe.kernels.load import Load
 from cupymoe.kernels.stored_weight import stored_weight
-from cupymoe.kernels.stream_regimes import regime
+from cupymoe.kernels.stream_regimes import Regime, regime
 from cupymoe.kernels.unsorted_pairs import PairsKind
 
 
@@ -85,16 +85,16 @@ QUANTISED: tuple[tuple[str, torch.dtype | None], ...] = (
 def quantised_stream_shapes(arch: Arch) -> Iterator[Shape]:
     """The first kind of codes in every regime, with both dtypes, and with adapters in one; the others in one regime."""
     sizes = Gemma4MoEConfig.gemma4_26b_a4b()
-    few = 16
+    regimes: dict[Regime, int] = {}  # each with the first of these numbers of tokens that it serves
+    for num_tokens in (16, 1, 4, 64, 128, 256, 512, 1024 if arch.wgmma else 4096):
+        load = Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts)
+        regimes.setdefault(regime(load, sizes.moe_intermediate_size, arch, has_codes=True), num_tokens)
     for index, (weight_format, scale_dtype) in enumerate(QUANTISED):
         stored = stored_weight(weight_format, scale_dtype)
-        for num_tokens in (few, 1, 64, 128, 256, 512, 1024) if arch.wgmma else (few, 64, 256, 512, 4096):
-            if index > 0 and num_tokens != few:
-                continue
-            load = Load.of(num_tokens, sizes.top_k_experts, sizes.num_experts)
+        for chosen, num_tokens in [*regimes.items()][: 1 if index else None]:
             for dtype in (torch.float16, torch.bfloat16):
                 shape = shape_of(
-                    regime(load, sizes.moe_intermediate_size, arch, has_codes=True),
+                    chosen,
                     dtype,
                     torch.int64,
                     sizes.activation,

@@ -13,6 +13,7 @@ from cupymoe import Gemma4MoEConfig, MoEActivation, moe_activation
 from cupymoe.kernels import catalog, cuda_sources, expert_stream, experts_down, experts_up, gated_activation, jit
 from cupymoe.kernels.activation_defines import activation_defines
 from cupymoe.kernels.arch import ARCHITECTURES, BUILDS, HOPPER
+from cupymoe.kernels.catalog_shapes import quantised_stream_shapes
 from cupymoe.kernels.expert_tiles import CUTS, down_back_cut, down_cut
 from cupymoe.kernels.jit import CompileError, Variant
 from cupymoe.kernels.load import Load
@@ -130,6 +131,12 @@ def test_hopper_alone_has_the_tiles():
     of_codes = {"experts_up_codes_wgmma", "experts_down_codes_wgmma", "operand_rows"}
     assert hopper == {"experts_up_wgmma", "experts_down_wgmma"} | of_codes | training
     assert {catalog.architectures(name) for name in hopper} == {("sm_90a",)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
+def test_an_architecture_s_catalog_holds_every_regime_of_codes(arch):
+    every = {regime(Load.of(tokens, 8, 128), 704, arch, has_codes=True) for tokens in range(1, 5000)}
+    assert {shape.regime for shape in quantised_stream_shapes(arch)} == every
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.name)
