@@ -26,7 +26,7 @@ from scripts.benchmarks.tables.other_calls import (
 )
 from scripts.benchmarks.tables.stages import host_table, stages_table
 from scripts.benchmarks.tables.training import training_table
-from scripts.benchmarks.tables.whole_models import finetune_table, greedy_table, model_table
+from scripts.benchmarks.tables.whole_models import finetune_table, greedy_table, model_memory_table, model_table
 
 
 def rows_table(report: Report) -> str:
@@ -44,10 +44,15 @@ def rows_table(report: Report) -> str:
     return next((tables[key] for key in report["rows"][0] if key in tables), experts_table)(report)
 
 
+def any_memory_table(report: Report) -> str:
+    """The table of a report's ``"memory"``: of a whole model, or of one layer's calls."""
+    return (memory_table if isinstance(report["memory"], list) else model_memory_table)(report)
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "rows": rows_table,
     "skewed": skewed_table,
-    "memory": memory_table,
+    "memory": any_memory_table,
     "stages": stages_table,
     "calls": host_table,
     "first_call_s": first_call_table,

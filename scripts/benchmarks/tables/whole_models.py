@@ -18,6 +18,13 @@ def model_table(report: Report) -> str:
     return markdown([f"{report['layers']} layers", *(f"{name} ms" for name in names)], rows)
 
 
+def model_memory_table(report: Report) -> str:
+    """The ``"memory"`` of ``model_int4.json``: the model's weights, and the peak of torch's allocator with them."""
+    memory = report["memory"]
+    figures = [f"{memory[key]:.2f}" for key in ("weights_gb", "peak_gb")]
+    return markdown(["", "weights GB", "peak GB"], [[memory["what"], *figures]])
+
+
 def greedy_table(report: Report) -> str:
     """The other table of ``model.json``: greedy choices and logits, compared with the peer's at the same tokens."""
     peer = next(iter(report["cells"][0]["ms"]))
